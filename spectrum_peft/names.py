@@ -1,0 +1,157 @@
+"""What a parameter name says: which kind of matrix, in which block, in which role.
+
+Pure string rules, no torch: a checkpoint's header and a live model must come to the same answers, and a scan must not
+import model code to ask. Names are full parameter names in the base model, `model.layers.0.self_attn.q_proj.weight`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+# Words that name a list of blocks. Before a number they carry no meaning of their own (T5: `block.0.layer.1.`).
+_STACK_WORDS = frozenset({"layer", "layers", "block", "blocks", "h"})
+_HEADS = frozenset(
+    {
+        "lm_head", "embed_out", "score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "cls",
+        "summary", "v_head",
+    }
+)  # fmt: skip
+_EMBEDDING = re.compile(r"(^|[._])embed(?!_out)|^wte$|^wpe$|^shared$|relative_attention_bias|rotary|word_embeddings")
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+
+ROLES = ("linear", "embedding", "head", "norm", "bias", "router", "other")
+
+
+def module_name(name: str) -> str:
+    """`a.b.weight` -> `a.b`; a fused expert parameter `mlp.experts.down_proj` -> `mlp.experts`."""
+    return name.rpartition(".")[0]
+
+
+def block_index(name: str) -> int | None:
+    """Number of the transformer block that a parameter lies in, or None outside the blocks."""
+    for part in name.split("."):
+        if part.isdigit():
+            return int(part)
+    return None
+
+
+def stack(name: str) -> str | None:
+    """What stands before the block number: `model.layers`, `encoder.block`; None outside the blocks."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[:i])
+    return None
+
+
+def _stack_labels(stacks: Sequence[str]) -> dict[str, str]:
+    """Shortest prefix that tells the stacks apart; empty where there is only one."""
+    if len(stacks) < 2:
+        return dict.fromkeys(stacks, "")
+    owners = {s: s.split(".")[:-1] for s in stacks}
+    shared = 0
+    while all(len(o) > shared for o in owners.values()) and len({o[shared] for o in owners.values()}) == 1:
+        shared += 1
+    labels = {s: ".".join(o[shared:]) for s, o in owners.items()}
+    if len(set(labels.values())) < len(labels):  # two lists under one owner: their own names tell them apart
+        labels = {s: ".".join([*owners[s][shared:], s.split(".")[-1]]) for s in stacks}
+    return labels
+
+
+def kinds(names: Iterable[str]) -> dict[str, str]:
+    """The kind of every parameter: its name without numbers and without `.weight`.
+
+    One stack of blocks: `self_attn.q_proj`. Several (an encoder and a decoder, a vision tower): the part that tells
+    the stacks apart stays in front, `encoder.SelfAttention.q`.
+
+    Args:
+        names: all parameter names of one model; the kinds depend on the whole list.
+    Returns:
+        {name: kind}, in the order given.
+    """
+    names = list(names)
+    labels = _stack_labels(sorted({s for s in map(stack, names) if s is not None}))
+    result = {}
+    for name in names:
+        parts = name.removesuffix(".weight").split(".")
+        where = stack(name)
+        if where is None:
+            result[name] = ".".join(parts)
+            continue
+        tail = parts[len(where.split(".")) + 1 :]
+        kept = [
+            part
+            for i, part in enumerate(tail)
+            if not part.isdigit()
+            and not (part in _STACK_WORDS and i + 1 < len(tail) and tail[i + 1].isdigit())
+        ]
+        result[name] = ".".join([label, *kept] if (label := labels[where]) else kept)
+    return result
+
+
+def role(name: str, shape: Sequence[int] | None) -> str:
+    """The part that a parameter plays, one of `ROLES`.
+
+    `linear` is what a plan may choose: 2-D weights of the blocks and of projections around them, and fused 3-D expert
+    parameters. The output head, embeddings, norms, biases and the routers of mixtures of experts have their own roles.
+    `shape` None (a published scan states none) is taken for a matrix unless the name says norm.
+    """
+    leaf = name.rpartition(".")[2]
+    owner = module_name(name).rpartition(".")[2] if leaf in {"weight", "bias"} else leaf
+    if leaf == "bias" or leaf.endswith("_bias"):
+        return "bias"
+    if shape is None:
+        shape = (0,) if "norm" in owner.lower() or owner.startswith("ln_") else (0, 0)
+    if len(shape) == 1:
+        return "norm" if leaf == "weight" else "other"
+    if len(shape) == 3 and "experts" in name.split("."):
+        return "linear"
+    if len(shape) != 2:
+        return "other"
+    if block_index(name) is None and _HEADS & set(name.split(".")):
+        return "head"
+    if _EMBEDDING.search(owner) or (block_index(name) is None and "embeddings" in name.split(".")):
+        return "embedding"
+    if owner in _ROUTERS:
+        return "router"
+    return "linear"
+
+
+def canonical(name: str) -> str | None:
+    """A name that does not depend on the head put on the base model; None outside the blocks.
+
+    `bert.encoder.layer.0.output.dense.weight` and `encoder.layer.0.output.dense.weight` are one tensor, loaded into
+    two classes: both give `layer.0.output.dense.weight`.
+    """
+    where = stack(name)
+    if where is None:
+        return None
+    return name[len(where) - len(where.rpartition(".")[2]) :]
+
+
+def align(wanted: Iterable[str], present: Iterable[str]) -> dict[str, str]:
+    """Match names of one checkpoint to names of a model that may carry, or lack, a base-model prefix.
+
+    Returns:
+        {wanted name: present name} for those that match; what is missing from the result matches nothing.
+    """
+    present = set(present)
+    wanted = list(wanted)
+    found = {name: name for name in wanted if name in present}
+    rest = [name for name in wanted if name not in found]
+    if not rest:
+        return found
+    by_tail: dict[str, list[str]] = {}
+    for name in sorted(present):
+        parts = name.split(".")
+        for i in range(1, min(3, len(parts))):
+            by_tail.setdefault(".".join(parts[i:]), []).append(name)
+    for name in rest:
+        tails = [name, *(name.split(".", i)[-1] for i in (1, 2) if name.count(".") > i)]
+        for i, tail in enumerate(tails):
+            hits = ([tail] if i and tail in present else []) or (by_tail.get(tail, []) if i == 0 else [])
+            if len(hits) == 1:
+                found[name] = hits[0]
+                break
+    return found

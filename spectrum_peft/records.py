@@ -1,0 +1,500 @@
+"""The records that the stages hand to each other: plain frozen data, no torch, no I/O but their own files.
+
+`scan` writes an `SnrReport`, `plan` turns it into a `Plan`, the tuner, the callback and the export read the plan. A record
+saved and loaded again is equal to the first; the same record gives the same bytes. JSON and YAML by the file's ending.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .errors import CheckpointError, MismatchError
+
+SCHEMA_VERSION = 1
+
+Action = Literal["train", "lora", "shared", "lorsa", "save", "freeze"]
+ACTIONS: tuple[str, ...] = ("train", "lora", "shared", "lorsa", "save", "freeze")
+# Actions that train the base parameter itself, and those that put a low-rank product beside it.
+REAL_WEIGHT_ACTIONS = frozenset({"train", "save"})
+ADAPTER_ACTIONS = frozenset({"lora", "shared", "lorsa"})
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Identity of a checkpoint.
+
+    Attributes:
+        structure: sha256 of the sorted (name, shape) of the matrices in the blocks, names without the base-model
+            prefix, so that a folder and the same weights loaded under another head agree.
+        content: sha256 over each tensor's name, dtype, shape, first and last 64 KiB as stored; None where the stored
+            bytes are not at hand (a live model without a local folder, a published scan, a `.gguf`).
+        source: `file`, `live`, `gguf` or `published`.
+    """
+
+    structure: str | None
+    content: str | None
+    source: str
+
+    def check(self, other: Fingerprint, *, this: str, that: str, force: bool = False) -> str | None:
+        """Compare two fingerprints as far as both know themselves.
+
+        Returns:
+            None when the contents agree, else a line to log: what was compared and what could not be.
+        Raises:
+            MismatchError: they differ and `force` is false.
+        """
+        for part in ("content", "structure"):
+            mine, theirs = getattr(self, part), getattr(other, part)
+            if mine is None or theirs is None:
+                continue
+            if mine != theirs:
+                message = (
+                    f"{this} does not belong to {that}: fingerprint {part} is {mine[:12]}, wanted {theirs[:12]}."
+                )
+                if not force:
+                    raise MismatchError(message + " Make it anew from this checkpoint, or pass force=True (--force).")
+                return message + " Used all the same (force)."
+            if part == "content":
+                return None
+        known = "only names and shapes could be compared" if self.structure and other.structure else "nothing could be compared"
+        return f"{this} and {that}: {known}, the stored bytes of one of them are not at hand."
+
+
+@dataclass(frozen=True)
+class MatrixStat:
+    """One tensor of a checkpoint as the scan saw it.
+
+    Attributes:
+        name: full parameter name in the base model; one expert of a fused parameter is `name[e]`.
+        kind: name without its numbers and `.weight` (`self_attn.q_proj`); selection ranks within a kind.
+        shape: as stored for a Linear, (out, in); a GPT-2 Conv1D keeps its stored (in, out). None if not known.
+        numel: number of elements; 0 if not known.
+        dtype: as stored, `bfloat16`; `unknown` for a published scan.
+        score: the criterion's value; infinite is allowed; None if not scored.
+        n_signal: how many singular values the criterion calls signal; None where it has no edge.
+        s_max: largest singular value; None where no spectrum was computed.
+        role: one of `names.ROLES`.
+        power_law: exponent fitted to the tail of the eigenvalue density; None where there is no spectrum.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] | None
+    numel: int
+    dtype: str
+    score: float | None
+    n_signal: int | None
+    s_max: float | None
+    role: str = "linear"
+    power_law: float | None = None
+
+
+class _Record:
+    """Saving and loading, shared by the records that are files."""
+
+    _kind: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "record") -> Any:
+        raise NotImplementedError
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the record's canonical JSON, 64 hex digits."""
+        return hashlib.sha256(_to_json(self.to_dict()).encode()).hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the record: YAML for `.yaml`/`.yml`, JSON otherwise; to a temporary name first, then renamed.
+
+        Raises:
+            CheckpointError: the folder cannot be written; a value is NaN (the message names the field).
+        """
+        path = Path(path)
+        data = self.to_dict()
+        _refuse_nan(data, self._kind)
+        text = _to_yaml(data) if path.suffix in {".yaml", ".yml"} else _to_json(data, indent=1)
+        write_text(path, text)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Any:
+        """Read a record back.
+
+        Raises:
+            CheckpointError: not there, empty, not JSON or YAML of this kind, or of a newer schema.
+        """
+        return cls.from_dict(read_mapping(path), source=str(path))
+
+    @classmethod
+    def _check_header(cls, data: Mapping[str, Any], source: str) -> None:
+        kind, version = data.get("record"), data.get("schema_version")
+        if kind != cls._kind:
+            raise CheckpointError(f"{source}: field 'record' is {kind!r}, wanted {cls._kind!r}.")
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise CheckpointError(f"{source}: schema_version is {version!r}, this version reads up to {SCHEMA_VERSION}.")
+
+
+@dataclass(frozen=True)
+class SnrReport(_Record):
+    """What a scan found: every tensor of a checkpoint, the candidates with their score.
+
+    Attributes:
+        stats: all tensors in checkpoint order (fused experts one by one).
+        criterion: key of `criteria.CRITERIA`.
+        fingerprint: of the weights that were scanned.
+        model_id, revision: where they came from; None for a model in memory without a name.
+        tied: groups of names that are one tensor, as (kept name, other names...).
+        notes: what a reader must know, such as `4-bit weights were dequantized one by one`.
+    """
+
+    stats: tuple[MatrixStat, ...]
+    criterion: str
+    fingerprint: Fingerprint
+    model_id: str | None = None
+    revision: str | None = None
+    tied: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    _kind = "snr_report"
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        """{name: score} of the scored matrices, in report order."""
+        return {s.name: s.score for s in self.stats if s.score is not None}
+
+    @property
+    def total_parameters(self) -> int:
+        """Number of elements of all tensors, tied ones once."""
+        extra = {name for group in self.tied for name in group[1:]}
+        return sum(s.numel for s in self.stats if s.name not in extra)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "record": self._kind,
+            "schema_version": SCHEMA_VERSION,
+            "model_id": self.model_id,
+            "revision": self.revision,
+            "criterion": self.criterion,
+            "fingerprint": dataclasses.asdict(self.fingerprint),
+            "tied": [list(group) for group in self.tied],
+            "notes": list(self.notes),
+            "stats": [_plain(s) for s in self.stats],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "report") -> SnrReport:
+        cls._check_header(data, source)
+        return cls(
+            stats=_rows(MatrixStat, data, "stats", source),
+            criterion=str(_field(data, "criterion", source)),
+            fingerprint=_build(Fingerprint, _field(data, "fingerprint", source), f"{source}: fingerprint"),
+            model_id=data.get("model_id"),
+            revision=data.get("revision"),
+            tied=tuple(tuple(group) for group in data.get("tied") or ()),
+            notes=tuple(data.get("notes") or ()),
+        )
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What happens to one parameter.
+
+    Attributes:
+        name: full parameter name in the base model, also where an adapter is put beside it.
+        action: `train` (the weight itself), `lora`, `shared`, `lorsa` (an adapter), `save` (a whole module trains
+            through `modules_to_save`), `freeze`.
+        rank, alpha: of the adapter; the update is scaled by alpha / rank (alpha / sqrt(rank) with rsLoRA).
+        lr_ratio: this tensor's learning rate over the optimizer's.
+        group: tensors of one group share an adapter factor; None alone.
+        active: False holds a place that re-evaluation may fill; nothing of it trains.
+        kind, shape, score: as in the report, so that a plan explains itself.
+    """
+
+    name: str
+    action: str
+    rank: int | None = None
+    alpha: float | None = None
+    lr_ratio: float = 1.0
+    group: str | None = None
+    active: bool = True
+    kind: str = ""
+    shape: tuple[int, ...] | None = None
+    score: float | None = None
+
+    @property
+    def trains(self) -> bool:
+        return self.active and self.action != "freeze"
+
+    @property
+    def numel(self) -> int:
+        """Elements of the base parameter; 0 if its shape is not known."""
+        return math.prod(self.shape) if self.shape else 0
+
+    @property
+    def trainable_numel(self) -> int:
+        """Elements that train for this entry on its own: the weight, or both factors of a LoRA (per expert)."""
+        if not self.trains or not self.shape:
+            return 0
+        if self.action in REAL_WEIGHT_ACTIONS:
+            return self.numel
+        experts = self.shape[0] if len(self.shape) == 3 else 1
+        return experts * (self.rank or 0) * (self.shape[-1] + self.shape[-2])
+
+
+@dataclass(frozen=True)
+class Plan(_Record):
+    """What trains, how, at what rank, scale and learning rate. Plain data: it says everything, it does nothing.
+
+    Attributes:
+        mode: key of `policies.MODES`.
+        entries: every candidate, frozen ones too, in model order; then `save` entries.
+        options: the options the plan was made with, after defaults.
+        criterion, fingerprint, model_id, revision: of the report it was made from.
+        total_parameters: of the base model, tied tensors once; 0 if not known.
+        notes: notices for the reader (clamped ranks, fewer blocks than asked for, fused qkv).
+        patterns: regexes of `unfrozen_parameters` where a preset fixes them; empty: derived from the entries.
+    """
+
+    mode: str
+    entries: tuple[PlanEntry, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    criterion: str = "spectrum"
+    fingerprint: Fingerprint | None = None
+    model_id: str | None = None
+    revision: str | None = None
+    total_parameters: int = 0
+    notes: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
+
+    _kind = "plan"
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for entry in self.entries:
+            if entry.action not in ACTIONS:
+                raise CheckpointError(f"plan entry {entry.name}: action is {entry.action!r}, wanted one of {ACTIONS}.")
+            if entry.name in seen:
+                raise CheckpointError(f"plan entry {entry.name} stands twice; a parameter has one entry.")
+            seen.add(entry.name)
+
+    @cached_property
+    def trainable_names(self) -> list[str]:
+        """Sorted full parameter names of the base model that train or carry a live adapter."""
+        return sorted(e.name for e in self.entries if e.trains)
+
+    @cached_property
+    def by_name(self) -> dict[str, PlanEntry]:
+        return {e.name: e for e in self.entries}
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Elements that the optimizer will see; factors shared in a group count once, the other side per layer."""
+        return sum(e.trainable_numel for e in self.entries)
+
+    @property
+    def unfrozen_parameters(self) -> list[str]:
+        """Regexes as axolotl and the published script read them (`re.match` on parameter names); real weights only."""
+        if self.patterns:
+            return list(self.patterns)
+        return [f"^{e.name}$" for e in self.entries if e.trains and e.action in REAL_WEIGHT_ACTIONS]
+
+    def replace(self, **changes: Any) -> Plan:
+        """A copy with some fields changed; this one stays."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "record": self._kind,
+            "schema_version": SCHEMA_VERSION,
+            "mode": self.mode,
+            "model_id": self.model_id,
+            "revision": self.revision,
+            "criterion": self.criterion,
+            "fingerprint": None if self.fingerprint is None else dataclasses.asdict(self.fingerprint),
+            "options": _plain(dict(self.options)),
+            "total_parameters": self.total_parameters,
+            "notes": list(self.notes),
+            "entries": [_plain(e) for e in self.entries],
+            "unfrozen_parameters": self.unfrozen_parameters,
+            "patterns": list(self.patterns),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "plan") -> Plan:
+        cls._check_header(data, source)
+        fingerprint = data.get("fingerprint")
+        return cls(
+            mode=str(_field(data, "mode", source)),
+            entries=_rows(PlanEntry, data, "entries", source),
+            options=_revive(dict(data.get("options") or {})),
+            criterion=str(data.get("criterion")),
+            fingerprint=None if fingerprint is None else _build(Fingerprint, fingerprint, f"{source}: fingerprint"),
+            model_id=data.get("model_id"),
+            revision=data.get("revision"),
+            total_parameters=int(data.get("total_parameters") or 0),
+            notes=tuple(data.get("notes") or ()),
+            patterns=tuple(data.get("patterns") or ()),
+        )
+
+
+# --- plain data ------------------------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """Records, tuples and infinities as JSON knows them; None fields of a record are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        defaults = {f.name: f.default for f in dataclasses.fields(value)}
+        return {
+            k: _plain(v)
+            for k in defaults
+            if (v := getattr(value, k)) != defaults[k] or defaults[k] is dataclasses.MISSING
+        }
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value
+
+
+def _revive(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _revive(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return tuple(_revive(v) for v in value)
+    return {"inf": math.inf, "-inf": -math.inf}.get(value, value) if isinstance(value, str) else value
+
+
+def _refuse_nan(value: Any, where: str) -> None:
+    if isinstance(value, float) and math.isnan(value):
+        raise CheckpointError(f"{where} is nan, wanted a number or inf.")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_nan(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            label = item.get("name", i) if isinstance(item, Mapping) else i
+            _refuse_nan(item, f"{where}[{label}]")
+
+
+def _to_json(data: Mapping[str, Any], indent: int | None = None) -> str:
+    return json.dumps(data, indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _to_yaml(data: Mapping[str, Any]) -> str:
+    import yaml  # 60 ms that a scan to JSON need not pay
+
+    rows = {k: v for k, v in data.items() if k in {"entries", "stats"}}
+    head = {k: v for k, v in data.items() if k not in rows}
+    text = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=120)
+    for key, items in rows.items():  # one line an entry: a plan of 200 matrices stays readable and diffable
+        body = "".join("- " + yaml.safe_dump(i, default_flow_style=True, sort_keys=False, width=10**6) for i in items)
+        text += f"{key}:\n{body}" if items else f"{key}: []\n"
+    return text
+
+
+_T = TypeVar("_T")
+
+
+def _field(data: Mapping[str, Any], key: str, source: str) -> Any:
+    if key not in data:
+        raise CheckpointError(f"{source}: field {key!r} is missing.")
+    return data[key]
+
+
+def _build(cls: type[_T], row: Any, where: str) -> _T:
+    if not isinstance(row, Mapping):
+        raise CheckpointError(f"{where} is {row!r}, wanted a mapping.")
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(row) - known)
+    if unknown:
+        raise CheckpointError(f"{where}: unknown field {unknown[0]!r}, known are {sorted(known)}.")
+    try:
+        return cls(**{k: _revive(v) for k, v in row.items()})
+    except TypeError as error:
+        raise CheckpointError(f"{where}: {error}.") from error
+
+
+def _rows(cls: type[_T], data: Mapping[str, Any], key: str, source: str) -> tuple[_T, ...]:
+    rows = _field(data, key, source)
+    if not isinstance(rows, list | tuple):
+        raise CheckpointError(f"{source}: field {key!r} is a {type(rows).__name__}, wanted a list.")
+    return tuple(_build(cls, row, f"{source}: {key}[{i}]") for i, row in enumerate(rows))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON or YAML file that holds a mapping; YAML by the safe loader only.
+
+    Raises:
+        CheckpointError: not there, empty, cannot be parsed (a YAML tag that asks for an object included), no mapping.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as text ({error}).") from error
+    if not text.strip():
+        raise CheckpointError(f"{path}: the file is empty.")
+    try:
+        if path.suffix in {".yaml", ".yml"}:
+            import yaml
+
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            try:
+                data = yaml.load(text, Loader=loader)  # noqa: S506 - a safe loader, in C where it is built
+            except yaml.YAMLError as error:
+                raise CheckpointError(f"{path}: not plain YAML: {_one_line(error)}.") from error
+        else:
+            data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds a {type(data).__name__}, wanted a mapping.")
+    return data
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a whole file or nothing: to a temporary name in the same folder, then renamed.
+
+    Raises:
+        CheckpointError: the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
