@@ -1,0 +1,168 @@
+"""Shared fixtures: tiny models built from configs, the folder of shared reference data, markers.
+
+Nothing here touches the network. torch and transformers are imported inside fixtures, so that the tests of plain data run
+without them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Before any import of the libraries that read them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+# No test reads or leaves anything in the user's own cache of scans.
+os.environ["SPECTRUM_PEFT_CACHE"] = tempfile.mkdtemp(prefix="spectrum_peft_tests_")
+
+import pytest  # noqa: E402 - after the environment
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+MARKERS = (
+    "slow: needs a real model or more than a few seconds",
+    "gpu: needs a CUDA device",
+    "multiprocess: starts more than one process",
+)
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["SPECTRUM_PEFT_CACHE"], ignore_errors=True)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference data that lies beside the checkout; it is not part of the project."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"reference data is not there: {folder}")
+    return folder
+
+
+@pytest.fixture
+def seeded() -> torch.Generator:
+    """A CPU generator with a fixed seed, fresh for each test."""
+    import torch
+
+    return torch.Generator().manual_seed(0)
+
+
+# --- tiny models -----------------------------------------------------------------------------------------------------
+# `<name>_folder` is a saved checkpoint (session-scoped: read it, never write to it); `<name>` is the same model loaded
+# anew for each test, float32, in eval mode, to be changed at will.
+
+
+def _tiny_llama(tied: bool) -> PreTrainedModel:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7 if tied else 0)
+    config = LlamaConfig(
+        vocab_size=264, hidden_size=64, intermediate_size=112, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied,
+        pad_token_id=256, bos_token_id=257, eos_token_id=258,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def _tiny_gpt2() -> PreTrainedModel:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=264, n_embd=64, n_layer=3, n_head=4, n_positions=256,
+        pad_token_id=256, bos_token_id=257, eos_token_id=258,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte (ids 0 to 255), then <pad> 256, <s> 257, </s> 258; with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=_CHAT_TEMPLATE
+    )
+
+
+def _saved(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _loaded(folder: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama, hidden 64, 4 layers, 4 heads over 2 key-value heads, vocabulary 264, untied head, with a byte tokenizer."""
+    return _saved(_tiny_llama(tied=False), tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_llama_folder` with other values and the head tied to the embeddings."""
+    return _saved(_tiny_llama(tied=True), tmp_path_factory.mktemp("tiny_llama_tied"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GPT-2, hidden 64, 3 layers: Conv1D weights are stored transposed, the head is tied."""
+    return _saved(_tiny_gpt2(), tmp_path_factory.mktemp("tiny_gpt2"))
+
+
+@pytest.fixture
+def tiny_llama(tiny_llama_folder: Path) -> PreTrainedModel:
+    return _loaded(tiny_llama_folder)
+
+
+@pytest.fixture
+def tiny_llama_tied(tiny_llama_tied_folder: Path) -> PreTrainedModel:
+    return _loaded(tiny_llama_tied_folder)
+
+
+@pytest.fixture
+def tiny_gpt2(tiny_gpt2_folder: Path) -> PreTrainedModel:
+    return _loaded(tiny_gpt2_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
