@@ -26,6 +26,14 @@ class MismatchError(SpectrumError, ValueError):
     """Two things that must belong together do not: plan and model, report and checkpoint, adapter file and plan."""
 
 
+class DataError(SpectrumError, ValueError):
+    """A dataset is missing, cannot be read, or lacks a column or a value that the task needs."""
+
+
+class InstallError(SpectrumError, ImportError):
+    """An optional package is not installed; the message has the line that installs it."""
+
+
 class TrainingSetupError(SpectrumError, RuntimeError):
     """The trainer, the optimizer or a callback is set up so that the plan would not be carried out."""
 

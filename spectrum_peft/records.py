@@ -476,6 +476,13 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def cache_folder() -> Path:
+    """Folder of what can be made again: `$SPECTRUM_PEFT_CACHE`, else `spectrum_peft` in the user's cache folder."""
+    if chosen := os.environ.get("SPECTRUM_PEFT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectrum_peft"
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a whole file or nothing: to a temporary name in the same folder, then renamed.
 
