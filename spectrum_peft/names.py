@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 # Words that name a list of blocks. Before a number they carry no meaning of their own (T5: `block.0.layer.1.`).
 _STACK_WORDS = frozenset({"layer", "layers", "block", "blocks", "h"})
-_HEADS = frozenset(
+HEADS = frozenset(
     {
         "lm_head", "embed_out", "score", "classifier", "pre_classifier", "classification_head", "qa_outputs", "cls",
         "summary", "v_head",
@@ -109,13 +109,18 @@ def role(name: str, shape: Sequence[int] | None) -> str:
         return "linear"
     if len(shape) != 2:
         return "other"
-    if block_index(name) is None and _HEADS & set(name.split(".")):
+    if in_head(name):
         return "head"
     if _EMBEDDING.search(owner) or (block_index(name) is None and "embeddings" in name.split(".")):
         return "embedding"
     if owner in _ROUTERS:
         return "router"
     return "linear"
+
+
+def in_head(name: str) -> bool:
+    """Whether a parameter, weight, bias or norm, belongs to the output head: `lm_head.weight`, `classifier.dense.bias`."""
+    return block_index(name) is None and bool(HEADS & set(name.split(".")))
 
 
 def canonical(name: str) -> str | None:

@@ -1,7 +1,7 @@
 """Shared fixtures: tiny models built from configs, the folder of shared reference data, markers.
 
-Nothing here touches the network. torch and transformers are imported inside fixtures, so that the tests of plain data run
-without them.
+Nothing here touches the network. torch and transformers are imported inside fixtures, so that the tests of plain data
+run without them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 # No test reads or leaves anything in the user's own cache of scans.
 os.environ["SPECTRUM_PEFT_CACHE"] = tempfile.mkdtemp(prefix="spectrum_peft_tests_")
 
-import pytest  # noqa: E402 - after the environment
+import pytest  # noqa: E402 - the environment comes first
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +132,7 @@ def _loaded(folder: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Llama, hidden 64, 4 layers, 4 heads over 2 key-value heads, vocabulary 264, untied head, with a byte tokenizer."""
+    """Llama, hidden 64, 4 layers, 4 heads over 2 key-value heads, 264 tokens, untied head; with a byte tokenizer."""
     return _saved(_tiny_llama(tied=False), tmp_path_factory.mktemp("tiny_llama"))
 
 

@@ -1,0 +1,612 @@
+"""make_plan: a report and a policy become a plan. Also: the options, explain(), the difference of two plans.
+
+Reads records, writes records; knows neither weights nor models. The options live here, in one place: names, defaults,
+ranges and which of them exclude each other. `SpectrumConfig` and the command line call `check_options` too.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from . import names
+from .errors import CheckpointError, MismatchError, OptionError, near_matches
+from .policies import (
+    MODES,
+    POLICIES,
+    Candidate,
+    get_mode,
+    natural_key,
+    score_of,
+    smallest_budget,
+    tier_ranks,
+)
+from .records import MatrixStat, Plan, PlanEntry, SnrReport
+
+# Name -> default. None: derived, as the comment says.
+OPTIONS: dict[str, Any] = {
+    "mode": "spectrum",
+    "criterion": "spectrum",
+    "spectrum_ratio": None,  # 0.5, unless a threshold, cuts or a budget choose instead
+    "snr_threshold": None,
+    "scope": "per_kind",
+    "measure": "count",
+    "backward_depth": 1.0,
+    "train_embeddings": False,
+    "train_head": False,
+    "train_norms": False,
+    "keep_base": "auto",
+    "trainable_dtype": "float32",
+    "r": 16,
+    "lora_alpha": None,  # 2 * r
+    "use_rslora": False,
+    "r_high": None,  # r
+    "r_medium": None,  # max(1, r // 4)
+    "trainable_parameters": None,
+    "score_cuts": None,
+    "lr_ratio": (0.5, 2.0),
+    "rescore_every": None,
+    "seed": 0,
+    "preset": None,
+}
+DEFAULT_RATIO = 0.5
+CRITERIA = ("spectrum", "mp", "mean_std", "row_norm", "kappa", "fisher", "random", "last", "first")
+# What decides how much is chosen; one of them only.
+_AMOUNTS = ("spectrum_ratio", "snr_threshold", "score_cuts", "trainable_parameters")
+# Added by the published script whatever the scores say.
+_PUBLISHED_ALWAYS = ("^lm_head.weight$", "^model.embed_tokens.weight$")
+_EXPERT = re.compile(r"^(?P<name>.+)\[(?P<expert>\d+)\]$")
+# Several matrices of one input stored as one: they get one score and one entry.
+_FUSED = frozenset({"qkv_proj", "qkv", "Wqkv", "W_pack", "c_attn", "query_key_value", "in_proj_weight", "gate_up_proj"})
+# Stacks that run before the others in a forward pass (T5's encoder, the towers of models that see and hear).
+_RUNS_FIRST = ("encoder", "vision", "visual", "audio", "speech")
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def _a_number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise OptionError(f"{name} is {value!r}, wanted a number.")
+    if math.isnan(value):
+        raise OptionError(f"{name} is nan, wanted a number.")
+    return float(value)
+
+
+def _share(name: str, value: Any) -> float:
+    share = _a_number(name, value)
+    if not 0 < share <= 1:
+        raise OptionError(f"{name} is {value!r}, wanted a share in (0, 1]" + (" (25 % is 0.25)." if share > 1 else "."))
+    return share
+
+
+def _positive(name: str, value: Any) -> float:
+    number = _a_number(name, value)
+    if not 0 < number < math.inf:
+        raise OptionError(f"{name} is {value!r}, wanted a number above 0.")
+    return number
+
+
+def _integer(least: int) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        number = _a_number(name, value)
+        if not number.is_integer() or number < least:
+            raise OptionError(f"{name} is {value!r}, wanted a whole number of at least {least}.")
+        return int(number)
+
+    return check
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"{name} is {value!r}, wanted true or false.")
+    return value
+
+
+def _one_of(*choices: str) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise OptionError(f"{name} is {value!r}." + near_matches(str(value), choices))
+        return value
+
+    return check
+
+
+def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _pair(check: Callable[[str, Any], float], what: str) -> Callable[[str, Any], tuple[float, float]]:
+    def checked(name: str, value: Any) -> tuple[float, float]:
+        if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+            raise OptionError(f"{name} is {value!r}, wanted two numbers, {what}.")
+        return check(name, value[0]), check(name, value[1])
+
+    return checked
+
+
+def _interval(name: str, value: Any) -> int | str:
+    return "epoch" if value == "epoch" else _integer(1)(name, value)
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "mode": lambda name, value: get_mode(value).name,
+    "criterion": _one_of(*CRITERIA),
+    "spectrum_ratio": _optional(_share),
+    "snr_threshold": _optional(_a_number),
+    "scope": _one_of("per_kind", "global"),
+    "measure": _one_of("count", "parameters"),
+    "backward_depth": _share,
+    "train_embeddings": _flag,
+    "train_head": _flag,
+    "train_norms": _flag,
+    "keep_base": _one_of("auto", "host", "file", "none"),
+    "trainable_dtype": _one_of("float32", "base"),
+    "r": _integer(1),
+    "lora_alpha": _optional(_positive),
+    "use_rslora": _flag,
+    "r_high": _optional(_integer(1)),
+    "r_medium": _optional(_integer(1)),
+    "trainable_parameters": _optional(_integer(1)),
+    "score_cuts": _optional(_pair(_a_number, "(high, medium)")),
+    "lr_ratio": _pair(_positive, "(lowest, highest)"),
+    "rescore_every": _optional(_interval),
+    "seed": _integer(0),
+    "preset": _optional(_one_of("published")),
+}
+
+
+def check_options(**options: Any) -> dict[str, Any]:
+    """Validate the options of a plan and fill in the defaults.
+
+    Checking what this returns again changes nothing.
+
+    Returns:
+        {name: value} for every name in `OPTIONS`, in that order.
+    Raises:
+        OptionError: an unknown name, a value outside its range, two options that exclude each other, or an option that
+            the mode does not have.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            raise OptionError(f"unknown option {name!r}." + near_matches(name, OPTIONS))
+    checked = {name: _CHECKS[name](name, options.get(name, default)) for name, default in OPTIONS.items()}
+    mode = MODES[checked["mode"]]
+
+    amounts = [name for name in _AMOUNTS if checked[name] is not None]
+    if len(amounts) > 1:
+        raise OptionError(
+            f"{amounts[0]}={checked[amounts[0]]} and {amounts[1]}={checked[amounts[1]]} are both given; each says how "
+            "much is chosen, give one."
+        )
+    for name, value in checked.items():
+        owners = [row.name for row in MODES.values() if name in row.own_options]
+        if owners and mode.name not in owners and value != OPTIONS[name]:
+            raise OptionError(f"{name}={value} means nothing in mode {mode.name!r}; it belongs to {', '.join(owners)}.")
+    if checked["rescore_every"] is not None and not mode.rescorable:
+        able = ", ".join(row.name for row in MODES.values() if row.rescorable)
+        raise OptionError(
+            f"rescore_every={checked['rescore_every']!r}: mode {mode.name!r} cannot be re-evaluated during training; "
+            f"these can: {able}."
+        )
+    high, medium = tier_ranks(checked)
+    if high < medium:
+        raise OptionError(f"r_high is {high} and r_medium is {medium}, wanted r_high at least as large.")
+    cuts = checked["score_cuts"]
+    if cuts is not None and cuts[0] <= cuts[1]:
+        raise OptionError(f"score_cuts is {cuts}: the tiers overlap; wanted (high, medium), high above medium.")
+    if checked["lr_ratio"][0] > checked["lr_ratio"][1]:
+        raise OptionError(f"lr_ratio is {checked['lr_ratio']}, wanted (lowest, highest).")
+    if checked["backward_depth"] < 1 and (checked["train_embeddings"] or mode.whole_model):
+        reason = "train_embeddings=True" if checked["train_embeddings"] else f"mode {mode.name!r} trains the embeddings"
+        raise OptionError(
+            f"backward_depth={checked['backward_depth']}, but {reason}: backward then runs through every block down to "
+            "the embeddings, and nothing is saved."
+        )
+    if checked["preset"] is not None:
+        _check_preset(checked)
+
+    if checked["lora_alpha"] is None:
+        checked["lora_alpha"] = float(2 * checked["r"])
+    if mode.selective and not amounts:
+        checked["spectrum_ratio"] = DEFAULT_RATIO
+    return checked
+
+
+def _check_preset(checked: Mapping[str, Any]) -> None:
+    """The published selection is what it is: only the mode `spectrum` and a ratio go with it."""
+    if checked["mode"] != OPTIONS["mode"]:
+        raise OptionError(f"preset={checked['preset']!r} goes with mode 'spectrum', not {checked['mode']!r}.")
+    fixed = ("snr_threshold", "scope", "measure", "backward_depth", "train_embeddings", "train_head", "train_norms")
+    for name in fixed:
+        if checked[name] != OPTIONS[name]:
+            raise OptionError(
+                f"{name}={checked[name]!r} does not go with preset={checked['preset']!r}, which fixes the selection "
+                "(embeddings and head always train, each kind on its own, by count)."
+            )
+
+
+# --- making a plan ---------------------------------------------------------------------------------------------------
+
+
+def make_plan(
+    report: SnrReport | str | os.PathLike[str], *, candidates: Iterable[str] | None = None, **options: Any
+) -> Plan:
+    """Decide what trains: the scores of a report and a mode become a plan.
+
+    The order of the report's rows is of no consequence (but for `preset="published"`, whose ties go by file order), and
+    the same report and options give the same plan, byte for byte.
+
+    Args:
+        report: a report, or the file of one.
+        candidates: full parameter names to choose among; default every linear matrix of the report but the head.
+        options: see `OPTIONS`; unknown ones are refused.
+    Raises:
+        OptionError: an option is wrong, a candidate is not in the report or is none, nothing would train.
+        CheckpointError: the report's file cannot be used, or the report lists a tensor twice.
+        MismatchError: another criterion is asked for than the report was scored by.
+    """
+    if isinstance(report, str | os.PathLike):
+        return make_plan(SnrReport.load(report), candidates=candidates, **options)
+    if not isinstance(report, SnrReport):
+        raise OptionError(f"report is a {type(report).__name__}, wanted an SnrReport or the path of one.")
+    checked = check_options(**options)
+    if checked["criterion"] != report.criterion:
+        # The default cannot be told from a wish, so a report of another criterion goes before it.
+        if checked["criterion"] != OPTIONS["criterion"]:
+            raise MismatchError(
+                f"criterion={checked['criterion']!r} is asked for, the report was scored by {report.criterion!r}. Scan "
+                "again, or leave the criterion out."
+            )
+        checked["criterion"] = report.criterion
+    units = _units(report)
+    if checked["preset"] == "published":
+        return _published(report, units, candidates, checked)
+
+    mode = MODES[checked["mode"]]
+    tied_to = {name: group[0] for group in report.tied for name in group[1:]}
+    units = sorted((u for u in units if u.name not in tied_to), key=lambda u: natural_key(u.name))
+    linear = [u for u in units if u.role == "linear"]
+    kept = _narrow(linear, units, candidates)
+    if not kept:
+        raise OptionError("the report lists no linear matrix that a plan could choose.")
+    if mode.whole_model and len(kept) < len(linear):
+        raise OptionError(
+            f"mode {mode.name!r} trains everything, but the candidates leave out {len(linear) - len(kept)} matrices, "
+            f"such as {next(u.name for u in linear if u not in kept)}. To train some, use mode='spectrum'."
+        )
+    reached = _reached(units, checked["backward_depth"])
+    pool = [_candidate(u, reached) for u in kept]
+
+    saved, notes = _saved(units, report.tied, checked, reached)
+    policy_options = dict(checked)
+    if checked["trainable_parameters"] is not None:
+        policy_options["trainable_parameters"] = _adapter_budget(pool, saved, checked["trainable_parameters"])
+    draft = POLICIES[mode.select](pool, policy_options)
+    return Plan(
+        mode=mode.name,
+        entries=(*draft.entries, *(_save_entry(u) for u in saved)),
+        options=checked,
+        criterion=report.criterion,
+        fingerprint=report.fingerprint,
+        model_id=report.model_id,
+        revision=report.revision,
+        total_parameters=_total(report),
+        notes=(*_unused_options(checked), *_about(kept, reached, checked), *draft.notes, *notes),
+    )
+
+
+def _total(report: SnrReport) -> int:
+    """Elements of the model, 0 where a shape is not known."""
+    return report.total_parameters if all(s.shape is not None for s in report.stats) else 0
+
+
+def _units(report: SnrReport) -> list[MatrixStat]:
+    """The report's rows with the experts of a fused parameter put together, where the first of them stands.
+
+    Raises:
+        CheckpointError: a name stands twice; the experts of one parameter are not 0, 1, 2, ... of one shape.
+    """
+    rows: dict[str, list[MatrixStat]] = {}
+    seen: set[str] = set()
+    for stat in report.stats:
+        if stat.name in seen:
+            raise CheckpointError(f"the report lists {stat.name} twice.")
+        seen.add(stat.name)
+        match = _EXPERT.match(stat.name)
+        rows.setdefault(match["name"] if match else stat.name, []).append(stat)
+    return [members[0] if members[0].name == name else _joined(name, members) for name, members in rows.items()]
+
+
+def _joined(name: str, members: Sequence[MatrixStat]) -> MatrixStat:
+    """One row for the experts of a fused parameter: shape (experts, ., .), the score their mean."""
+    members = sorted(members, key=lambda s: natural_key(s.name))
+    if [s.name for s in members] != [f"{name}[{e}]" for e in range(len(members))]:
+        raise CheckpointError(f"the report lists {len(members)} experts of {name}, not [0] to [{len(members) - 1}].")
+    shapes = {s.shape for s in members}
+    if len(shapes) > 1:
+        raise CheckpointError(f"the experts of {name} differ in shape: {sorted(map(str, shapes))}.")
+    first, scores = members[0], [s.score for s in members]
+    known = [score for score in scores if score is not None]
+    return MatrixStat(
+        name=name,
+        kind=_EXPERT.sub(r"\g<name>", first.kind),
+        shape=None if first.shape is None else (len(members), *first.shape),
+        numel=sum(s.numel for s in members),
+        dtype=first.dtype,
+        score=sum(known) / len(known) if len(known) == len(scores) else None,
+        n_signal=None,
+        s_max=None,
+        role=first.role,
+    )
+
+
+def _narrow(
+    linear: Sequence[MatrixStat], units: Sequence[MatrixStat], wanted: Iterable[str] | None
+) -> list[MatrixStat]:
+    """Those linear units that `wanted` names; all of them if it is None."""
+    if wanted is None:
+        return list(linear)
+    by_name = {u.name: u for u in linear}
+    kept: set[str] = set()
+    for name in wanted:
+        if name in kept:
+            raise OptionError(f"candidates: {name} is named twice.")
+        if name not in by_name:
+            other = next((u for u in units if u.name == name), None)
+            if other is not None:
+                raise OptionError(f"candidates: {name} is of role {other.role!r}; only linear matrices can be chosen.")
+            raise OptionError(f"candidates: {name!r} is not in the report." + near_matches(name, by_name))
+        kept.add(name)
+    return [u for u in linear if u.name in kept]
+
+
+def _candidate(unit: MatrixStat, reached: frozenset[tuple[str, int]] | None) -> Candidate:
+    return Candidate(
+        name=unit.name,
+        kind=unit.kind,
+        block=names.block_index(unit.name),
+        shape=unit.shape,
+        score=unit.score,
+        reachable=reached is None or _place(unit.name) in reached,
+    )
+
+
+def _save_entry(unit: MatrixStat) -> PlanEntry:
+    return PlanEntry(unit.name, "save", kind=unit.kind, shape=unit.shape, score=unit.score)
+
+
+def _adapter_budget(pool: Sequence[Candidate], saved: Sequence[MatrixStat], budget: int) -> int:
+    """What an exact budget leaves for adapters after the tensors that train whole."""
+    whole = sum(u.numel for u in saved)
+    smallest = smallest_budget(pool) + whole
+    if budget < smallest:
+        kept = f", {whole:,} of them in embeddings, head and norms" if whole else ""
+        raise OptionError(
+            f"trainable_parameters is {budget:,}: too few for rank 1 on each of {sum(c.reachable for c in pool)} "
+            f"matrices. The smallest that works is {smallest:,}{kept}."
+        )
+    return budget - whole
+
+
+# --- depth -----------------------------------------------------------------------------------------------------------
+
+
+def _place(name: str) -> tuple[str, int] | None:
+    """(stack, block number) of a name in the blocks."""
+    where, block = names.stack(name), names.block_index(name)
+    return None if where is None or block is None else (where, block)
+
+
+def _in_order(places: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Blocks in the order a forward pass runs them: encoders and towers, then the rest."""
+    return sorted(places, key=lambda p: (not any(part.startswith(_RUNS_FIRST) for part in p[0].split(".")), p))
+
+
+def _reached(units: Sequence[MatrixStat], depth: float) -> frozenset[tuple[str, int]] | None:
+    """The last `depth` of the blocks, at least one; None if that is all of them."""
+    if depth == 1:
+        return None
+    blocks = _in_order({place for u in units if (place := _place(u.name)) is not None})
+    if not blocks:
+        raise OptionError(f"backward_depth={depth}: no name of the report tells its block.")
+    return frozenset(blocks[-max(1, math.floor(len(blocks) * depth + 1e-9)) :])
+
+
+def _above_cut(name: str, reached: frozenset[tuple[str, int]], blocks: Sequence[tuple[str, int]]) -> bool:
+    """Whether a norm can train without backward going below the cut.
+
+    Outside the blocks there is the one before them (in the embeddings), the last of a stack, and the rest after all.
+    """
+    place = _place(name)
+    if place is not None:
+        return place in reached
+    if any(part.startswith("embed") for part in name.split(".")):
+        return False
+    owners = {where.rpartition(".")[0]: (where, block) for where, block in blocks}  # the last block of each owner
+    around = [owner for owner in owners if owner and name.startswith(f"{owner}.")]
+    return owners[max(around, key=len)] in reached if around else True
+
+
+# --- what trains whole -----------------------------------------------------------------------------------------------
+
+
+def _saved(
+    units: Sequence[MatrixStat],
+    tied: Sequence[Sequence[str]],
+    options: Mapping[str, Any],
+    reached: frozenset[tuple[str, int]] | None,
+) -> tuple[list[MatrixStat], list[str]]:
+    """Embeddings, head and norms that their switches ask for, in model order, tied ones once; and notices.
+
+    All that is not linear where the mode trains the whole model.
+    """
+    notes: list[str] = []
+    if MODES[options["mode"]].whole_model:
+        return [u for u in units if u.role != "linear"], notes
+    taken: set[str] = set()
+    roles = {u.name: u.role for u in units}
+    if options["train_embeddings"]:
+        found = {u.name for u in units if u.role == "embedding"}
+        taken |= _found("train_embeddings", found)
+    if options["train_head"]:
+        found = {u.name for u in units if names.in_head(u.name)}
+        for group in tied:
+            if group[0] in roles and any(names.in_head(name) for name in group[1:]):
+                if options["backward_depth"] < 1:
+                    raise OptionError(
+                        f"backward_depth={options['backward_depth']}, but train_head=True trains {group[0]}, which the "
+                        "head is tied to: backward then runs down to the embeddings, and nothing is saved."
+                    )
+                found.add(group[0])
+        taken |= _found("train_head", found)
+    if options["train_norms"]:
+        modules = {names.module_name(u.name) for u in units if u.role == "norm" and not names.in_head(u.name)}
+        found = {u.name for u in units if names.module_name(u.name) in modules and u.role in {"norm", "bias"}}
+        taken |= _found("train_norms", found)
+        if reached is not None:
+            blocks = _in_order({place for u in units if (place := _place(u.name)) is not None})
+            below = {name for name in found if not _above_cut(name, reached, blocks)}
+            taken -= below
+            notes.append(f"train_norms: {len(below)} norm tensors below the cut of backward_depth stay frozen.")
+    for group in tied:
+        if group[0] in taken:
+            notes.append(f"{group[0]} and {', '.join(group[1:])} are one tensor: it trains, and counts, once.")
+    return [u for u in units if u.name in taken], notes
+
+
+def _found(option: str, found: set[str]) -> set[str]:
+    if not found:
+        raise OptionError(f"{option}=True, but the report lists none.")
+    return found
+
+
+# --- notices ---------------------------------------------------------------------------------------------------------
+
+
+def _unused_options(options: Mapping[str, Any]) -> list[str]:
+    """Options that were set and do nothing in this mode: allowed, so that one set of flags serves every mode."""
+    mode = MODES[options["mode"]]
+    idle = [] if mode.selective else ["spectrum_ratio", "snr_threshold"]
+    idle += [] if mode.importance_rates else ["lr_ratio"]
+    return [
+        f"{name}={options[name]} has no effect in mode {mode.name!r} ({mode.summary})."
+        for name in idle
+        if options[name] != OPTIONS[name]
+    ]
+
+
+def _about(
+    kept: Sequence[MatrixStat], reached: frozenset[tuple[str, int]] | None, options: Mapping[str, Any]
+) -> list[str]:
+    notes = []
+    for kind in sorted({u.kind for u in kept if u.kind.rpartition(".")[2] in _FUSED and len(u.shape or ()) != 3}):
+        notes.append(f"{kind} is stored as one fused matrix: its parts share one score and are chosen together.")
+    for kind in sorted({u.kind for u in kept if u.shape and len(u.shape) == 3}):
+        experts = next(u.shape[0] for u in kept if u.shape and u.kind == kind)
+        notes.append(f"{kind} holds {experts} experts in one parameter: ranked by their mean score, chosen together.")
+    if reached is not None:
+        stacks = _in_order({(where, 0) for where in {names.stack(u.name) for u in kept} if where is not None})
+        if len(stacks) > 1:
+            order = ", ".join(stack for stack, _ in stacks)
+            notes.append(f"backward_depth: the stacks of blocks are taken to run in the order {order}.")
+        outside = [u.name for u in kept if _place(u.name) is None]
+        if outside:
+            notes.append(
+                f"backward_depth: {len(outside)} matrices outside the blocks are not taken, such as {outside[0]}: the "
+                "name does not tell their depth."
+            )
+    return notes
+
+
+# --- the published selection -----------------------------------------------------------------------------------------
+
+
+def _published(
+    report: SnrReport, units: Sequence[MatrixStat], candidates: Iterable[str] | None, options: Mapping[str, Any]
+) -> Plan:
+    """What the published script selects, entry for entry.
+
+    int(n * percent / 100) of each kind, so that a kind of one is never taken below 100 %; kinds and ties in file order;
+    norms are kinds like others; head and embeddings always; module names as regexes for `re.match`, which also match
+    the modules' biases.
+    Source: QuixiAI/spectrum@1996495 spectrum.py, generate_unfrozen_params_yaml.
+    """
+    linear = [u for u in units if u.role == "linear"]
+    if candidates is not None and len(_narrow(linear, units, candidates)) < len(linear):
+        raise OptionError(f"preset={options['preset']!r} selects among all matrices; the candidates leave some out.")
+    notes = []
+    if any(u.role == "norm" and u.score is None for u in units):
+        # A norm is one row: no noise set, which the published scans write as Infinity.
+        notes.append("norms are not scored in this report; they rank as infinite, as in every published scan.")
+    scored = [u for u in units if u.score is not None or u.role in {"linear", "norm"}]
+    kinds: dict[str, list[MatrixStat]] = {}
+    for unit in scored:
+        kinds.setdefault(unit.kind, []).append(unit)
+    percent = round(options["spectrum_ratio"] * 100, 9)
+    patterns = list(_PUBLISHED_ALWAYS)
+    for members in kinds.values():
+        order = sorted(members, key=_published_score, reverse=True)  # stable: ties keep their file order
+        patterns += [u.name.removesuffix(".weight") for u in order[: int(len(members) * percent / 100)]]
+    for pattern in _PUBLISHED_ALWAYS:
+        if not any(re.match(pattern, u.name) for u in units):
+            notes.append(f"{pattern} matches nothing in this report; it is written all the same, as published.")
+    matches = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)).match
+    tied_to = {name for group in report.tied for name in group[1:]}
+    ranked_names = {u.name for u in scored}
+    entries = []
+    for unit in units:
+        if unit.name in tied_to:
+            continue
+        if matches(unit.name):
+            action = "train" if unit.role == "linear" else "save"
+        elif unit.name in ranked_names:
+            action = "freeze"
+        else:
+            continue
+        entries.append(PlanEntry(unit.name, action, kind=unit.kind, shape=unit.shape, score=unit.score))
+    return Plan(
+        mode=options["mode"],
+        entries=tuple(entries),
+        options=options,
+        criterion=report.criterion,
+        fingerprint=report.fingerprint,
+        model_id=report.model_id,
+        revision=report.revision,
+        total_parameters=_total(report),
+        notes=tuple(notes),
+        patterns=tuple(patterns),
+    )
+
+
+def _published_score(unit: MatrixStat) -> float:
+    if unit.score is None and unit.role == "norm":
+        return math.inf
+    return score_of(_candidate(unit, None))
+
+
+def unfrozen_yaml(plan: Plan) -> str:
+    """The text of `unfrozen_parameters` as the published script writes it and axolotl reads it, a comment per kind.
+
+    A plan of the preset `published` gives the published file byte for byte.
+
+    Raises:
+        OptionError: the plan trains adapters, which that form cannot say.
+    """
+    mode = get_mode(plan.mode)
+    if not mode.real_weights:
+        raise OptionError(f"the plan is of mode {mode.name!r}: unfrozen_parameters names real weights that train.")
+    kind_of = {}
+    for entry in plan.entries:
+        kind_of[f"^{entry.name}$"] = kind_of[entry.name.removesuffix(".weight")] = entry.kind
+    patterns = plan.unfrozen_parameters
+    lines = [p for p in patterns if p in _PUBLISHED_ALWAYS] if plan.patterns else []
+    text = "unfrozen_parameters:\n" + "".join(f"- {p}\n" for p in lines)
+    for kind in dict.fromkeys(e.kind for e in plan.entries):
+        text += f"# {kind} layers\n"
+        text += "".join(f"- {p}\n" for p in patterns if p not in lines and kind_of[p] == kind)
+    return text
