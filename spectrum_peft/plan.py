@@ -6,11 +6,13 @@ ranges and which of them exclude each other. `SpectrumConfig` and the command li
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from . import names
@@ -19,8 +21,11 @@ from .policies import (
     MODES,
     POLICIES,
     Candidate,
+    alpha_for,
     get_mode,
+    groups,
     natural_key,
+    ranked,
     score_of,
     smallest_budget,
     tier_ranks,
@@ -88,7 +93,7 @@ def _positive(name: str, value: Any) -> float:
     number = _a_number(name, value)
     if not 0 < number < math.inf:
         raise OptionError(f"{name} is {value!r}, wanted a number above 0.")
-    return number
+    return int(number) if number.is_integer() else number
 
 
 def _integer(least: int) -> Callable[[str, Any], int]:
@@ -211,7 +216,7 @@ def check_options(**options: Any) -> dict[str, Any]:
         _check_preset(checked)
 
     if checked["lora_alpha"] is None:
-        checked["lora_alpha"] = float(2 * checked["r"])
+        checked["lora_alpha"] = 2 * checked["r"]
     if mode.selective and not amounts:
         checked["spectrum_ratio"] = DEFAULT_RATIO
     return checked
@@ -481,7 +486,7 @@ def _saved(
 
 def _found(option: str, found: set[str]) -> set[str]:
     if not found:
-        raise OptionError(f"{option}=True, but the report lists none.")
+        raise OptionError(f"{option}=True, but the report lists no tensor that it could mean.")
     return found
 
 
@@ -610,3 +615,320 @@ def unfrozen_yaml(plan: Plan) -> str:
         text += f"# {kind} layers\n"
         text += "".join(f"- {p}\n" for p in patterns if p not in lines and kind_of[p] == kind)
     return text
+
+
+# --- reading a plan --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlanNumbers:
+    """A plan counted.
+
+    Attributes:
+        kinds: kinds of matrices among the candidates.
+        candidates: how many matrices could be chosen.
+        chosen: how many of them train or carry an adapter.
+        saved: tensors that train besides: embeddings, head, norms, biases.
+        trainable_parameters: elements that the optimizer sees.
+        total_parameters: of the base model, tied tensors once; 0 if not known.
+    """
+
+    kinds: int
+    candidates: int
+    chosen: int
+    saved: int
+    trainable_parameters: int
+    total_parameters: int
+
+    @property
+    def chosen_percent(self) -> float:
+        return 100 * self.chosen / self.candidates if self.candidates else 0.0
+
+    @property
+    def trainable_percent(self) -> float | None:
+        """Of the base model's parameters; None if their number is not known."""
+        return 100 * self.trainable_parameters / self.total_parameters if self.total_parameters else None
+
+
+def plan_numbers(plan: Plan) -> PlanNumbers:
+    """Count what a plan trains."""
+    matrices = [e for e in plan.entries if e.action != "save"]
+    return PlanNumbers(
+        kinds=len({e.kind for e in matrices}),
+        candidates=len(matrices),
+        chosen=sum(e.trains for e in matrices),
+        saved=sum(e.trains for e in plan.entries if e.action == "save"),
+        trainable_parameters=plan.trainable_parameters,
+        total_parameters=plan.total_parameters,
+    )
+
+
+def explain(plan: Plan, report: SnrReport | None = None) -> str:
+    """What a plan trains and why, as text for a terminal.
+
+    Args:
+        report: the one the plan was made from; adds how many singular values stand out in the chosen matrices.
+    Raises:
+        MismatchError: the report is of another checkpoint.
+    """
+    if report is not None and plan.fingerprint is not None:
+        plan.fingerprint.check(report.fingerprint, this="the plan", that="the report")
+    count = plan_numbers(plan)
+    matrices = [e for e in plan.entries if e.action != "save"]
+    on = f" on {plan.model_id}" if plan.model_id else ""
+    lines = [
+        f"Mode {plan.mode}{on}: {get_mode(plan.mode).summary}.",
+        f"Training {count.chosen} of {count.candidates} matrices ({count.chosen_percent:.1f} %) of {count.kinds} kinds"
+        + (f", and {count.saved} other tensors." if count.saved else "."),
+        _parameters_line(count),
+        f"Chosen by: {_chosen_by(plan)}.",
+        "",
+        _kind_table(matrices, report),
+    ]
+    given_up = _given_up(plan)
+    if given_up:
+        lines += ["", f"What backward_depth={plan.options['backward_depth']} gives up ({len(given_up)} better scores):"]
+        lines += [f"  {_score(e.score):>9}  {e.name}" for e in given_up]
+    if plan.notes:
+        lines += ["", "Notes:", *(f"- {note}" for note in plan.notes)]
+    return "\n".join(lines)
+
+
+def _parameters_line(count: PlanNumbers) -> str:
+    if not count.trainable_parameters:
+        return "Trainable parameters: not known, the report states no shapes."
+    if count.trainable_percent is None:
+        return f"Trainable parameters: {count.trainable_parameters:,} of an unknown total."
+    return (
+        f"Trainable parameters: {count.trainable_parameters:,} of {count.total_parameters:,} "
+        f"({count.trainable_percent:.2f} %)."
+    )
+
+
+def _chosen_by(plan: Plan) -> str:
+    options = {**OPTIONS, **plan.options}
+    mode = get_mode(plan.mode)
+    if options["preset"] is not None:
+        return f"criterion {plan.criterion}, preset {options['preset']} at {_percent(options['spectrum_ratio'])} of each kind"
+    if not mode.selective:
+        text = "everything, scores are not asked"
+    elif options["snr_threshold"] is not None:
+        text = f"criterion {plan.criterion}, every score above {options['snr_threshold']:.6g}"
+    elif options["score_cuts"] is not None:
+        high, medium = options["score_cuts"]
+        text = f"criterion {plan.criterion}, high tier above {high:.6g}, medium tier above {medium:.6g}"
+    elif options["trainable_parameters"] is not None:
+        text = f"criterion {plan.criterion}, ranks fitted to {options['trainable_parameters']:,} parameters"
+    else:
+        whole = "each kind" if options["scope"] == "per_kind" else "all matrices together"
+        share = _percent(options["spectrum_ratio"])
+        text = f"criterion {plan.criterion}, the best {share} of {whole}, by {options['measure']}"
+    if options["backward_depth"] < 1:
+        text += f", in the last {_percent(options['backward_depth'])} of the blocks"
+    return text
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
+
+
+def _kind_table(matrices: Sequence[PlanEntry], report: SnrReport | None) -> str:
+    """One row for each kind: how many are chosen, their scores, the best score that was left out."""
+    signal = {s.name: s.n_signal for s in report.stats} if report is not None else {}
+    adapters = any(e.rank for e in matrices)
+    header = ["kind", "chosen", "of", "scores chosen", "best left out", "parameters"]
+    header += ["ranks"] if adapters else []
+    header += ["signal values"] if signal else []
+    rows = []
+    for kind in sorted({e.kind for e in matrices}):
+        members = [e for e in matrices if e.kind == kind]
+        taken = [e for e in members if e.trains]
+        left = [e.score for e in members if not e.trains and e.score is not None]
+        scores = [e.score for e in taken if e.score is not None]
+        elements = sum(e.trainable_numel for e in taken)
+        row = [
+            kind,
+            f"{len(taken)}",
+            f"{len(members)}",
+            _span([_score(min(scores)), _score(max(scores))]) if scores else "-",
+            _score(max(left)) if left else "-",
+            f"{elements:,}" if elements or not taken else "?",
+        ]
+        if adapters:
+            ranks = [e.rank or 0 for e in taken]
+            row.append(", ".join(f"{rank} x {ranks.count(rank)}" for rank in sorted(set(ranks), reverse=True)) or "-")
+        if signal:
+            counts = [n for e in taken if (n := signal.get(e.name)) is not None]
+            row.append(_span([str(min(counts)), str(max(counts))]) if counts else "-")
+        rows.append(row)
+    return format_table(header, rows)
+
+
+def _span(ends: Sequence[str]) -> str:
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _given_up(plan: Plan) -> list[PlanEntry]:
+    """The better-scored matrices that `backward_depth` passed over, group by group, best first.
+
+    As many of each group as were chosen would have come from the top of the whole list; those of the top that were not
+    chosen lie below the cut.
+    """
+    options = {**OPTIONS, **plan.options}
+    if options["backward_depth"] == 1 or not get_mode(plan.mode).selective:
+        return []
+    missed = []
+    for members in groups(_candidates_of(plan), options["scope"]).values():
+        n_chosen = sum(plan.by_name[c.name].trains for c in members)
+        missed += [entry for c in members[:n_chosen] if not (entry := plan.by_name[c.name]).trains]
+    return missed
+
+
+def _candidates_of(plan: Plan, scores: Mapping[str, float] | None = None) -> list[Candidate]:
+    """The candidates a plan was made from, read back from its entries; with other scores if given."""
+    return [
+        Candidate(
+            name=e.name,
+            kind=e.kind,
+            block=names.block_index(e.name),
+            shape=e.shape,
+            score=e.score if scores is None else scores[e.name],
+            reachable=e.action != "freeze",
+        )
+        for e in plan.entries
+        if e.action != "save"
+    ]
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text columns; the first is flush left, the others flush right."""
+    table = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    table.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    )
+
+
+# --- the difference of two plans -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlanDiff:
+    """How plan b differs from plan a.
+
+    Attributes:
+        started, stopped: names that train in b only, in a only.
+        changed: (name, field, value in a, value in b) of those that train in both.
+        settings: (name, value in a, value in b) of mode, model, criterion and options.
+        parameters: trainable elements of a and of b.
+    """
+
+    started: tuple[str, ...]
+    stopped: tuple[str, ...]
+    changed: tuple[tuple[str, str, Any, Any], ...]
+    settings: tuple[tuple[str, Any, Any], ...]
+    parameters: tuple[int, int]
+
+    def __bool__(self) -> bool:
+        """False where both plans train the same in the same way, whatever their settings say."""
+        return bool(self.started or self.stopped or self.changed)
+
+
+def compare_plans(a: Plan, b: Plan) -> PlanDiff:
+    """The difference of two plans as data; `diff_plans` is the text of it."""
+    in_a, in_b = set(a.trainable_names), set(b.trainable_names)
+    changed = [
+        (name, part, mine, other)
+        for name in sorted(in_a & in_b, key=natural_key)
+        for part in ("action", "rank", "alpha", "lr_ratio", "group")
+        if (mine := getattr(a.by_name[name], part)) != (other := getattr(b.by_name[name], part))
+    ]
+    settings = [
+        (part, getattr(a, part), getattr(b, part))
+        for part in ("mode", "model_id", "revision", "criterion")
+        if getattr(a, part) != getattr(b, part)
+    ]
+    for name in dict.fromkeys([*a.options, *b.options]):
+        values = a.options.get(name), b.options.get(name)
+        if values[0] != values[1] and name not in {"mode", "criterion"}:
+            settings.append((name, *values))
+    return PlanDiff(
+        started=tuple(sorted(in_b - in_a, key=natural_key)),
+        stopped=tuple(sorted(in_a - in_b, key=natural_key)),
+        changed=tuple(changed),
+        settings=tuple(settings),
+        parameters=(a.trainable_parameters, b.trainable_parameters),
+    )
+
+
+def diff_plans(a: Plan, b: Plan) -> str:
+    """How plan b differs from plan a, as text: settings, then `+` what starts to train, `-` what stops, `~` changes."""
+    diff = compare_plans(a, b)
+    lines = [f"{name}: {mine} -> {other}" for name, mine, other in diff.settings]
+    if not diff:
+        return "\n".join([*lines, f"The same {len(a.trainable_names)} tensors train in the same way."])
+    same = len(set(a.trainable_names) & set(b.trainable_names))
+    lines.append(
+        f"{same} tensors train in both, {len(diff.stopped)} in the first only, {len(diff.started)} in the second only; "
+        f"trainable parameters {diff.parameters[0]:,} -> {diff.parameters[1]:,}."
+    )
+    lines += [f"- {name}  (score {_score(a.by_name[name].score)})" for name in diff.stopped]
+    lines += [f"+ {name}  (score {_score(b.by_name[name].score)})" for name in diff.started]
+    parts: dict[str, list[str]] = {}
+    for name, part, mine, other in diff.changed:
+        parts.setdefault(name, []).append(f"{part} {mine} -> {other}")
+    lines += [f"~ {name}  {', '.join(changes)}" for name, changes in parts.items()]
+    return "\n".join(lines)
+
+
+# --- re-evaluation ---------------------------------------------------------------------------------------------------
+
+
+def replan(plan: Plan, scores: Mapping[str, float]) -> Plan:
+    """The plan again, with new scores of its matrices: what re-evaluation during training does.
+
+    Same options, same candidates, tensors that train whole as they were. The budget is kept: no more parameters train
+    than before (where matrices of other sizes rise to the top, the worst-scored lose their place), and no rank goes
+    above the highest one of the plan, which is what the layers have allocated.
+
+    Args:
+        scores: {name: score} of exactly the plan's matrices.
+    Raises:
+        OptionError: the plan was not made for re-evaluation, a score is missing, or names no matrix of the plan.
+    """
+    options = dict(plan.options)
+    if options.get("rescore_every") is None:
+        raise OptionError("the plan was made without rescore_every: its matrices have no place to be activated in.")
+    matrices = {e.name for e in plan.entries if e.action != "save"}
+    for name in sorted(matrices ^ set(scores)):
+        if name in matrices:
+            raise OptionError(f"{name} of the plan has no new score.")
+        raise OptionError(f"{name!r} has a new score and is no matrix of the plan." + near_matches(name, matrices))
+    whole = tuple(e for e in plan.entries if e.action == "save")
+    budget = plan.trainable_parameters - sum(e.trainable_numel for e in whole)
+    pool = _candidates_of(plan, scores)
+    if options["trainable_parameters"] is not None:
+        options["trainable_parameters"] = budget
+    draft = POLICIES[get_mode(plan.mode).select](pool, options)
+    highest = max(e.rank or 0 for e in plan.entries)
+    entries = {e.name: e for e in draft.entries}
+    for e in draft.entries:
+        if (e.rank or 0) > highest:
+            entries[e.name] = dataclasses.replace(e, rank=highest, alpha=alpha_for(highest, options))
+    used = sum(e.trainable_numel for e in entries.values())
+    for candidate in reversed(ranked([c for c in pool if entries[c.name].trains])):
+        if used <= budget:
+            break
+        entry = entries[candidate.name]
+        used -= entry.trainable_numel
+        entries[candidate.name] = dataclasses.replace(entry, active=False, rank=0, alpha=0.0, lr_ratio=1.0)
+    return plan.replace(entries=(*entries.values(), *whole), notes=draft.notes)
