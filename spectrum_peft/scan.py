@@ -1,0 +1,321 @@
+"""Weights in, `SnrReport` out: one matrix at a time, several at once, going on where a killed scan stopped.
+
+The model is never loaded: tensors are read from the files as they are scored. Several one-threaded eigenvalue solvers side
+by side are faster than one that uses all cores, so a job has its own matrix and as few threads as the cores allow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from . import names
+from .criteria import (
+    Criterion,
+    MatrixScore,
+    criterion_named,
+    marchenko_pastur_edge,
+    published_edge,
+    score as score_matrix,
+    singular_values,
+)
+from .errors import CheckpointError, OptionError, near_matches
+from .records import MatrixStat, SnrReport
+from .weights import TensorInfo, WeightSource, open_weights, split_expert
+
+logger = logging.getLogger(__name__)
+
+# More jobs than this hold more matrices in memory than they save time; further cores go into each job's threads.
+_MOST_JOBS = 8
+# Goes into the key of stored results: to be raised when a criterion's numbers change.
+_CACHE_VERSION = 1
+
+
+def cache_folder() -> Path:
+    """`$SPECTRUM_PEFT_CACHE`, else `spectrum_peft` in the user's cache folder."""
+    own = os.environ.get("SPECTRUM_PEFT_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectrum_peft"
+
+
+def scan_weights(
+    model_or_path: Any,
+    criterion: str = "spectrum",
+    jobs: int | None = None,
+    device: str = "auto",
+    score: Iterable[str] = ("linear",),
+    cache: bool = False,
+    revision: str | None = None,
+    seed: int = 0,
+) -> SnrReport:
+    """List every tensor of a checkpoint and score its matrices.
+
+    Results are stored as they come, under the weights' identity in `cache_folder()`; a scan that was killed takes them up
+    again. They are removed when the scan completes.
+
+    Args:
+        model_or_path: whatever `weights.open_weights` opens: a model, folder, file, adapter folder or hub id.
+        criterion: key of `criteria.CRITERIA`.
+        jobs: matrices at once; None for one a core, at most 8. Memory grows with it, by about four times the largest matrix.
+        device: `cpu`, `cuda`, `cuda:1`, ...; `auto` is cuda where there is one.
+        score: roles to score, of `names.ROLES`; 1-D tensors are scored as a matrix of one row. The rest is listed.
+        cache: keep the finished report under the weights' identity, and return a kept one without scanning.
+        revision: of a hub id.
+        seed: of the criterion `random`.
+    Raises:
+        OptionError: unknown criterion, role or device; jobs below 1; the criterion needs data.
+        CheckpointError: the weights cannot be read, or hold NaN or Inf (by name).
+    """
+    row = criterion_named(criterion)
+    if row.needs_data:
+        raise OptionError(f"criterion {criterion!r} needs gradients on data: call probe_gradients(model, batches).")
+    roles = _checked_roles(score)
+    jobs, threads = _jobs_and_threads(jobs)
+    where = _device(device)
+    source = open_weights(model_or_path, revision)
+    tensors = source.tensors()
+    wanted = [(name, info) for info in tensors if _scorable(info, roles) for name in _units(info)]
+
+    if not row.needs_weights:
+        found = {name: score_matrix(None, criterion, name=name, seed=seed) for name, _ in wanted}
+        return _report(source, tensors, row, found)
+
+    key = _key(source, row, where)
+    kept = cache_folder() / "reports" / f"{key}-{'-'.join(roles) or 'none'}.json"
+    if cache and kept.is_file():
+        logger.info("taking the finished scan of the same weights from %s", kept)
+        report: SnrReport = SnrReport.load(kept)
+        return dataclasses.replace(report, model_id=source.model_id, revision=source.revision, notes=source.notes)
+
+    def one(name: str, info: TensorInfo) -> MatrixScore:
+        matrix = source.read(name).to(where)
+        return score_matrix(matrix.T if info.transposed else matrix, criterion, name=name, seed=seed)
+
+    with _Partial(cache_folder() / "partial" / f"{key}.jsonl") as partial, _torch_threads(threads), torch.no_grad():
+        rest = [(name, info) for name, info in wanted if name not in partial.results]
+        if len(rest) < len(wanted):
+            logger.info("going on with a stopped scan: %d of %d matrices are done", len(wanted) - len(rest), len(wanted))
+        for name, result in _side_by_side(one, rest, jobs, done=len(wanted) - len(rest)):
+            partial.add(name, result)
+        report = _report(source, tensors, row, {name: partial.results[name] for name, _ in wanted})
+        if cache:
+            report.save(kept)
+        partial.completed()
+    return report
+
+
+def _checked_roles(score: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(score, str):
+        raise OptionError(f"score is {score!r}, wanted a tuple of roles such as ('linear',).")
+    asked = set(score)
+    for role in sorted(asked - set(names.ROLES)):
+        raise OptionError(f"score names the role {role!r}, wanted one of the known.{near_matches(str(role), names.ROLES)}")
+    return tuple(role for role in names.ROLES if role in asked)
+
+
+def _jobs_and_threads(jobs: int | None) -> tuple[int, int]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jobs is None:
+        jobs = min(cores, _MOST_JOBS)
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
+        raise OptionError(f"jobs is {jobs!r}, wanted an integer from 1 up.")
+    return jobs, max(1, cores // jobs)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(f"device is {device!r}, wanted 'auto', 'cpu', 'cuda' or 'cuda:N'.") from error
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"device is {device!r}, but torch sees {torch.cuda.device_count()} CUDA devices.")
+    return where
+
+
+def _scorable(info: TensorInfo, roles: Sequence[str]) -> bool:
+    return info.role in roles and (len(info.shape) in (1, 2) or info.experts is not None) and info.numel > 0
+
+
+def _units(info: TensorInfo) -> list[str]:
+    """What is scored of a parameter: itself, or each of its experts."""
+    return [info.name] if info.experts is None else [f"{info.name}[{e}]" for e in range(info.experts)]
+
+
+def _report(source: WeightSource, tensors: list[TensorInfo], row: Criterion, found: dict[str, MatrixScore]) -> SnrReport:
+    kinds = names.kinds([t.name for t in tensors])
+    stats = []
+    for info in tensors:
+        shape = info.shape if info.experts is None else info.shape[1:]
+        for name in _units(info):
+            result = found.get(name)
+            stats.append(
+                MatrixStat(
+                    name=name,
+                    kind=kinds[info.name],
+                    shape=shape,
+                    numel=math.prod(shape),
+                    dtype=info.dtype,
+                    score=result.score if result else None,
+                    n_signal=result.n_signal if result else None,
+                    s_max=result.s_max if result else None,
+                    role=info.role,
+                    power_law=result.power_law if result else None,
+                )
+            )
+    fingerprint = source.fingerprint()
+    return SnrReport(
+        tuple(stats), row.name, fingerprint, source.model_id, source.revision, tied=source.tied, notes=source.notes
+    )
+
+
+# --- several matrices at once ----------------------------------------------------------------------------------------
+
+
+def _side_by_side(
+    one: Callable[[str, TensorInfo], MatrixScore], todo: list[tuple[str, TensorInfo]], jobs: int, done: int
+) -> Iterator[tuple[str, MatrixScore]]:
+    """Results as they come; the first error stops the rest and is raised."""
+    with _progress(len(todo) + done, done) as advance, ThreadPoolExecutor(jobs, thread_name_prefix="scan") as pool:
+        running: dict[Future[MatrixScore], str] = {pool.submit(one, name, info): name for name, info in todo}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+                advance()
+        finally:
+            for future in running:
+                future.cancel()
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Callable[[], Any]]:
+    """A bar on standard error where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, initial=done, unit="matrix", desc="scan", file=sys.stderr) as bar:
+        yield bar.update
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """torch's number of threads is the process's; it is set for the scan and put back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- results of a scan that may be killed ----------------------------------------------------------------------------
+
+
+def _key(source: WeightSource, row: Criterion, device: torch.device) -> str:
+    """sha256 over all that a matrix's result depends on."""
+    return hashlib.sha256(json.dumps([_CACHE_VERSION, source.identity(), row.name, device.type]).encode()).hexdigest()
+
+
+class _Partial:
+    """One line of JSON per scored matrix, appended as it is done; what a killed scan left is read first.
+
+    A cache folder that cannot be written costs the resumption, not the scan: it is logged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.results: dict[str, MatrixScore] = {}
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> _Partial:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_file():
+                for line in self.path.read_text(encoding="utf-8").splitlines():
+                    self._take(line)
+            self._file = self.path.open("a", encoding="utf-8")
+            # The kill may have come in the middle of a line.
+            self._file.write("\n" if self._file.tell() else "")
+        except OSError as error:
+            logger.warning("a killed scan could not be resumed: %s cannot be written (%s)", self.path, error.strerror or error)
+        return self
+
+    def _take(self, line: str) -> None:
+        try:
+            name, value, n_signal, s_max, alpha = json.loads(line)
+        except ValueError:  # the last line of a killed scan, or the empty one after it: that matrix is scored again
+            return
+        self.results[name] = MatrixScore(float(value), n_signal, s_max, alpha)
+
+    def add(self, name: str, result: MatrixScore) -> None:
+        self.results[name] = result
+        if self._file:
+            value = "inf" if math.isinf(result.score) else result.score
+            self._file.write(json.dumps([name, value, result.n_signal, result.s_max, result.power_law]) + "\n")
+            self._file.flush()
+
+    def completed(self) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None
+            self.path.unlink(missing_ok=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()
+
+
+# --- one spectrum ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values of one matrix and where two criteria draw the line.
+
+    Attributes:
+        name: full parameter name, or `name[e]`. shape: (n, m).
+        values: (min(n, m),) float64, descending.
+        published_edge, marchenko_pastur_edge: see `criteria`.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    values: torch.Tensor
+    published_edge: float
+    marchenko_pastur_edge: float
+
+
+def spectrum_of(model_or_path: Any, name: str, revision: str | None = None) -> Spectrum:
+    """All singular values of one matrix of a checkpoint or model.
+
+    Args:
+        model_or_path: see `open_weights`. name: full parameter name; a fused parameter needs an expert, `name[3]`.
+    Raises:
+        CheckpointError: no such tensor (near names are shown), or not a matrix.
+    """
+    source = open_weights(model_or_path, revision)
+    base, expert = split_expert(name)
+    info = next((t for t in source.tensors() if t.name == base), None)
+    if info is not None and info.experts and expert is None:
+        raise CheckpointError(f"{name}: holds {info.experts} experts, wanted one of them, such as '{name}[0]'.")
+    matrix = source.read(name)
+    values = singular_values(matrix, name=name)
+    shape = (matrix.shape[0], matrix.shape[1])
+    return Spectrum(name, shape, values, published_edge(values, shape), marchenko_pastur_edge(values, shape))
