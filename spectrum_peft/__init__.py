@@ -1,7 +1,7 @@
 """Selective fine-tuning by weight spectrum: scan a checkpoint, plan what trains, train it, export it.
 
-Public names are imported on first use (PEP 562), so that `import spectrum_peft` loads neither torch, transformers nor peft.
-It does make the method known to PEFT, whenever peft is imported, before or after this package and by whomever.
+Public names are imported on first use (PEP 562): `import spectrum_peft` loads neither torch, transformers nor peft. It
+does make the method known to PEFT, whenever peft is imported, before or after this package and by whomever.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MODULE_OF = {
 # Modules whose names are of no use while PEFT does not know the method.
 _ON_PEFT = frozenset({"callback", "config", "loading", "tuner"})
 
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605 - a list, made from the table above
+__all__ = sorted(_MODULE_OF)
 
 # What went wrong when the method was registered; raised by the first use of a name that needs it.
 _problem: Exception | None = None

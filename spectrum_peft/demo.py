@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 from .errors import InstallError
-from .records import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +60,8 @@ def smollm2_folder(dtype: str = "float32", cache: str | os.PathLike[str] | None 
     Raises:
         InstallError: the wheel is not installed.
     """
+    from .scan import cache_folder
+
     folder = (Path(cache) if cache is not None else cache_folder()) / "models" / f"SmolLM2-135M-Instruct-{dtype}"
     if folder.is_dir():
         return folder
@@ -87,8 +88,8 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
 
     kind = getattr(torch, dtype)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=kind)
-    # A model that was read from GGUF calls itself quantized and refuses to be saved; the same weights in a model that was
-    # built from the config do not.
+    # A model that was read from GGUF calls itself quantized and refuses to be saved; the same weights in a model that
+    # was built from the config do not.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

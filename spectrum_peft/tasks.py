@@ -1,4 +1,4 @@
-"""Training tasks: what a dataset must look like, how it becomes batches, which trainer runs it, how the result is judged.
+"""Training tasks: what a dataset must look like, how it becomes batches, which trainer runs it, how it is judged.
 
 A task is a row of `TASKS`. Everything that differs between language modelling, sequence-to-sequence and classification
 stands in its row or in the three small functions that the row names; the command line has no `if task ==` of its own.
@@ -28,6 +28,7 @@ _CHAT_EXTRAS = ("tools", "chat_template_kwargs")
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _DEFAULT_MAX_LENGTH = 512  # tokens; for the tasks whose training arguments have no field for it
 _DEFAULT_LABEL = re.compile(r"LABEL_\d+")
+_MODEL_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "labels", "seq_lengths"})
 IGNORED = -100  # label of a position that takes no part in the loss, as in torch and transformers
 
 
@@ -113,7 +114,7 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
         raise
     except Exception as error:  # datasets, pyarrow and huggingface_hub each have their own tree of errors
         cause = error.__cause__ or error
-        raise DataError(f"{source}: cannot be read as a dataset ({type(cause).__name__}: {_one_line(cause)}).") from error
+        raise DataError(f"{source}: not readable as a dataset ({type(cause).__name__}: {_one_line(cause)}).") from error
     if len(dataset) == 0:
         raise DataError(f"{source}: the dataset has no rows.")
     return dataset
@@ -164,7 +165,7 @@ def _check_column(dataset: Dataset, name: str, source: str) -> None:
     nulls = sum(chunk.null_count for chunk in column.chunks) if hasattr(column, "chunks") else column.null_count
     if nulls:
         row = next(i for i, value in enumerate(dataset[name]) if value is None)
-        raise DataError(f"{source}: column {name!r} is empty in {nulls} of {len(dataset)} rows, first in row {row + 1}.")
+        raise DataError(f"{source}: column {name!r} is empty in {nulls} of {len(dataset)} rows, first in {row + 1}.")
     feature = dataset.features[name]
     dtype = getattr(feature, "dtype", None)
     is_chat = isinstance(feature, datasets.List | list)
@@ -228,11 +229,15 @@ def _label_ids(dataset: Dataset, names: Sequence[str]) -> Callable[[Any], int]:
 
     feature = dataset.features["label"]
     position = {name: i for i, name in enumerate(names)}
-    if isinstance(feature, datasets.ClassLabel):
+    if isinstance(feature, datasets.ClassLabel) and set(feature.names) <= set(names):
         return lambda value: position[feature.int2str(value)]
-    if not set(map(str, dataset.unique("label"))) <= set(names):
-        return int  # the ids themselves, as `label_names` has checked
-    return lambda value: position[str(value)]
+    values = dataset.unique("label")
+    if all(str(value) in position for value in values):
+        return lambda value: position[str(value)]
+    if _are_ids(values, len(names)):
+        return int
+    unknown = next(str(value) for value in values if str(value) not in position)
+    raise DataError(f"label {unknown!r} is none of the {len(names)} that the model knows." + near_matches(unknown, names))
 
 
 def _are_ids(values: Sequence[Any], n: int) -> bool:
@@ -407,18 +412,26 @@ def _judge_classification(model: Any, batches: Iterable[Mapping[str, Any]]) -> d
     return {"loss": loss / len(labels), **classification_scores(predictions, labels), "examples": len(labels)}
 
 
-def evaluate(task: str, trainer: Trainer) -> dict[str, float]:
-    """Judge the trainer's model on its evaluation set, exactly as it is tokenized and collated for training.
+def evaluate(task: str, trainer: Trainer, dataset: Dataset) -> dict[str, float]:
+    """Judge the trainer's model on rows that the trainer has prepared, collated as for training.
 
+    Every process of a distributed run judges all rows: sums over shards would need the trainer's own gathering.
+
+    Args:
+        dataset: `trainer.train_dataset` or `trainer.eval_dataset`.
     Returns:
         causal_lm, seq2seq: loss (nats a token), perplexity, token_accuracy, tokens; classification: loss (nats an
         example), accuracy, macro_f1, examples.
     """
+    from torch.utils.data import DataLoader
+
+    rows = dataset.select_columns([name for name in dataset.column_names if name in _MODEL_INPUTS])
+    batches = DataLoader(rows, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
     model = trainer.model
     training = model.training
     model.eval()
     try:
-        return TASKS[task].judge(model, trainer.get_eval_dataloader())
+        return TASKS[task].judge(model, batches)
     finally:
         model.train(training)
 

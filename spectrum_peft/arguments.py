@@ -1,0 +1,129 @@
+"""How flags and config files are read: argparse that raises, and a YAML or JSON mapping with the flags as keys.
+
+Input errors are raised as `OptionError`, so that they end as one line and exit code 2. No torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import OptionError
+from .records import read_mapping
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises instead of printing its usage: an input error is one line."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> Any:
+        raise OptionError(message)
+
+
+def boolean(text: str) -> bool:
+    """`--flag`, `--flag true`, `--flag false`, as the trainers' own flags read."""
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted true or false")
+    return known[text.lower()]
+
+
+def steps(text: str) -> int | str:
+    return text if text == "epoch" else int(text)
+
+
+steps.__name__ = "number of steps, or 'epoch',"
+
+
+def switch(parser: Any, name: str, **kwargs: Any) -> None:
+    parser.add_argument(name, type=boolean, nargs="?", const=True, metavar="BOOL", **kwargs)
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Flags for the trainer's own arguments: as written on the command line, and from the config file."""
+
+    argv: tuple[str, ...] = ()
+    config: Mapping[str, Any] | None = None
+    source: str = "command line"
+
+
+def dashed(argv: Iterable[str]) -> list[str]:
+    """`--some_flag=x` and `--some-flag=x` are one flag; values stay as they are."""
+    result = []
+    for token in argv:
+        if token.startswith("--"):
+            flag, equals, value = token.partition("=")
+            token = "--" + flag[2:].replace("_", "-") + equals + value
+        result.append(token)
+    return result
+
+
+def take_config(argv: list[str]) -> tuple[str, dict[str, Any]] | None:
+    """Find `--config FILE` (it stays in `argv`) and read the file."""
+    finder = Parser(add_help=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(argv)[0].config
+    if path is None:
+        return None
+    return path, {str(key).replace("-", "_"): value for key, value in read_mapping(path).items()}
+
+
+def set_defaults_from(parser: argparse.ArgumentParser, source: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the file's values the parser's defaults, each checked as its flag would be.
+
+    Returns:
+        The keys that the parser does not know.
+    """
+    actions = keys_of(parser)
+    unknown = {}
+    for key, value in config.items():
+        if key in actions:
+            parser.set_defaults(**{actions[key].dest: checked_value(actions[key], key, value, source)})
+        else:
+            unknown[key] = value
+    return unknown
+
+
+def checked_value(action: argparse.Action, key: str, value: Any, source: str) -> Any:
+    """The value of a config file as argparse would have made it of the flag.
+
+    Raises:
+        OptionError: names the key, the value and what was wanted.
+    """
+    if value is None:
+        return None
+    many = action.nargs in ("+", "*") or isinstance(action.nargs, int)
+    if many != isinstance(value, list) or isinstance(value, dict):
+        raise OptionError(f"{source}: {key} is {value!r}, wanted {'a list' if many else 'a single value'}.")
+    items = value if many else [value]
+    if isinstance(action.nargs, int) and len(items) != action.nargs:
+        raise OptionError(f"{source}: {key} has {len(items)} values, wanted {action.nargs}.")
+    checked = []
+    for item in items:
+        try:
+            checked.append(item if action.type is None and isinstance(item, str) else (action.type or str)(str(item)))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            wanted = {"boolean": "true or false"}.get(name := getattr(action.type, "__name__", "a value"), name)
+            raise OptionError(f"{source}: {key} is {item!r}, wanted {wanted}.") from error
+    return checked if many else checked[0]
+
+
+def keys_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """{key in a config file: action}: the flags without dashes, and positionals by name."""
+    keys = {}
+    for action in parser._actions:
+        if action.dest in {"help", "config"}:
+            continue
+        for flag in action.option_strings or [action.dest]:
+            if flag.startswith("--") or not flag.startswith("-"):
+                keys[flag.removeprefix("--").replace("-", "_")] = action
+    return keys
+
+
+def flags_of(parser: argparse.ArgumentParser) -> list[str]:
+    return [flag for action in parser._actions for flag in action.option_strings]

@@ -1,0 +1,441 @@
+"""The command `spectrum-peft`: one function for each verb.
+
+Exit code 0: done; 2: an input is wrong (one line on standard error, no traceback); 1: a failure of ours (a traceback).
+The verbs that only read weights and plans import neither transformers nor peft; what a verb needs, it imports itself.
+
+Every verb takes `--config FILE`, a YAML or JSON mapping whose keys are the verb's flags; flags on the command line win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .arguments import Parser, Rest, dashed, flags_of, keys_of, set_defaults_from, steps, switch, take_config
+from .errors import CheckpointError, OptionError, SpectrumError, near_matches
+from .records import Plan, SnrReport, write_text
+from .tasks import COLUMNS
+
+PROG = "spectrum-peft"
+
+
+# --- flags that several verbs share ----------------------------------------------------------------------------------
+# None stands for "not given" everywhere: defaults of plan options live in `plan.OPTIONS` and nowhere else.
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("plan options (defaults: `spectrum_peft.plan.OPTIONS`)").add_argument
+    group = parser._action_groups[-1]
+    add("--mode", help="full, spectrum, lora, spectra_qlora or alors")
+    add("--criterion", help="score of a matrix: spectrum, mp, mean_std, row_norm, kappa, random, last, first")
+    add("--spectrum-ratio", "--ratio", type=float, metavar="R", help="share of the matrices of each kind, in (0, 1]")
+    add("--snr-threshold", type=float, metavar="X", help="every matrix that scores above X, instead of a ratio")
+    add("--scope", help="per_kind (as published) or global")
+    add("--measure", help="what the ratio is a share of: count or parameters")
+    add("--backward-depth", type=float, metavar="D", help="choose in the last D of the blocks; backward stops there")
+    switch(group, "--train-embeddings", help="train the embeddings too")
+    switch(group, "--train-head", help="train the output head too")
+    switch(group, "--train-norms", help="train the norms too")
+    add("--r", type=int, help="rank of adapters")
+    add("--lora-alpha", type=int, help="adapters are scaled by lora_alpha / r")
+    switch(group, "--use-rslora", help="scale by lora_alpha / sqrt(r)")
+    add("--r-high", type=int, help="alors: rank of the high tier")
+    add("--r-medium", type=int, help="alors: rank of the medium tier")
+    add("--score-cuts", type=float, nargs=2, metavar=("HIGH", "MEDIUM"), help="alors: tiers by score")
+    add("--trainable-parameters", type=int, metavar="N", help="alors: an exact budget instead of a ratio")
+    add("--lr-ratio", type=float, nargs=2, metavar=("LOW", "HIGH"), help="alors: bounds of the learning-rate ratio")
+    add("--rescore-every", type=steps, metavar="N|epoch", help="steps between two evaluations of the choice")
+    add("--keep-base", help="where originals of trained weights are kept: auto, host, file or none")
+    add("--trainable-dtype", help="of real weights that train: float32, or base for the dtype of the model as loaded")
+    add("--preset", help="published: the selection of the published script, entry for entry")
+    add("--seed", type=int, help="of random choices (train: of the run too)")
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", metavar="D", help="hub id, or a local .jsonl, .csv or .parquet file")
+    add("--dataset-split", metavar="S", help="split of a hub dataset")
+    add("--task", help="causal_lm, seq2seq or classification; default: what the checkpoint's architecture says")
+    for name in COLUMNS:
+        add(f"--{name}-column", metavar="NAME", help=f"the column that holds {name}; default {name}")
+    add("--max-length", type=int, metavar="TOKENS", help="longer examples are cut")
+
+
+def _load_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("loading").add_argument
+    add("--revision", help="of a hub model")
+    add("--dtype", help="auto, float32, bfloat16 or float16; auto: bfloat16 where the device is fast at it")
+    add("--quantization", help="of the base: none, nf4, fp4 or int8")
+    add("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2, ...")
+    switch(parser._action_groups[-1], "--trust-remote-code", help="run code that a hub repository ships")
+
+
+# --- the verbs -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A row of `VERBS`.
+
+    Attributes:
+        usage: the positional argument and the flags that cannot be left out.
+        summary: one line for the list of verbs.
+        example: a command that works, for `--help`.
+        arguments: adds the verb's flags to its parser.
+        run: (parsed flags, what the parser did not know) -> None.
+        passes_on: what the parser does not know goes to the trainer's own arguments.
+    """
+
+    usage: str
+    summary: str
+    example: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, Rest], None]
+    passes_on: bool = False
+
+
+def _scan_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", nargs="?", help="hub id, folder, .safetensors or .gguf file, or the folder of a trained adapter")
+    add("-o", "--output", metavar="FILE", help="write the report there (.json or .yaml)")
+    add("--criterion", default="spectrum", help="spectrum, mp, mean_std, row_norm, kappa, random, last or first")
+    add("--score", nargs="+", default=["linear"], metavar="ROLE", help="which tensors to score; default linear")
+    add("--device", default="auto", help="auto, cpu, cuda, ...")
+    add("--jobs", type=int, metavar="N", help="matrices at a time; default: one for each core")
+    add("--revision", help="of a hub model")
+    add("--seed", type=int, default=0, help="of the criterion `random`")
+    switch(parser, "--cache", default=False, help="use a finished scan of the same weights")
+
+
+def _scan(options: argparse.Namespace, rest: Rest) -> None:
+    from .scan import scan_weights
+
+    model = _required(options, "model", "MODEL")
+    check_writable(options.output)
+    report = scan_weights(
+        model,
+        criterion=options.criterion,
+        jobs=options.jobs,
+        device=options.device,
+        score=tuple(options.score),
+        cache=options.cache,
+        revision=options.revision,
+        seed=options.seed,
+    )
+    print(describe_report(report))
+    _write(report, options.output)
+
+
+def describe_report(report: SnrReport) -> str:
+    """A table of the scores by kind: how many matrices, lowest, median and highest score, and the best one."""
+    rows = [("kind", "matrices", "lowest", "median", "highest", "best")]
+    kinds: dict[str, list[Any]] = {}
+    for stat in report.stats:
+        if stat.score is not None:
+            kinds.setdefault(stat.kind, []).append(stat)
+    for kind, stats in kinds.items():
+        ordered = sorted(stats, key=lambda s: s.score)
+        middle = ordered[(len(ordered) - 1) // 2]
+        scores = (f"{s.score:.4g}" for s in (ordered[0], middle, ordered[-1]))
+        rows.append((kind, str(len(stats)), *scores, ordered[-1].name))
+    scored = sum(map(len, kinds.values()))
+    head = f"{report.model_id or 'model'}: {scored} of {len(report.stats)} tensors scored by {report.criterion!r}"
+    return "\n".join([head, *_table(rows), *(f"note: {note}" for note in report.notes)])
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("report", nargs="?", help="a report of `scan`, or a published SNR file")
+    add("-o", "--output", metavar="FILE", help="write the plan there (.yaml or .json)")
+    add("--diff", nargs=2, metavar=("A", "B"), help="compare two plans instead")
+    _plan_options(parser)
+
+
+def _plan(options: argparse.Namespace, rest: Rest) -> None:
+    from .plan import diff_plans, explain, make_plan
+
+    if options.diff:
+        print(diff_plans(*(Plan.load(path) for path in options.diff)))
+        return
+    report = SnrReport.load(_required(options, "report", "REPORT"))
+    check_writable(options.output)
+    plan = make_plan(report, **given_plan_options(options))
+    print(explain(plan, report))
+    _write(plan, options.output)
+
+
+def _plot_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("report", nargs="?", help="a report of `scan`, or a published SNR file")
+    add("-o", "--output", metavar="FILE", help="the picture (.png, .pdf, .svg)")
+    add("--plan", metavar="FILE", help="mark what this plan chose")
+    add("--matrix", metavar="NAME", help="draw the singular values of one matrix instead; needs --model")
+    add("--model", metavar="MODEL", help="where the matrix is read from")
+
+
+def _plot(options: argparse.Namespace, rest: Rest) -> None:
+    from . import plots
+
+    output = _required(options, "output", "-o")
+    check_writable(output)
+    if options.matrix:
+        from .scan import spectrum_of
+
+        figure = plots.spectrum(spectrum_of(_required(options, "model", "--model"), options.matrix))
+    else:
+        report = SnrReport.load(_required(options, "report", "REPORT"))
+        figure = plots.heat_map(report, plan=Plan.load(options.plan) if options.plan else None)
+    plots.save(figure, output)
+    print(f"wrote {output}")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="MODEL", help="hub id or folder of the base")
+    add("--output-dir", metavar="FOLDER", help="gets the model or adapter, the plan, the report and train_results.json")
+    add("--report", metavar="FILE", help="of `scan`; without it the model is scanned")
+    add("--plan", metavar="FILE", help="of `plan`; it wins over the report and the plan options")
+    switch(parser, "--force", default=False, help="use a report or plan although its fingerprint differs")
+    switch(parser, "--help-trainer", default=False, help="list the flags of the task's own training arguments")
+    _data_options(parser)
+    add("--eval-dataset", metavar="D", help="judge on these rows before and after training")
+    add("--eval-split", metavar="S", help="judge on this split of --dataset (or of --eval-dataset)")
+    _load_options(parser)
+    _plan_options(parser)
+    lora = parser.add_argument_group("adapters, as in peft.LoraConfig")
+    add = lora.add_argument
+    add("--lora-dropout", type=float, metavar="P")
+    switch(lora, "--use-dora")
+    add("--bias", help="none, all or lora_only")
+    add("--target-modules", nargs="+", metavar="NAME", help="narrow the candidates to these modules")
+    add("--exclude-modules", nargs="+", metavar="NAME", help="leave these modules out")
+    add("--layers-to-transform", nargs="+", type=int, metavar="N", help="narrow the candidates to these blocks")
+    add("--modules-to-save", nargs="+", metavar="NAME", help="train these modules whole")
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", nargs="?", help="folder of a trained adapter or model, or a hub id")
+    add("-o", "--output", metavar="FILE", help="write the metrics there as JSON")
+    switch(parser, "--help-trainer", default=False, help="list the flags of the task's own training arguments")
+    _data_options(parser)
+    _load_options(parser)
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-o", "--output", metavar="FOLDER", default="demo_output", help="default demo_output")
+    add("--steps", type=int, default=None, help="optimizer steps of each mode")
+
+
+def _demo(options: argparse.Namespace, rest: Rest) -> None:
+    from .demo import run
+
+    run(Path(options.output), **({} if options.steps is None else {"steps": options.steps}))
+
+
+# --- train and evaluate ----------------------------------------------------------------------------------------------
+
+
+def _train(options: argparse.Namespace, rest: Rest) -> None:
+    from . import training
+
+    if options.help_trainer:
+        print(training.trainer_help(options.task or "causal_lm"))
+        return
+    for name in ("model", "dataset", "output_dir"):
+        _required(options, name, f"--{name.replace('_', '-')}")
+    check_writable(Path(options.output_dir) / "model.safetensors")
+    results = training.train(options, rest, given_plan_options(options), flags_of(verb_parser("train")))
+    print(training.describe_training(results))
+
+
+def _evaluate(options: argparse.Namespace, rest: Rest) -> None:
+    from . import training
+
+    if options.help_trainer:
+        print(training.trainer_help(options.task or "causal_lm"))
+        return
+    _required(options, "model", "MODEL")
+    _required(options, "dataset", "--dataset")
+    check_writable(options.output)
+    metrics = training.evaluate_saved(options, rest, flags_of(verb_parser("evaluate")))
+    text = json.dumps(metrics, indent=1) + "\n"
+    if options.output:
+        write_text(options.output, text)
+    print(text, end="")
+
+
+# --- putting it together ---------------------------------------------------------------------------------------------
+
+VERBS: dict[str, Verb] = {
+    "scan": Verb(
+        "scan MODEL [-o FILE] [flags]",
+        "score every matrix of a checkpoint; streams the files, loads no model",
+        "scan HuggingFaceTB/SmolLM2-135M-Instruct -o report.json",
+        _scan_arguments,
+        _scan,
+    ),
+    "plan": Verb(
+        "plan REPORT [-o FILE] [flags]   |   plan --diff A B",
+        "decide what trains, from a report; or compare two plans",
+        "plan report.json --mode spectrum --ratio 0.25 -o plan.yaml",
+        _plan_arguments,
+        _plan,
+    ),
+    "train": Verb(
+        "train --model MODEL --dataset D --output-dir FOLDER [flags]",
+        "train a model in any mode; takes every flag of the trainer's own arguments too",
+        "train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset train.jsonl --mode spectrum --ratio 0.25 "
+        "--output-dir out --num-train-epochs 1",
+        _train_arguments,
+        _train,
+        passes_on=True,
+    ),
+    "evaluate": Verb(
+        "evaluate MODEL --dataset D [-o FILE] [flags]",
+        "loss, perplexity and accuracy of a model or adapter on a dataset",
+        "evaluate out --dataset validation.jsonl -o metrics.json",
+        _evaluate_arguments,
+        _evaluate,
+        passes_on=True,
+    ),
+    "plot": Verb(
+        "plot REPORT -o FILE [--plan PLAN]   |   plot --matrix NAME --model MODEL -o FILE",
+        "draw the scores of a report by layer and kind, or the spectrum of one matrix",
+        "plot report.json --plan plan.yaml -o scores.png",
+        _plot_arguments,
+        _plot,
+    ),
+    "demo": Verb(
+        "demo [-o FOLDER]",
+        "scan, plan and train a real 135M model three ways, with a table and pictures at the end",
+        "demo -o demo_output",
+        _demo_arguments,
+        _demo,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code (a failure that is not an input error raises)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "datasets", "filelock", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        _run(argv)
+    except SpectrumError as error:
+        print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(argv: list[str]) -> None:
+    if not argv or argv[0] in {"-h", "--help", "help"}:
+        print(_overview())
+        return
+    if argv[0] in {"-V", "--version"}:
+        print(f"{PROG} {__version__}")
+        return
+    name = argv[0]
+    if name not in VERBS:
+        raise OptionError(f"{name!r} is not a command." + near_matches(name, VERBS))
+    verb = VERBS[name]
+    parser = verb_parser(name)
+    config = take_config(argv := dashed(argv[1:]))
+    unknown = set_defaults_from(parser, *config) if config else {}
+    options, rest = parser.parse_known_args(argv)
+    source = config[0] if config else "command line"
+    if not verb.passes_on:
+        for key in unknown:
+            raise OptionError(f"{source}: unknown key {key!r}." + near_matches(key, keys_of(parser)))
+        if rest:
+            raise OptionError(f"{name}: unknown argument {rest[0]!r}." + near_matches(rest[0], flags_of(parser)))
+    verb.run(options, Rest(tuple(rest), unknown, source))
+
+
+def _overview() -> str:
+    lines = [f"{PROG} {__version__}: selective fine-tuning by weight spectrum", "", "commands:"]
+    lines += [f"  {name:<10}{verb.summary}" for name, verb in VERBS.items()]
+    lines += ["", "examples:", *(f"  {PROG} {verb.example}" for verb in VERBS.values())]
+    lines += ["", f"{PROG} COMMAND --help lists a command's flags. --config FILE reads them from YAML."]
+    return "\n".join(lines)
+
+
+def verb_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of one verb, with `--config`."""
+    verb = VERBS[name]
+    epilog = f"example:\n  {PROG} {verb.example}"
+    if verb.passes_on:
+        epilog += (
+            "\n\nEvery other flag goes to the trainer's own arguments: TRL's SFTConfig (causal_lm), transformers' "
+            "Seq2SeqTrainingArguments\n(seq2seq) or TrainingArguments (classification). --help-trainer lists them."
+        )
+    parser = Parser(prog=f"{PROG} {name}", usage=f"{PROG} {verb.usage}", description=verb.summary, epilog=epilog)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with these flags as keys; flags win")
+    verb.arguments(parser)
+    return parser
+
+
+def given_plan_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The plan options that were given, under the names of `make_plan`."""
+    from .plan import OPTIONS
+
+    return {name: value for name in OPTIONS if (value := getattr(options, name, None)) is not None}
+
+
+def _required(options: argparse.Namespace, name: str, flag: str) -> Any:
+    value = getattr(options, name)
+    if value is None:
+        raise OptionError(f"{flag} is missing.")
+    return value
+
+
+def check_writable(path: str | os.PathLike[str] | None) -> None:
+    """Refuse an output that could not be written, before the work is done; creates nothing that stays.
+
+    Raises:
+        CheckpointError: an ancestor is a file, or the nearest folder that exists cannot be written.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder, wanted the name of a file.")
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written, {folder} refuses ({error.strerror}).") from error
+
+
+def _write(record: SnrReport | Plan, output: str | None) -> None:
+    if output is not None:
+        record.save(output)
+        print(f"wrote {output}")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first and last column to the left, numbers between them to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    last = len(widths) - 1
+    return [
+        "  ".join(
+            cell.ljust(width) if i in (0, last) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

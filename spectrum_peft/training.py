@@ -1,0 +1,422 @@
+"""What the verbs `train` and `evaluate` do, on the trainers of transformers and TRL."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback, TrainingArguments
+from trl import TrlParser
+
+from .arguments import Rest, checked_value
+from .callback import SpectrumCallback
+from .config import SpectrumConfig
+from .errors import CheckpointError, OptionError, near_matches
+from .loading import fast_dtype, load_model_with_spectrum, load_trained
+from .plan import OPTIONS
+from .policies import get_mode
+from .records import Plan, SnrReport, read_mapping, write_text
+from .scan import scan_weights
+from .tasks import COLUMNS, TASKS, Task, build_trainer, evaluate, label_names, read_dataset, select_columns, task_of
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "train_results.json"
+_DTYPES = ("float32", "bfloat16", "float16")
+_LORA_FIELDS = (
+    "lora_dropout", "use_dora", "bias", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save",
+)  # fmt: skip
+
+
+# --- the trainer's own arguments -------------------------------------------------------------------------------------
+
+
+class _TrainerParser(TrlParser):
+    """TRL's parser of dataclasses; it raises instead of printing its usage."""
+
+    def error(self, message: str) -> Any:
+        raise OptionError(message)
+
+
+def _trainer_parser(task: str) -> _TrainerParser:
+    return _TrainerParser([_task(task).arguments_class()], allow_abbrev=False, prog="spectrum-peft train")
+
+
+def _task(name: str) -> Task:
+    if name not in TASKS:
+        raise OptionError(f"task is {name!r}." + near_matches(name, TASKS))
+    return TASKS[name]
+
+
+def trainer_help(task: str) -> str:
+    """The flags of a task's own training arguments, with their defaults."""
+    return _trainer_parser(task).format_help()
+
+
+def trainer_arguments(
+    task: str, rest: Rest, defaults: Mapping[str, Any], known: Sequence[str] = ()
+) -> TrainingArguments:
+    """Build a task's training arguments: ours as defaults, then the config file, then the command line.
+
+    Args:
+        known: flags of the verb itself, for near matches.
+    Raises:
+        OptionError: an unknown flag or key, a value that the arguments refuse.
+    """
+    parser = _trainer_parser(task)
+    (arguments_class,) = parser.dataclass_types
+    parser.set_defaults(**defaults)
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    types = {f.name: str(f.type) for f in dataclasses.fields(arguments_class)}
+    for key, value in (rest.config or {}).items():
+        if key not in actions:
+            choices = [*actions, *(flag.removeprefix("--").replace("-", "_") for flag in known)]
+            raise OptionError(f"{rest.source}: unknown key {key!r}." + near_matches(key, choices))
+        if not any(isinstance(value, kind) and kind.__name__ in types[key] for kind in (dict, list)):
+            value = checked_value(actions[key], key, value, rest.source)
+        parser.set_defaults(**{key: value})
+    try:
+        args, unknown = parser.parse_args_into_dataclasses(
+            list(rest.argv), return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError) as error:
+        if isinstance(error, OptionError):
+            raise
+        raise OptionError(f"training arguments: {error}") from error
+    if unknown:
+        flags = [*known, *(flag for action in parser._actions for flag in action.option_strings)]
+        raise OptionError(f"unknown argument {unknown[0]!r}." + near_matches(unknown[0], flags))
+    return args
+
+
+def _given(rest: Rest) -> set[str]:
+    """Names of the trainer's arguments that the user set."""
+    flags = (token[2:].partition("=")[0].replace("-", "_") for token in rest.argv if token.startswith("--"))
+    return {*flags, *(rest.config or {})}
+
+
+def _renamed(options: argparse.Namespace) -> dict[str, str]:
+    """{standard column: name in the dataset} of the `--...-column` flags that were given."""
+    return {name: value for name in COLUMNS if (value := getattr(options, f"{name}_column")) is not None}
+
+
+# --- what a checkpoint is --------------------------------------------------------------------------------------------
+
+
+def _config_of(model: str, options: argparse.Namespace) -> Any:
+    """transformers' config of a folder or hub id.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    if model.endswith(".gguf"):
+        raise CheckpointError(
+            f"{model}: a .gguf can be scanned, not trained. Convert it to a folder of safetensors first: load it with "
+            "transformers (from_pretrained(folder, gguf_file=name)) and save the weights."
+        )
+    if Path(model).exists() and not (Path(model) / "config.json").is_file():
+        raise CheckpointError(f"{model}: no config.json there, so it is not a checkpoint folder.")
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            model, revision=options.revision, trust_remote_code=bool(options.trust_remote_code)
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model}: cannot be loaded as a model ({_first_line(error)})") from error
+
+
+def _dtype_of(options: argparse.Namespace) -> tuple[torch.dtype, str]:
+    """The dtype to load in, and one line that says why."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.dtype in (None, "auto"):
+        dtype = fast_dtype()
+        why = "multiplies bfloat16 fast" if dtype == torch.bfloat16 else "does not multiply bfloat16 fast"
+        return dtype, f"{str(dtype).removeprefix('torch.')} on {device}, which {why} (--dtype to change)"
+    if options.dtype not in _DTYPES:
+        raise OptionError(f"dtype is {options.dtype!r}." + near_matches(options.dtype, (*_DTYPES, "auto")))
+    return getattr(torch, options.dtype), f"{options.dtype} on {device}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+class StepClock(TrainerCallback):
+    """Times each optimizer step on its own: data, logging, saving and evaluation between steps are not in it."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+def train(
+    options: argparse.Namespace, rest: Rest, plan_options: dict[str, Any], flags: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Load, train, judge, save.
+
+    Args:
+        options: flags of the verb `train`.
+        rest: what goes to the trainer's own arguments.
+        plan_options: those of `make_plan` that were given.
+        flags: of the verb, for near matches.
+    Returns:
+        What is written to `train_results.json`: what was trained, how fast, at what peak memory, and the metrics before
+        and after where there is an evaluation set. Memory in bytes, time in seconds.
+    """
+    plan = Plan.load(options.plan) if options.plan else None
+    mode = get_mode(plan.mode if plan else plan_options.get("mode", OPTIONS["mode"]))
+    config = _config_of(options.model, options)
+    task = options.task or task_of(config, options.model)
+    row = _task(task)
+    dtype, why = _dtype_of(options)
+    args = trainer_arguments(task, rest, _defaults(options, row, mode.default_lr, dtype), flags)
+    source = "set by you" if "learning_rate" in _given(rest) else f"the default of mode {mode.name!r}"
+    print(f"mode {mode.name}, task {task}, {why}")
+    print(f"learning rate {args.learning_rate:g} ({source})")
+
+    renamed = _renamed(options)
+    if getattr(args, "dataset_text_field", "text") != "text":  # TRL's name for the same wish
+        renamed.setdefault("text", args.dataset_text_field)
+        args.dataset_text_field = "text"
+    train_rows = select_columns(
+        read_dataset(options.dataset, options.dataset_split or "train"), task, options.dataset, renamed
+    )
+    eval_source = options.eval_dataset or (options.dataset if options.eval_split else None)
+    eval_rows = None
+    if eval_source:
+        eval_rows = read_dataset(eval_source, options.eval_split or "train")
+        eval_rows = select_columns(eval_rows, task, eval_source, renamed)
+    kwargs: dict[str, Any] = {}
+    if "label" in train_rows.column_names:
+        has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        labels = label_names(train_rows, config if has_head else None, options.dataset)
+        ids = {name: i for i, name in enumerate(labels)}
+        kwargs = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": ids}
+
+    transformers.set_seed(args.seed)  # a new head and new adapters are random
+    spectrum = SpectrumConfig(
+        **plan_options,
+        **{name: value for name in _LORA_FIELDS if (value := getattr(options, name)) is not None},
+        report=None if plan else _report(options, plan_options, mode.selective),
+        plan=plan,
+        force=options.force,
+        task_type=row.task_type,
+    )
+    if options.revision:
+        kwargs["revision"] = options.revision
+    if options.trust_remote_code:
+        kwargs["trust_remote_code"] = True
+    if options.attn_implementation:
+        kwargs["attn_implementation"] = options.attn_implementation
+    memory_before = peak_memory()
+    model, tokenizer = load_model_with_spectrum(
+        options.model,
+        spectrum,
+        dtype=dtype,
+        quantization=options.quantization,
+        model_class=getattr(transformers, row.auto_class),
+        **kwargs,
+    )
+    if tokenizer is None:
+        raise CheckpointError(f"{options.model}: has no tokenizer, which training on text needs.")
+    callback, clock = SpectrumCallback(), StepClock()
+    trainer = build_trainer(
+        task,
+        model=model,
+        tokenizer=tokenizer,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        max_length=options.max_length,
+        callbacks=[callback, clock],
+    )
+    before = evaluate(task, trainer, trainer.eval_dataset) if eval_rows is not None else None
+    trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+    after = evaluate(task, trainer, trainer.eval_dataset) if eval_rows is not None else None
+
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    results = {
+        "mode": mode.name,
+        "task": task,
+        "model": options.model,
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization": options.quantization,
+        "learning_rate": args.learning_rate,
+        "trainable_parameters": trainable,
+        "total_parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "steps": trainer.state.global_step,
+        "seconds_per_step": statistics.median(clock.seconds) if clock.seconds else None,
+        "step_seconds": clock.seconds,
+        "peak_memory_bytes": peak_memory(),
+        "peak_memory_before_loading_bytes": memory_before,
+        "before": before,
+        "after": after,
+        "log_history": trainer.state.log_history,
+    }
+    output = Path(args.output_dir)
+    trainer.save_model(str(output))
+    if trainer.is_world_process_zero():
+        if hasattr(trainer.model, "peft_config") and "id2label" in kwargs:
+            trainer.model.config.save_pretrained(output)  # the classes' names: an adapter's files have no place for them
+        callback.write_records(output)
+        write_text(output / RESULTS, json.dumps(_finite(results), indent=1) + "\n")
+    return results
+
+
+def _defaults(options: argparse.Namespace, row: Task, rate: float, dtype: torch.dtype) -> dict[str, Any]:
+    """Defaults of the training arguments: the mode's rate, and mixed precision only in the dtype that was loaded."""
+    defaults: dict[str, Any] = {
+        "output_dir": options.output_dir,
+        "learning_rate": rate,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+    }
+    if not torch.cuda.is_available():
+        defaults["use_cpu"] = True
+    if options.seed is not None:
+        defaults["seed"] = options.seed
+    fields = {f.name for f in dataclasses.fields(row.arguments_class())}
+    if options.max_length is not None and "max_length" in fields:
+        defaults["max_length"] = options.max_length
+    return defaults
+
+
+def _report(options: argparse.Namespace, plan_options: Mapping[str, Any], scored: bool) -> SnrReport:
+    """The report that was given, else a scan; a mode that takes everything needs names and shapes, no scores."""
+    if options.report:
+        return SnrReport.load(options.report)
+    began = time.perf_counter()
+    report = scan_weights(
+        options.model,
+        criterion=plan_options.get("criterion", OPTIONS["criterion"]),
+        score=("linear",) if scored else (),
+        cache=True,
+        revision=options.revision,
+        seed=plan_options.get("seed", OPTIONS["seed"]),
+    )
+    print(f"scanned {options.model} in {time.perf_counter() - began:.1f} s (no --report was given)")
+    return report
+
+
+def _resume(value: str | None) -> str | bool | None:
+    if value is None or value.lower() in {"false", "no"}:
+        return None
+    if value.lower() in {"true", "yes", "last"}:
+        return True
+    if not Path(value).is_dir():
+        raise OptionError(f"resume_from_checkpoint is {value!r}, wanted a checkpoint folder or true.")
+    return value
+
+
+def describe_training(results: Mapping[str, Any]) -> str:
+    """A few lines for the reader of the terminal."""
+    trained, total = results["trainable_parameters"], results["total_parameters"]
+    lines = [
+        f"trained {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) for {results['steps']} steps, "
+        f"{results['seconds_per_step'] or 0:.3g} s a step, peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB"
+    ]
+    if results["before"]:
+        for name, value in results["after"].items():
+            if name not in {"tokens", "examples"}:
+                lines.append(f"{name}: {results['before'][name]:.4f} -> {value:.4f}")
+    return "\n".join(lines)
+
+
+def peak_memory() -> int:
+    """Highest resident memory of this process so far in bytes; on a CUDA device, the highest allocated there.
+
+    On Linux from VmHWM: `ru_maxrss` would begin with the peak of the process that started this one.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _finite(value: Any) -> Any:
+    """Infinity as the string `inf`, as in all JSON of ours."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------------
+
+
+def evaluate_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """Judge a trained adapter, a trained model or a base on a dataset.
+
+    Returns:
+        The metrics of `tasks.evaluate`, with `model`, `task` and `dataset`.
+    """
+    folder = Path(options.model)
+    adapter = read_mapping(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
+    base = options.model if adapter is None else adapter["base_model_name_or_path"]
+    stated = read_mapping(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+    task = options.task
+    if task is None and adapter is not None:
+        task = next((t.name for t in TASKS.values() if t.task_type == adapter.get("task_type")), None)
+    described = options.model if (folder / "config.json").is_file() else base
+    config = _config_of(described, options)
+    task = task or task_of(config, described)
+    row = _task(task)
+    dtype, why = _dtype_of(options)
+    print(f"task {task}, {why}", file=sys.stderr)
+    quantization = options.quantization or (stated.get("quantization") if adapter is not None else None)
+    with tempfile.TemporaryDirectory() as scratch:
+        options.output_dir = scratch
+        options.seed = None
+        defaults = _defaults(options, row, 0.0, dtype) | {"bf16": False, "fp16": False, "gradient_checkpointing": False}
+        args = trainer_arguments(task, rest, defaults, flags)
+        rows = read_dataset(options.dataset, options.dataset_split or "train")
+        rows = select_columns(rows, task, options.dataset, _renamed(options))
+        kwargs: dict[str, Any] = {}
+        if "label" in rows.column_names:
+            label_names(rows, config, options.dataset)
+            kwargs = {"num_labels": config.num_labels, "id2label": config.id2label, "label2id": config.label2id}
+        if options.revision:
+            kwargs["revision"] = options.revision
+        if options.trust_remote_code:
+            kwargs["trust_remote_code"] = True
+        model, tokenizer = load_trained(
+            options.model,
+            dtype=dtype,
+            quantization=quantization,
+            model_class=getattr(transformers, row.auto_class),
+            **kwargs,
+        )
+        if tokenizer is None:
+            raise CheckpointError(f"{options.model}: has no tokenizer, which evaluation on text needs.")
+        trainer = build_trainer(
+            task, model=model, tokenizer=tokenizer, args=args, train_dataset=rows, max_length=options.max_length
+        )
+        metrics = evaluate(task, trainer, trainer.train_dataset)
+    return _finite({"model": options.model, "task": task, "dataset": options.dataset, **metrics})
