@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from . import names
 from .errors import CheckpointError, MismatchError
 
 SCHEMA_VERSION = 1
@@ -196,6 +197,9 @@ class SnrReport(_Record):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "report") -> SnrReport:
+        """A report as `to_dict` writes it, or a published scan in either of its layouts (`published_report`)."""
+        if "record" not in data and _published_rows(data) is not None:
+            return published_report(data, source)
         cls._check_header(data, source)
         return cls(
             stats=_rows(MatrixStat, data, "stats", source),
@@ -206,6 +210,45 @@ class SnrReport(_Record):
             tied=tuple(tuple(group) for group in data.get("tied") or ()),
             notes=tuple(data.get("notes") or ()),
         )
+
+
+def published_report(data: Mapping[str, Any], source: str = "published scan") -> SnrReport:
+    """A scan published with the original tool as a report: module names get `.weight`, what it does not say stays None.
+
+    Args:
+        data: `{module: {"snr": x, "type": kind}}`, or grouped and sorted, `{kind: {module: snr}}`; `Infinity` is allowed.
+    Raises:
+        CheckpointError: another layout, a score that is no number or NaN, a module that stands twice.
+    Source: QuixiAI/spectrum@13dcd40, folder model_snr_results.
+    """
+    rows = _published_rows(data)
+    if not rows:
+        raise CheckpointError(f"{source}: no published scan: wanted {{module: {{snr, type}}}} or {{kind: {{module: snr}}}}.")
+    scores: dict[str, float] = {}
+    for module, value in rows:
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            raise CheckpointError(f"{source}: the SNR of {module!r} is {value!r}, wanted a number or Infinity.")
+        name = f"{module}.weight"
+        if name in scores:
+            raise CheckpointError(f"{source}: {module!r} stands twice, wanted it once.")
+        scores[name] = float(value)
+    kinds = names.kinds(scores)
+    stats = tuple(
+        MatrixStat(name, kinds[name], None, 0, "unknown", value, None, None, role=names.role(name, None))
+        for name, value in scores.items()
+    )
+    return SnrReport(stats, criterion="spectrum", fingerprint=Fingerprint(None, None, "published"))
+
+
+def _published_rows(data: Mapping[str, Any]) -> list[tuple[str, Any]] | None:
+    """(module, SNR) in file order, or None if this is neither published layout."""
+    if not data or not all(isinstance(group, Mapping) and group for group in data.values()):
+        return None
+    if all("snr" in row for row in data.values()):
+        return [(module, row["snr"]) for module, row in data.items()]
+    if any("snr" in group or any(isinstance(v, Mapping | list) for v in group.values()) for group in data.values()):
+        return None
+    return [(module, value) for group in data.values() for module, value in group.items()]
 
 
 @dataclass(frozen=True)
@@ -310,6 +353,19 @@ class Plan(_Record):
         if self.patterns:
             return list(self.patterns)
         return [f"^{e.name}$" for e in self.entries if e.trains and e.action in REAL_WEIGHT_ACTIONS]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256, 64 hex digits, of what the plan does: mode, and every entry that has a place in the model.
+
+        Scores, notes and options are left out: two scans may differ in a last bit and still mean the same training.
+        """
+        acts = [
+            (e.name, e.action, e.rank, e.alpha, e.lr_ratio, e.group, e.active)
+            for e in self.entries
+            if e.action != "freeze"
+        ]
+        return hashlib.sha256(json.dumps([self.mode, sorted(acts)]).encode()).hexdigest()
 
     def replace(self, **changes: Any) -> Plan:
         """A copy with some fields changed; this one stays."""
@@ -474,13 +530,6 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def cache_folder() -> Path:
-    """Folder of what can be made again: `$SPECTRUM_PEFT_CACHE`, else `spectrum_peft` in the user's cache folder."""
-    if chosen := os.environ.get("SPECTRUM_PEFT_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectrum_peft"
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -1,0 +1,379 @@
+"""From a config to a plan that fits the model at hand, and from a plan to what must train; then the check that it does.
+
+Nothing here puts layers into a model (that is `model.py`); plain models are only frozen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from .. import names
+from ..config import SpectrumConfig, candidates_of
+from ..errors import CheckpointError, MismatchError, OptionError, near_matches
+from ..plan import make_plan
+from ..policies import MODES
+from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry, SnrReport
+from ..scan import scan_weights
+from ..weights import open_weights
+from .layers import Original, SpectrumLayer
+
+logger = logging.getLogger(__name__)
+
+_TASKS_WITH_A_NEW_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_CLASSES_WITH_A_NEW_HEAD = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The user's model inside a PeftModel or a tuner, with adapters still in it; a plain model is returned as it is."""
+    if isinstance(model, PeftModel):
+        return model.get_base_model()
+    return model.model if isinstance(model, BaseTuner) else model
+
+
+def base_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """{full name in the base model: (module that owns the parameter, name there)}, as if no adapter were there.
+
+    A tied tensor appears under each of its names. A parameter that a `SpectrumLayer` holds appears under its base name.
+    """
+
+    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+        if isinstance(module, SpectrumLayer):
+            for name in module.originals:
+                yield f"{prefix}{name}", (module.base_layer, name)
+        if isinstance(module, BaseTunerLayer):
+            yield from walk(module.base_layer, prefix)
+            return
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield from walk(module.original_module, prefix)
+            return
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}{name}", (module, name)
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from walk(child, f"{prefix}{name}.")
+
+    return dict(walk(base_of(model), ""))
+
+
+def plan_parameters(model: nn.Module, adapter_name: str | None = None) -> dict[str, str]:
+    """{parameter name in `model`: name of the plan entry it belongs to}.
+
+    With tuner layers: the parameters of `adapter_name` (None: of the active ones). On a plain model: every parameter.
+    """
+    found: dict[str, str] = {}
+
+    def add(module: nn.Module, full: str, entry: str) -> None:
+        for name, _ in module.named_parameters(prefix=full, remove_duplicate=False):
+            found[name] = entry
+
+    def wanted(module: Any, name: str) -> bool:
+        return name == adapter_name if adapter_name else name in module.active_adapters
+
+    def visit(module: nn.Module, full: str, clean: str) -> None:
+        if isinstance(module, BaseTunerLayer):
+            if isinstance(module, SpectrumLayer):
+                for adapter, held in module.lora_spectrum.items():
+                    if wanted(module, adapter):
+                        for name, _ in held.named_parameters():
+                            found[f"{full}lora_spectrum.{adapter}.{name}"] = f"{clean}{name}"
+            else:
+                leaf = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+                for attribute in module.adapter_layer_names:
+                    container = getattr(module, attribute)
+                    if not isinstance(container, nn.ModuleDict | nn.ParameterDict):
+                        continue
+                    for adapter, child in container.items():
+                        if not wanted(module, adapter):
+                            continue
+                        if isinstance(child, nn.Parameter):
+                            found[f"{full}{attribute}.{adapter}"] = f"{clean}{leaf}"
+                        else:
+                            add(child, f"{full}{attribute}.{adapter}", f"{clean}{leaf}")
+            visit(module.base_layer, f"{full}base_layer.", clean)
+            return
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
+                for adapter, child in module.modules_to_save.items():
+                    if wanted(module, adapter):
+                        for name, _ in child.named_parameters():
+                            found[f"{full}modules_to_save.{adapter}.{name}"] = f"{clean}{name}"
+            else:  # rows of an embedding (trainable_token_indices)
+                for name, parameter in module.named_parameters():
+                    if "original_module" not in name and "base_layer" not in name and parameter.requires_grad:
+                        found[f"{full}{name}"] = f"{clean}weight"
+            return
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(child, f"{full}{name}.", f"{clean}{name}.")
+        for name, parameter in module._parameters.items():
+            if parameter is not None and (not wrapped or parameter.requires_grad):
+                found[f"{full}{name}"] = f"{clean}{name}"
+
+    wrapped = any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in model.modules())
+    inner = base_of(model)
+    start = next((f"{name}." if name else "" for name, module in model.named_modules() if module is inner), "")
+    visit(inner, start, "")
+    return found
+
+
+# --- the plan for this model -----------------------------------------------------------------------------------------
+
+
+def settle_plan(model: nn.Module, config: SpectrumConfig) -> Plan:
+    """The plan that `config` means for `model`, with the model's own parameter names.
+
+    The plan wins, the report comes next, else the model is scanned (a finished scan of the same weights is used again,
+    and said so). What `modules_to_save`, `trainable_token_indices`, `bias` and a new task head add has action `save`.
+
+    Raises:
+        MismatchError: report or plan of another checkpoint; an entry that matches nothing.
+        OptionError: the config leaves nothing to choose from.
+    """
+    present = base_parameters(model)
+    if config.plan is not None:
+        plan = config.plan
+        _check_fingerprint(plan.fingerprint, model, "the plan", config.force)
+        return _with_model_names(plan, present)
+    report = config.resolved_report()
+    if report is None:
+        score = ("linear",) if MODES[config.mode].selective else ()
+        if score:
+            logger.info("no report was given: scanning the model (a finished scan of the same weights is used again)")
+        report = scan_weights(base_of(model), config.criterion, score=score, cache=bool(score), seed=config.seed)
+    else:
+        _check_fingerprint(report.fingerprint, model, "the report", config.force)
+    report = _report_with_model_names(report, present)
+    plan = make_plan(report, candidates=candidates_of(config, report), **config.options())
+    config.report = report
+    return plan.replace(entries=(*plan.entries, *_saved_entries(model, config, plan, present)))
+
+
+def _check_fingerprint(fingerprint: Any, model: nn.Module, what: str, force: bool) -> None:
+    if fingerprint is None:
+        logger.info("%s carries no fingerprint; it is used as it is", what)
+        return
+    note = fingerprint.check(open_weights(base_of(model)).fingerprint(), this=what, that="this model", force=force)
+    if note:
+        logger.info(note)
+
+
+def _report_with_model_names(report: SnrReport, present: dict[str, Any]) -> SnrReport:
+    found = names.align([s.name.partition("[")[0] for s in report.stats], present)
+    stats = []
+    for stat in report.stats:
+        base, bracket, expert = stat.name.partition("[")
+        if base in found:
+            stats.append(dataclasses.replace(stat, name=found[base] + bracket + expert))
+        elif stat.role == "linear" and names.block_index(base) is not None:
+            raise MismatchError(f"the report lists {base}, which the model lacks." + near_matches(base, present))
+    if not any(s.role == "linear" for s in stats):
+        raise MismatchError(f"none of the report's {len(report.stats)} tensors is in this model.")
+    tied = tuple(tuple(found.get(n, n) for n in group) for group in report.tied)
+    return dataclasses.replace(report, stats=tuple(stats), tied=tied)
+
+
+def _with_model_names(plan: Plan, present: dict[str, Any]) -> Plan:
+    found = names.align([e.name for e in plan.entries], present)
+    entries = []
+    for entry in plan.entries:
+        if entry.name in found:
+            entries.append(dataclasses.replace(entry, name=found[entry.name]))
+        elif entry.trains:
+            raise MismatchError(f"the plan trains {entry.name}, which the model lacks." + near_matches(entry.name, present))
+    return plan.replace(entries=tuple(entries))
+
+
+def head_modules(model: nn.Module, present: dict[str, Any]) -> list[str]:
+    """Modules of the output head of a model class that adds a new one to a pretrained body; else empty."""
+    if not type(base_of(model)).__name__.endswith(_CLASSES_WITH_A_NEW_HEAD):
+        return []
+    found = {names.module_name(n): None for n in present if names.role(n, (0, 0)) == "head" or _is_head_bias(n)}
+    return list(found)
+
+
+def _is_head_bias(name: str) -> bool:
+    return name.endswith(".bias") and names.role(f"{names.module_name(name)}.weight", (0, 0)) == "head"
+
+
+def _saved_entries(
+    model: nn.Module, config: SpectrumConfig, plan: Plan, present: dict[str, Any]
+) -> Iterator[PlanEntry]:
+    known = {e.name for e in plan.entries if e.action != "freeze"}
+    shapes = {name: tuple(getattr(owner, leaf).shape) for name, (owner, leaf) in present.items() if getattr(owner, leaf) is not None}
+
+    def entry(name: str) -> PlanEntry:
+        known.add(name)
+        return PlanEntry(name, "save", kind=names.kinds([name])[name], shape=shapes.get(name))
+
+    asked = [m for m in config.modules_to_save or () if m not in ("classifier", "score")]
+    for wanted in asked:
+        if not any(names.module_name(n).endswith(wanted) for n in present):
+            modules = {names.module_name(n).rpartition(".")[2] for n in present}
+            raise OptionError(f"modules_to_save: {wanted!r} matches no module of the model." + near_matches(wanted, modules))
+    heads = head_modules(model, present) if config.task_type in (None, *_TASKS_WITH_A_NEW_HEAD) else []
+    for name in present:
+        module = names.module_name(name)
+        below = [part for part in (module, *_parents(module)) if any(part.endswith(w) for w in config.modules_to_save or ())]
+        if name not in known and (below or module in heads):
+            yield entry(name)
+    tokens = config.trainable_token_indices
+    if tokens:
+        layers = list(tokens) if isinstance(tokens, dict) else [_input_embedding(model, present)]
+        for name in present:
+            if name not in known and any(names.module_name(name).endswith(layer) for layer in layers):
+                yield entry(name)
+    if config.bias != "none":
+        adapted = {names.module_name(e.name) for e in plan.entries if e.trains}
+        for name in present:
+            if name not in known and name.endswith("bias") and (config.bias == "all" or names.module_name(name) in adapted):
+                yield entry(name)
+
+
+def _parents(module: str) -> Iterator[str]:
+    while "." in module:
+        module = module.rpartition(".")[0]
+        yield module
+
+
+def _input_embedding(model: nn.Module, present: dict[str, Any]) -> str:
+    embedding = base_of(model).get_input_embeddings()
+    embedding = getattr(embedding, "original_module", embedding)
+    return next(names.module_name(n) for n, (owner, _) in present.items() if owner is embedding)
+
+
+# --- originals of weights that train ---------------------------------------------------------------------------------
+
+
+def local_folder(model: nn.Module) -> Path | None:
+    """The checkpoint folder that a transformers model was loaded from, where it is a local folder."""
+    path = getattr(getattr(base_of(model), "config", None), "_name_or_path", None)
+    return Path(path) if path and Path(path).is_dir() else None
+
+
+def _read_tensor(folder: str, name: str) -> Tensor:
+    return open_weights(folder).read(name)
+
+
+def original_keeper(model: nn.Module, keep_base: str) -> Callable[[str, Tensor], Original]:
+    """How the originals of weights that train are kept; see `SpectrumConfig.keep_base`.
+
+    Returns:
+        (full parameter name, value) -> Original.
+    """
+    if keep_base in ("host", "none"):
+        return lambda name, value: Original(name, value, lost=keep_base == "none")
+    folder = local_folder(model)
+    stored: dict[str, str] = {}
+    if folder is not None:
+        try:
+            source = open_weights(str(folder))
+            tensors = [t.name for t in source.tensors()]
+            stored = {found: name for name, found in names.align(tensors, base_parameters(model)).items()}
+        except CheckpointError as error:
+            if keep_base == "file":
+                raise
+            logger.info("keep_base='auto': %s; originals are kept in main memory", error)
+    elif keep_base == "file":
+        raise OptionError("keep_base='file' needs a model loaded from a local folder; use keep_base='host'.")
+
+    def keep(name: str, value: Tensor) -> Original:
+        if name in stored:
+            same = value.device.type != "meta" and torch.equal(
+                source.read(stored[name]).to(value.dtype), value.detach().to("cpu")
+            )
+            if same or keep_base == "file":
+                reader = functools.partial(_read_tensor, str(folder), stored[name])
+                return Original(name, value, reader=reader)
+        elif keep_base == "file":
+            raise MismatchError(f"keep_base='file': {folder} holds no tensor {name}." + near_matches(name, stored))
+        return Original(name, value)
+
+    return keep
+
+
+# --- plain models ----------------------------------------------------------------------------------------------------
+
+
+def freeze_to_plan(model: nn.Module, plan: Plan) -> None:
+    """Set `requires_grad` on a plain model so that exactly the plan's parameters train.
+
+    Raises:
+        MismatchError: an entry matches nothing; a chosen weight is quantized.
+        OptionError: the plan's mode puts adapters beside weights, which needs `get_peft_model`.
+    """
+    if not MODES[plan.mode].plain_model:
+        raise OptionError(
+            f"mode {plan.mode!r} puts adapters into the model; use get_peft_model(model, SpectrumConfig(mode={plan.mode!r}, "
+            "...)) or the trainer's peft_config. A callback on a plain model takes "
+            + ", ".join(repr(name) for name, mode in MODES.items() if mode.plain_model) + "."
+        )
+    present = base_parameters(model)
+    wanted = set(plan.trainable_names)
+    for name in sorted(wanted - set(present)):
+        raise MismatchError(f"the plan trains {name}, which the model lacks." + near_matches(name, present))
+    for name in sorted(wanted):
+        owner, leaf = present[name]
+        parameter = owner._parameters[leaf]
+        if parameter is None or not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
+            raise MismatchError(
+                f"{name} is quantized ({type(parameter).__name__}), so its real weights cannot train. Load the base with "
+                "quantization_config_for(plan, model), which leaves the chosen modules in 16 or 32 bit."
+            )
+    chosen = {id(present[name][0]._parameters[present[name][1]]) for name in wanted}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+
+
+def trainable_mismatch(model: nn.Module, plan: Plan) -> str | None:
+    """None if exactly the plan's parameters train, else one line that names the first ones that should not, or do not."""
+    belongs = plan_parameters(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trains = {id(p) for p in parameters.values() if p.requires_grad}
+    entries = {belongs[n] for n, p in parameters.items() if n in belongs and id(p) in trains}
+    stray = sorted(n for n, p in parameters.items() if n not in belongs and p.requires_grad)
+    wanted = set(plan.trainable_names)
+    # Slots that re-evaluation may fill are trainable tensors for DDP's sake; the optimizer's step leaves them out.
+    entries -= {e.name for e in plan.entries if e.action in ADAPTER_ACTIONS and not e.active}
+    tied = _tied_names(model)
+    entries |= {other for name in entries for other in tied.get(name, ())} & wanted
+    missing = sorted(wanted - entries)
+    extra = sorted(name for name in entries - wanted if not set(tied.get(name, ())) & wanted)
+    if not (missing or extra or stray):
+        return None
+    parts = [
+        f"{len(found)} {what}, first {found[0]}"
+        for found, what in (
+            (missing, "planned parameters do not train"),
+            (extra, "parameters train that the plan freezes"),
+            (stray, "trainable parameters are in no plan"),
+        )
+        if found
+    ]
+    return "; ".join(parts)
+
+
+def _tied_names(model: nn.Module) -> dict[str, list[str]]:
+    by_tensor: dict[int, list[str]] = {}
+    for name, (owner, leaf) in base_parameters(model).items():
+        parameter = owner._parameters.get(leaf)
+        if parameter is not None:
+            by_tensor.setdefault(id(parameter), []).append(name)
+    return {name: group for group in by_tensor.values() if len(group) > 1 for name in group}
+
+
+def real_weight_entries(plan: Plan) -> list[PlanEntry]:
+    """Entries whose base parameter itself trains, in plan order."""
+    return [e for e in plan.entries if e.trains and e.action in REAL_WEIGHT_ACTIONS]

@@ -1,0 +1,515 @@
+"""`SpectrumModel`: PEFT's LoRA tuner, steered by a plan.
+
+PEFT's own layers and their bitsandbytes dispatch carry the adapters; `layers.SpectrumLayer` carries real weights. What is
+added here is that the plan says what goes where, that it is checked afterwards, and that files and dtypes are exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
+from torch import Tensor, nn
+
+from .. import names
+from ..config import SpectrumConfig
+from ..errors import MismatchError, OptionError, TrainingSetupError, near_matches
+from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry
+from .apply import original_keeper, plan_parameters, settle_plan, trainable_mismatch
+from .layers import SpectrumLayer
+from .ranks import RankChange, allocate, is_sliced, set_rank
+
+logger = logging.getLogger(__name__)
+
+
+class SpectrumModel(LoraModel):
+    """The tuner behind `get_peft_model(model, SpectrumConfig(...))`.
+
+    Args and attributes as `peft.LoraModel`.
+    """
+
+    prefix: str = "lora_"
+    tuner_layer_cls = (LoraLayer, SpectrumLayer)
+
+    # --- injection ------------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Settle the plan for this model, put its layers in, and check that what came out is the plan.
+
+        Raises:
+            MismatchError: the plan does not fit the model, or an adapter of another kind is already on a module.
+        """
+        config = self.peft_config[adapter_name]
+        config.plan = settle_plan(model, config)
+        self._aim(config, model)
+        self._keep_original = original_keeper(model, config.keep_base)
+        try:
+            with warnings.catch_warnings():
+                # PEFT looks for rank patterns among modules only, not among the fused expert parameters it adapts too.
+                warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            del self._keep_original
+        if is_movable(config):
+            self._allocate(adapter_name, config)
+        _describe(config, config.plan)
+        self._check_injected(model, adapter_name, config)
+        if self._why_a_callback_is_needed(adapter_name) and not hasattr(self, "_guard"):
+            self._guard = self.model.register_forward_pre_hook(self._refuse_unattended_training)
+
+    def _aim(self, config: SpectrumConfig, model: nn.Module) -> None:
+        """Say the plan in PEFT's words: targets, rank and alpha patterns, modules to save."""
+        plan: Plan = config.plan
+        held = [e for e in plan.entries if is_held(e, config)]
+        adapters = [e for e in plan.entries if is_placed(e, config)]
+        modules = [names.module_name(e.name) for e in (*held, *adapters) if e in held or not _is_fused(e)]
+        config.target_modules = list(dict.fromkeys(modules))
+        # PEFT shortens long lists of targets to suffixes before it matches; what is matched is this set.
+        config.planned_modules = frozenset(modules)
+        config.target_parameters = [e.name for e in adapters if _is_fused(e)] or None
+        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None  # the list above is final
+        allocated = allocated_rank(plan) if is_movable(config) else None
+        if allocated is not None and config.target_parameters:
+            raise OptionError(
+                f"rescore_every={config.rescore_every!r}: the rank of fused experts cannot change during training, and "
+                f"{config.target_parameters[0]} is a candidate. Leave them out with exclude_modules, or rescore_every."
+            )
+        config.rank_pattern, config.alpha_pattern = patterns_of(adapters, config, allocated)
+        self._save_whole_modules(config, model, [e for e in plan.entries if is_saved(e, config)])
+
+    def _save_whole_modules(self, config: SpectrumConfig, model: nn.Module, entries: list[PlanEntry]) -> None:
+        if not entries or config.trainable_token_indices:
+            return
+        already = config.modules_to_save or []
+        modules = dict.fromkeys(names.module_name(e.name) for e in entries)
+        new = [m for m in modules if not any(f".{m}".endswith(f".{known}") for known in already)]
+        config.modules_to_save = [*already, *new] or None
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        if any(model.get_submodule(m) is embedding for m in modules) and self._get_module_names_tied_with_embedding():
+            config.ensure_weight_tying = True
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: SpectrumConfig, key: str) -> bool:
+        return key in peft_config.planned_modules
+
+    def _create_and_replace(
+        self,
+        lora_config: SpectrumConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        entries = [
+            e for e in lora_config.plan.entries if names.module_name(e.name) == current_key and is_held(e, lora_config)
+        ]
+        if not entries or parameter_name is not None:
+            if isinstance(target, SpectrumLayer):
+                raise _mixed(current_key, target, adapter_name, "an adapter")
+            super()._create_and_replace(
+                lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
+            )
+            return
+        if isinstance(target, LoraLayer):
+            raise _mixed(current_key, target, adapter_name, "its real weights")
+        layer = target if isinstance(target, SpectrumLayer) else SpectrumLayer(target, current_key)
+        layer.update_layer(
+            adapter_name,
+            [e.name.rpartition(".")[2] for e in entries],
+            dtype=torch.float32 if lora_config.trainable_dtype == "float32" else None,
+            original=self._keep_original,
+            inference_mode=lora_config.inference_mode,
+        )
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            setattr(parent, target_name, layer)
+
+    def _check_injected(self, model: nn.Module, adapter_name: str, config: SpectrumConfig) -> None:
+        plan: Plan = config.plan
+        placed = set(plan_parameters(self, adapter_name).values())
+        wanted = {e.name for e in plan.entries if is_held(e, config) or is_placed(e, config)}
+        missing = sorted(wanted - placed)
+        if missing:
+            raise MismatchError(
+                f"{len(missing)} of {len(wanted)} planned tensors got no trainable layer, first {missing[0]}."
+                + near_matches(missing[0], placed)
+            )
+        if adapter_name in self.active_adapters and len(self.peft_config) == 1 and not config.inference_mode:
+            problem = trainable_mismatch(self, plan)
+            if problem:
+                raise MismatchError(f"after injection {problem}.")
+
+    # --- ranks that move ------------------------------------------------------------------------------------------
+
+    def _adapter_layers(self, config: SpectrumConfig) -> dict[str, Any]:
+        """{plan entry name: LoRA layer} of the entries that have one, fused experts left out."""
+        return {
+            e.name: self.model.get_submodule(names.module_name(e.name))
+            for e in config.plan.entries
+            if is_placed(e, config) and not _is_fused(e)
+        }
+
+    def _allocate(self, adapter_name: str, config: SpectrumConfig) -> None:
+        by_name = config.plan.by_name
+        for name, layer in self._adapter_layers(config).items():
+            allocate(layer, adapter_name, by_name[name].rank or 0)
+
+    def move_ranks(
+        self, adapter_name: str, wanted: Plan, *, step: int, optimizer: Any = None
+    ) -> list[RankChange]:
+        """Carry out another plan of the same candidates: ranks, learning rates, which adapters train.
+
+        An adapter that `wanted` deactivates keeps its factors, so the function stays, and stops training; activated again,
+        it goes on from them. In a distributed run every process ends with rank 0's factors.
+
+        Args:
+            wanted: the new plan, as `make_plan` gives it.
+            step: optimizer step, for the seed of new rows.
+            optimizer: torch optimizer whose moments follow.
+        Returns:
+            the layers whose rank moved, in plan order.
+        """
+        config = self.peft_config[adapter_name]
+        layers = self._adapter_layers(config)
+        entries, changes = [], []
+        for entry in config.plan.entries:
+            new = wanted.by_name.get(entry.name)
+            layer = layers.get(entry.name)
+            if new is None or layer is None:
+                entries.append(entry)
+            elif not new.trains:
+                entries.append(dataclasses.replace(entry, active=False, lr_ratio=1.0, score=new.score))
+            else:
+                live = layer.r[adapter_name]
+                if live == 0:
+                    layer.scaling[adapter_name] = scale_of(new, config)
+                if live != new.rank:
+                    change = set_rank(
+                        layer, adapter_name, new.rank, name=entry.name, step=step, seed=config.seed, optimizer=optimizer
+                    )
+                    changes.append(change)
+                entries.append(
+                    dataclasses.replace(
+                        entry,
+                        active=True,
+                        rank=new.rank,
+                        alpha=alpha_for_scale(layer.scaling[adapter_name], new.rank, config),
+                        lr_ratio=new.lr_ratio,
+                        score=new.score,
+                    )
+                )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for change in changes:
+                layer = layers[change.name]
+                for factor in (layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight):
+                    torch.distributed.broadcast(factor.data, src=0)
+        _describe(config, config.plan.replace(entries=tuple(entries)))
+        return changes
+
+    def restore_plan(self, adapter_name: str, moved: Iterable[tuple[str, int, float, float, bool]]) -> None:
+        """Take up the plan that a run had come to: rows (name, rank, alpha, lr_ratio, active).
+
+        Raises:
+            MismatchError: the factors that were loaded are of another rank than a row says.
+        """
+        config = self.peft_config[adapter_name]
+        rows = {row[0]: row[1:] for row in moved}
+        layers = self._adapter_layers(config)
+        entries = []
+        for entry in config.plan.entries:
+            if entry.name in rows and entry.name in layers:
+                rank, alpha, lr_ratio, active = rows[entry.name]
+                live = layers[entry.name].r[adapter_name]
+                if live != (rank or 0):
+                    raise MismatchError(
+                        f"resume: {entry.name} was loaded with rank {live}, trainer_state.json says {rank}. The adapter file "
+                        "and the trainer state are of different steps."
+                    )
+                entry = dataclasses.replace(entry, rank=rank, alpha=alpha, lr_ratio=lr_ratio, active=active)
+                if rank:
+                    layers[entry.name].scaling[adapter_name] = scale_of(entry, config)
+            entries.append(entry)
+        _describe(config, config.plan.replace(entries=tuple(entries)))
+
+    def resting(self, adapter_name: str) -> set[int]:
+        """ids of the parameters of deactivated adapters: they are in the function and do not train."""
+        config = self.peft_config[adapter_name]
+        by_name = config.plan.by_name
+        return {
+            id(factor[adapter_name].weight)
+            for name, layer in self._adapter_layers(config).items()
+            if not by_name[name].trains
+            for factor in (layer.lora_A, layer.lora_B)
+        }
+
+    # --- dtypes ---------------------------------------------------------------------------------------------------
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """One dtype for what trains, `trainable_dtype`, after injection and after every load.
+
+        On a quantized base, SFTTrainer's constructor rounds every trainable tensor to bfloat16. A reference to the exact
+        values is kept here until `restore_dtypes`, which the callback calls before the first step.
+        """
+        config = self.peft_config[adapter_name]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype and config.trainable_dtype == "float32")
+        if getattr(self.model, "is_quantized", False):
+            parameters = dict(self.named_parameters())
+            wanted = [parameters[n] for n in plan_parameters(self, adapter_name) if n in parameters]
+            self.__dict__.setdefault("_exact", {})[adapter_name] = [(p, p.data) for p in wanted]
+
+    def restore_dtypes(self) -> list[str]:
+        """Give back the exact values where a trainer rounded them; nothing else is touched.
+
+        Returns:
+            names of the adapters that had been cast.
+        """
+        restored = []
+        for adapter_name, pairs in self.__dict__.pop("_exact", {}).items():
+            cast = False
+            for parameter, exact in pairs:
+                if parameter.dtype == exact.dtype or parameter.shape != exact.shape:
+                    continue
+                rounded = exact.to(device=parameter.device, dtype=parameter.dtype)
+                # Only if the parameter is still the rounding of what is kept: a value that moved on is the newer one.
+                same = torch.equal(rounded, parameter.data)
+                parameter.data = (exact if same else parameter.data).to(device=parameter.device, dtype=exact.dtype)
+                cast = True
+            if cast:
+                restored.append(adapter_name)
+        return restored
+
+    # --- guards ---------------------------------------------------------------------------------------------------
+
+    def _why_a_callback_is_needed(self, adapter_name: str) -> str | None:
+        plan = self.peft_config[adapter_name].plan
+        if any(e.trains and e.lr_ratio != 1.0 for e in plan.entries):
+            return "it gives tensors learning rates of their own (lr_ratio)"
+        if plan.options.get("rescore_every") is not None:
+            return "it changes ranks during training (rescore_every)"
+        if getattr(self.model, "is_quantized", False) and any(e.action == "train" and e.trains for e in plan.entries):
+            return "it trains real weights on a quantized base, which trainers round to bfloat16"
+        return None
+
+    def attended_by(self, whom: str) -> None:
+        """Say that somebody (`SpectrumCallback`, `parameter_groups`) carries out what a plan needs beyond layers."""
+        self._attended = whom
+        if hasattr(self, "_guard"):
+            self._guard.remove()
+            del self._guard
+
+    def _refuse_unattended_training(self, module: nn.Module, args: Any) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        for adapter_name in self.active_adapters:
+            reason = self._why_a_callback_is_needed(adapter_name)
+            if reason:
+                raise TrainingSetupError(
+                    f"the plan of adapter {adapter_name!r} needs SpectrumCallback: {reason}. Add "
+                    "callbacks=[SpectrumCallback()] to the trainer, or use parameter_groups(model, plan, ...) in a loop "
+                    "of your own."
+                )
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        if hasattr(self, "_guard"):
+            self._guard.remove()
+            del self._guard
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    # --- files ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SpectrumConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """PEFT's selection, live slots only: the file opens as a plain LoRA of the ranks it holds."""
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        for name, layer in sliced_layers(model, adapter_name).items():
+            rank = layer.r[adapter_name]
+            a, b = (f"{name}.{factor}.{adapter_name}.weight" for factor in ("lora_A", "lora_B"))
+            if a in selected and rank == 0:
+                del selected[a], selected[b]
+            elif a in selected:
+                selected[a] = selected[a][:rank].contiguous()
+                selected[b] = selected[b][:, :rank].contiguous()
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SpectrumConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's mapping, then a check that PEFT does not make: the file holds what the plan says, and nothing else.
+
+        Raises:
+            MismatchError: a tensor is missing, unknown, or of another shape.
+        """
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        wanted = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
+        bare = {key: key.removeprefix("base_model.model.") for key in mapped}
+        got = {bare[k] if k not in wanted and bare[k] in wanted else k: v for k, v in mapped.items()}
+        where = f"adapter {adapter_name!r}: the file"
+        _take_ranks(model, config, adapter_name, got, where)
+        missing = sorted(set(wanted) - set(got))
+        if missing:
+            raise MismatchError(f"{where} lacks {len(missing)} tensors of the plan, first {missing[0]}.")
+        unknown = sorted(k for k in got if k not in wanted and (".lora_" in k))
+        if unknown:
+            raise MismatchError(
+                f"{where} holds {len(unknown)} tensors that the plan does not know, first {unknown[0]}."
+                + near_matches(unknown[0], wanted)
+            )
+        for key, value in got.items():
+            if key in wanted and wanted[key].shape != value.shape:
+                raise MismatchError(
+                    f"{where} holds {key} with shape {tuple(value.shape)}, wanted {tuple(wanted[key].shape)}."
+                )
+        return got
+
+
+def sliced_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """{module name in `model`: LoRA layer} of the layers whose rank may move."""
+    return {name: module for name, module in model.named_modules() if is_sliced(module, adapter_name)}
+
+
+def _take_ranks(
+    model: nn.Module, config: SpectrumConfig, adapter_name: str, state: dict[str, Tensor], where: str
+) -> None:
+    """Set every movable layer to the rank that the file holds for it, and pad the factors to the allocation, in place."""
+    ranks = {}
+    for name, layer in sliced_layers(model, adapter_name).items():
+        a, b = (f"{name}.{factor}.{adapter_name}.weight" for factor in ("lora_A", "lora_B"))
+        full_a, full_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        if (a in state) != (b in state):
+            raise MismatchError(f"{where} lacks {b if a in state else a}, and holds the other factor.")
+        given_a = state.get(a, full_a.new_zeros((0, full_a.shape[1]), device="cpu"))
+        given_b = state.get(b, full_b.new_zeros((full_b.shape[0], 0), device="cpu"))
+        rank = given_a.shape[0]
+        if rank > full_a.shape[0] or given_b.shape[1] != rank or given_a.shape[1:] != full_a.shape[1:]:
+            raise MismatchError(
+                f"{where} holds {a} with shape {tuple(given_a.shape)}, wanted at most {tuple(full_a.shape)}."
+            )
+        pad = full_a.shape[0] - rank
+        state[a] = nn.functional.pad(given_a, (0, 0, 0, pad))
+        state[b] = nn.functional.pad(given_b, (0, pad))
+        layer.r[adapter_name] = rank
+        ranks[name.removeprefix("base_model.model.") + ".weight"] = rank
+    if ranks and config.plan is not None:
+        entries = []
+        for e in config.plan.entries:
+            if e.name in ranks and ranks[e.name] != e.rank:
+                alpha = alpha_for_scale(scale_of(e, config), ranks[e.name], config) if ranks[e.name] else 0.0
+                e = dataclasses.replace(e, rank=ranks[e.name], alpha=alpha)
+            entries.append(e)
+        _describe(config, config.plan.replace(entries=tuple(entries)))
+
+
+def _describe(config: SpectrumConfig, plan: Plan) -> None:
+    """Write the plan into the config's PEFT fields as a file with live slots only must have them."""
+    config.plan = plan
+    live = [e for e in plan.entries if e.action in ADAPTER_ACTIONS and e.rank]
+    in_modules = [e for e in plan.entries if is_held(e, config) or (e in live and not _is_fused(e))]
+    config.target_modules = list(dict.fromkeys(names.module_name(e.name) for e in in_modules))
+    config.rank_pattern, config.alpha_pattern = patterns_of(live, config)
+
+
+# --- where an entry goes ---------------------------------------------------------------------------------------------
+
+
+def is_saved(entry: PlanEntry, config: SpectrumConfig) -> bool:
+    """Trains as a whole module through PEFT's `modules_to_save`: embeddings, output heads, and what the user lists there."""
+    if not entry.trains or entry.action != "save":
+        return False
+    module = names.module_name(entry.name)
+    listed = any(f".{module}.".find(f".{m}.") >= 0 for m in config.modules_to_save or ())
+    return listed or names.in_head(entry.name) or names.role(entry.name, entry.shape) == "embedding"
+
+
+def is_held(entry: PlanEntry, config: SpectrumConfig) -> bool:
+    """Trains in a `SpectrumLayer`: real weights, and norms and biases that train with them."""
+    if not entry.trains or entry.action not in REAL_WEIGHT_ACTIONS or is_saved(entry, config):
+        return False
+    return entry.action == "train" or not (config.bias != "none" and entry.name.endswith("bias"))
+
+
+def is_movable(config: SpectrumConfig) -> bool:
+    """Ranks may change in this process: layers are allocated at the largest rank."""
+    return config.plan.options.get("rescore_every") is not None and not config.inference_mode
+
+
+def is_placed(entry: PlanEntry, config: SpectrumConfig) -> bool:
+    """Gets an adapter layer: it trains, it keeps trained factors, or its rank may grow during training."""
+    return entry.action in ADAPTER_ACTIONS and (entry.trains or bool(entry.rank) or is_movable(config))
+
+
+def allocated_rank(plan: Plan) -> int:
+    """The largest rank that re-evaluation may give a layer, slots per layer."""
+    options = plan.options
+    ranks = [options.get("r_high"), options.get("r_medium"), *(e.rank for e in plan.entries)]
+    if options.get("r_high") is None:
+        ranks.append(options.get("r"))
+    return max(r for r in ranks if r)
+
+
+def patterns_of(
+    entries: Iterable[PlanEntry], config: SpectrumConfig, allocated: int | None = None
+) -> tuple[dict[str, int], dict[str, float]]:
+    """PEFT's `rank_pattern` and `alpha_pattern` for adapter entries, by anchored full name; the config's own are left out.
+
+    Args:
+        allocated: rank of every layer where ranks may move; alpha is then such that the scale is the live rank's.
+    """
+    ranks, alphas = {}, {}
+    for entry in entries:
+        key = "^" + re.escape(entry.name if _is_fused(entry) else names.module_name(entry.name))
+        rank, alpha = entry.rank, entry.alpha
+        if allocated is not None:
+            alpha = alpha_for_scale(scale_of(entry, config), allocated, config)
+            rank = allocated
+        if rank != config.r:
+            ranks[key] = rank
+        if alpha != config.lora_alpha:
+            alphas[key] = alpha
+    return ranks, alphas
+
+
+def scale_of(entry: PlanEntry, config: SpectrumConfig) -> float:
+    """What the update of an adapter is multiplied by; for an empty slot, what a new adapter of rank r would get."""
+    rank, alpha = (entry.rank, entry.alpha) if entry.rank else (config.r, config.lora_alpha)
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def alpha_for_scale(scale: float, rank: int, config: SpectrumConfig) -> float:
+    return scale * (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _is_fused(entry: PlanEntry) -> bool:
+    return entry.shape is not None and len(entry.shape) == 3
+
+
+def _mixed(module: str, target: nn.Module, adapter_name: str, wants: str) -> MismatchError:
+    has = "real weights" if isinstance(target, SpectrumLayer) else "an adapter"
+    owners = sorted(target._all_available_adapter_names())
+    return MismatchError(
+        f"{module} carries {has} of adapter {owners[0]!r}, and adapter {adapter_name!r} wants {wants} there. One module "
+        "holds one kind; delete the other adapter, load it on a base of its own, or exclude the module."
+    )
+
+
