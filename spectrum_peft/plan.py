@@ -709,7 +709,8 @@ def _chosen_by(plan: Plan) -> str:
     options = {**OPTIONS, **plan.options}
     mode = get_mode(plan.mode)
     if options["preset"] is not None:
-        return f"criterion {plan.criterion}, preset {options['preset']} at {_percent(options['spectrum_ratio'])} of each kind"
+        share = _percent(options["spectrum_ratio"])
+        return f"criterion {plan.criterion}, preset {options['preset']} at {share} of each kind"
     if not mode.selective:
         text = "everything, scores are not asked"
     elif options["snr_threshold"] is not None:

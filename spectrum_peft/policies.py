@@ -440,10 +440,11 @@ def allocate_ranks(
     width = 1
     while True:
         base = [max(1, rank - width + 1) for rank in at(low)]
-        room = [min(width, cap - rank) if cap > rank else 0 for cap, rank in zip(caps, base, strict=True)]
-        room = [min(cap - rank, more + width - 1) for cap, rank, more in zip(caps, base, room, strict=True)]
-        ranks = _fill(base, room, costs, budget - total(base))
-        if total(ranks) >= best_possible or width > max(caps):
+        rest = budget - total(base)
+        all_of_it = [min(cap - rank, rest // cost) for cap, rank, cost in zip(caps, base, costs, strict=True)]
+        room = [min(2 * width - 1, more) for more in all_of_it]
+        ranks = _fill(base, room, costs, rest)
+        if total(ranks) >= best_possible or (max(base) == 1 and room == all_of_it):
             break
         width *= 2
     missed = budget - total(ranks)
@@ -469,7 +470,7 @@ def _fill(base: Sequence[int], room: Sequence[int], costs: Sequence[int], rest: 
         classes[cost] = classes.get(cost, 0) + more
     pieces: list[tuple[int, int]] = []  # (cost, how many together): any number up to the class's room is a sum of them
     for cost, more in classes.items():
-        size = 1
+        size, more = 1, min(more, rest // cost)
         while more > 0:
             pieces.append((cost, min(size, more)))
             more -= size

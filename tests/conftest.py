@@ -6,9 +6,12 @@ run without them.
 
 from __future__ import annotations
 
+import math
 import os
+import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,8 @@ import pytest  # noqa: E402 - the environment comes first
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from spectrum_peft.records import SnrReport
 
 MARKERS = (
     "slow: needs a real model or more than a few seconds",
@@ -83,7 +88,7 @@ def _tiny_llama(tied: bool) -> PreTrainedModel:
 
     torch.manual_seed(7 if tied else 0)
     config = LlamaConfig(
-        vocab_size=264, hidden_size=64, intermediate_size=112, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied,
         pad_token_id=256, bos_token_id=257, eos_token_id=258,
     )  # fmt: skip
@@ -166,3 +171,60 @@ def tiny_gpt2(tiny_gpt2_folder: Path) -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
+
+
+# --- reports without a model -----------------------------------------------------------------------------------------
+
+
+def _llama_report(
+    layers: int = 4, *, seed: int = 0, hidden: int = 64, tied: bool = False, experts: int = 0, order: int | None = None
+) -> SnrReport:
+    """A report with a Llama's names and shapes, and random scores that differ by kind in scale, as real ones do.
+
+    Args:
+        experts: a fused mixture of experts instead of the MLP where above 0, with a router.
+        order: seed to shuffle the rows with; None: model order.
+    """
+    from spectrum_peft import names
+    from spectrum_peft.records import Fingerprint, MatrixStat, SnrReport
+
+    random_ = random.Random(seed)
+    wide, small = 2 * hidden - 16, hidden // 2
+    attention = {"q_proj": (hidden, hidden), "k_proj": (small, hidden), "v_proj": (small, hidden)}
+    attention["o_proj"] = (hidden, hidden)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (264, hidden)}
+    for i in range(layers):
+        block = f"model.layers.{i}"
+        shapes |= {f"{block}.self_attn.{leaf}.weight": shape for leaf, shape in attention.items()}
+        if experts:
+            shapes[f"{block}.mlp.gate.weight"] = (experts, hidden)
+            for e in range(experts):
+                shapes[f"{block}.mlp.experts.gate_up_proj[{e}]"] = (2 * wide, hidden)
+                shapes[f"{block}.mlp.experts.down_proj[{e}]"] = (hidden, wide)
+        else:
+            shapes |= {f"{block}.mlp.{leaf}_proj.weight": (wide, hidden) for leaf in ("gate", "up")}
+            shapes[f"{block}.mlp.down_proj.weight"] = (hidden, wide)
+        shapes |= {f"{block}.{leaf}.weight": (hidden,) for leaf in ("input_layernorm", "post_attention_layernorm")}
+    shapes["model.norm.weight"] = (hidden,)
+    if not tied:
+        shapes["lm_head.weight"] = (264, hidden)
+    bare = [name.partition("[")[0] for name in shapes]
+    kinds = names.kinds(dict.fromkeys(bare))
+    stats = []
+    for (name, shape), plain in zip(shapes.items(), bare, strict=True):
+        role = names.role(plain, (experts, *shape) if "[" in name else shape)
+        kind = kinds[plain]
+        score = random_.lognormvariate(len(kind) % 5 - 2, 0.7) if role == "linear" else None
+        stats.append(
+            MatrixStat(name, kind, shape, math.prod(shape), "bfloat16", score, None if score is None else 3, None, role)
+        )
+    if order is not None:
+        random.Random(order).shuffle(stats)
+    groups = (("model.embed_tokens.weight", "lm_head.weight"),) if tied else ()
+    return SnrReport(tuple(stats), "spectrum", Fingerprint("a" * 64, "b" * 64, "file"), "some/llama", tied=groups)
+
+
+@pytest.fixture(scope="session")
+def llama_report() -> Callable[..., SnrReport]:
+    """Makes a report without a model: `llama_report(layers=4, seed=0, tied=False, experts=0, order=None)`."""
+    return _llama_report
