@@ -166,7 +166,11 @@ class SpectrumCallback(TrainerCallback, ExportableState):
                 len(used), args.learning_rate * used[0], args.learning_rate * used[-1], used[0], used[-1],
             )  # fmt: skip
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        logger.info("mode %s trains %s parameters in %d tensors of the base", plan.mode, f"{trained:,}", len(plan.trainable_names))
+        slots = "" if not rescoring else f" ({trained:,} are allocated, so that ranks may move)"
+        logger.info(
+            "mode %s trains %s parameters in %d tensors of the base%s", plan.mode,
+            f"{plan.trainable_parameters if rescoring else trained:,}", len(plan.trainable_names), slots,
+        )  # fmt: skip
         self._started = (time.perf_counter(), state.global_step, int(state.num_input_tokens_seen or 0))
 
     def _check_optimizer(self, args: TrainingArguments, model: nn.Module, optimizer: Any) -> None:

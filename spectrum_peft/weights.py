@@ -1048,12 +1048,39 @@ def _quantization_of(parameter: Tensor) -> str | None:
     return None
 
 
+def _unpacked_4bit(parameter: Any) -> tuple[Tensor, Any]:
+    """Data and quantization state of a 4-bit parameter in bitsandbytes' usual layout; the parameter stays as it is."""
+    import bitsandbytes.functional as bnb
+
+    state = parameter.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        return bnb._convert_weight_packed_for_cpu_inverse(parameter.data, state)
+    return parameter.data, state
+
+
+def keep_4bit_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights, and undo it where it did; call it before training.
+
+    On a CPU with AVX512-BF16, bitsandbytes (0.50.2, `Linear4bit.forward`) repacks a weight in the first forward in eval
+    mode, for a faster product that has no backward: after one evaluation, a training step ends at that layer and says so
+    only in a warning. The layer's output changes within rounding. Without a repacked weight, or without such a CPU,
+    nothing happens.
+    """
+    for module in model.modules():
+        if not getattr(module, "support_avx512bf16_for_cpu", False):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        weight: Any = module.weight
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            weight.data, weight.quant_state = _unpacked_4bit(weight)
+
+
 def _dequantized(item: _Live) -> Tensor:
     parameter: Any = item.parameter.detach()
     if item.info.dtype in {"nf4", "fp4"}:
         import bitsandbytes.functional as bnb
 
-        return bnb.dequantize_4bit(parameter.data, item.parameter.quant_state)  # type: ignore[attr-defined]
+        return bnb.dequantize_4bit(*_unpacked_4bit(item.parameter))
     if item.info.dtype == "int8":
         # After the first forward the scales have moved from the parameter to the module's state.
         scale = getattr(item.parameter, "SCB", None)

@@ -24,6 +24,7 @@ from .. import names
 from ..config import SpectrumConfig
 from ..errors import MismatchError, OptionError, TrainingSetupError, near_matches
 from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry
+from ..weights import keep_4bit_differentiable
 from .apply import original_keeper, plan_parameters, settle_plan, trainable_mismatch
 from .layers import SpectrumLayer
 from .ranks import RankChange, allocate, is_sliced, set_rank
@@ -50,6 +51,8 @@ class SpectrumModel(LoraModel):
         """
         config = self.peft_config[adapter_name]
         config.plan = settle_plan(model, config)
+        if not config.inference_mode:
+            keep_4bit_differentiable(model)
         self._aim(config, model)
         self._keep_original = original_keeper(model, config.keep_base)
         try:
