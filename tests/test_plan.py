@@ -302,7 +302,7 @@ def test_a_tied_name_that_the_report_lists_too_is_no_second_entry(llama_report):
 
 
 def test_a_tied_head_cannot_train_above_a_cut(llama_report):
-    with pytest.raises(OptionError, match=r"train_head=True trains model\.embed_tokens\.weight, which the head):
+    with pytest.raises(OptionError, match=r"train_head=True trains model\.embed_tokens\.weight, which the head"):
         make_plan(llama_report(tied=True), train_head=True, backward_depth=0.5)
     assert saved(make_plan(llama_report(), train_head=True, backward_depth=0.5)) == ["lm_head.weight"]
 
