@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -330,6 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code (a failure that is not an input error raises)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # For developers of the libraries below; a user of the command can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     for noisy in ("httpx", "datasets", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:

@@ -415,7 +415,8 @@ def _judge_classification(model: Any, batches: Iterable[Mapping[str, Any]]) -> d
 def evaluate(task: str, trainer: Trainer, dataset: Dataset) -> dict[str, float]:
     """Judge the trainer's model on rows that the trainer has prepared, collated as for training.
 
-    Every process of a distributed run judges all rows: sums over shards would need the trainer's own gathering.
+    Before or after training, not in between: the trainer's mixed precision is taken off the model. Every process of a
+    distributed run judges all rows, so that the sums need no gathering.
 
     Args:
         dataset: `trainer.train_dataset` or `trainer.eval_dataset`.
@@ -427,7 +428,8 @@ def evaluate(task: str, trainer: Trainer, dataset: Dataset) -> dict[str, float]:
 
     rows = dataset.select_columns([name for name in dataset.column_names if name in _MODEL_INPUTS])
     batches = DataLoader(rows, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
-    model = trainer.model
+    # Without the trainer's autocast around it: what is judged is the model as it will be loaded again.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     training = model.training
     model.eval()
     try:

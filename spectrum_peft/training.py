@@ -132,7 +132,8 @@ def _config_of(model: str, options: argparse.Namespace) -> Any:
             model, revision=options.revision, trust_remote_code=bool(options.trust_remote_code)
         )
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model}: cannot be loaded as a model ({_first_line(error)})") from error
+        where = "cannot be loaded as a model" if Path(model).exists() else "no such folder, and not loadable from the hub"
+        raise CheckpointError(f"{model}: {where} ({_first_line(error)})") from error
 
 
 def _dtype_of(options: argparse.Namespace) -> tuple[torch.dtype, str]:
@@ -241,6 +242,7 @@ def train(
     if tokenizer is None:
         raise CheckpointError(f"{options.model}: has no tokenizer, which training on text needs.")
     callback, clock = SpectrumCallback(), StepClock()
+    callback.report = spectrum.report
     trainer = build_trainer(
         task,
         model=model,
@@ -289,6 +291,7 @@ def _defaults(options: argparse.Namespace, row: Task, rate: float, dtype: torch.
     defaults: dict[str, Any] = {
         "output_dir": options.output_dir,
         "learning_rate": rate,
+        "include_num_input_tokens_seen": True,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
     }
@@ -306,8 +309,9 @@ def _report(options: argparse.Namespace, plan_options: Mapping[str, Any], scored
     """The report that was given, else a scan; a mode that takes everything needs names and shapes, no scores."""
     if options.report:
         return SnrReport.load(options.report)
-    began = time.perf_counter()
-    report = scan_weights(
+    if scored:
+        print(f"no --report was given: scanning {options.model}")
+    return scan_weights(
         options.model,
         criterion=plan_options.get("criterion", OPTIONS["criterion"]),
         score=("linear",) if scored else (),
@@ -315,8 +319,6 @@ def _report(options: argparse.Namespace, plan_options: Mapping[str, Any], scored
         revision=options.revision,
         seed=plan_options.get("seed", OPTIONS["seed"]),
     )
-    print(f"scanned {options.model} in {time.perf_counter() - began:.1f} s (no --report was given)")
-    return report
 
 
 def _resume(value: str | None) -> str | bool | None:
