@@ -150,9 +150,7 @@ def select_columns(dataset: Dataset, task: str, source: str, renamed: Mapping[st
     if "messages" in chosen:
         kept += [name for name in _CHAT_EXTRAS if name in present]
     dataset = dataset.select_columns(kept)
-    for standard in chosen:
-        if found[standard] != standard:
-            dataset = dataset.rename_column(found[standard], standard)
+    dataset = dataset.rename_columns({found[standard]: standard for standard in chosen})
     for standard in chosen:
         _check_column(dataset, standard, source)
     return dataset
@@ -237,7 +235,8 @@ def _label_ids(dataset: Dataset, names: Sequence[str]) -> Callable[[Any], int]:
     if _are_ids(values, len(names)):
         return int
     unknown = next(str(value) for value in values if str(value) not in position)
-    raise DataError(f"label {unknown!r} is none of the {len(names)} that the model knows." + near_matches(unknown, names))
+    near = near_matches(unknown, names)
+    raise DataError(f"label {unknown!r} is none of the {len(names)} that the model knows." + near)
 
 
 def _are_ids(values: Sequence[Any], n: int) -> bool:
