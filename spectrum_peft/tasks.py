@@ -115,8 +115,6 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
     except Exception as error:  # datasets, pyarrow and huggingface_hub each have their own tree of errors
         cause = error.__cause__ or error
         raise DataError(f"{source}: not readable as a dataset ({type(cause).__name__}: {_one_line(cause)}).") from error
-    if len(dataset) == 0:
-        raise DataError(f"{source}: the dataset has no rows.")
     return dataset
 
 

@@ -93,7 +93,7 @@ def test_a_folder_is_read_by_split_and_one_without_rows_is_named(tmp_path: Path)
     write_rows(tmp_path / "train.jsonl", [{"text": "a"}, {"text": "b"}])
     write_rows(tmp_path / "validation.jsonl", [{"text": "c"}])
     assert read_dataset(str(tmp_path), "validation")["text"][:] == ["c"]
-    with pytest.raises(DataError, match="the dataset has no rows"):
+    with pytest.raises(DataError, match="corresponds to no data"):
         read_dataset(str(tmp_path), "train[:0]")
 
 
