@@ -406,6 +406,23 @@ def test_a_missing_expert_is_refused(llama_report):
         make_plan(torn)
 
 
+def test_an_expert_without_a_score_leaves_the_parameter_without_one(llama_report):
+    name = "model.layers.1.mlp.experts.down_proj"
+    report = with_scores(llama_report(2, experts=3), {})
+    gap = replace(report, stats=tuple(replace(s, score=None) if s.name == f"{name}[1]" else s for s in report.stats))
+    with pytest.raises(OptionError, match=r"mlp\.experts\.down_proj has no score"):
+        make_plan(gap)
+
+
+def test_a_total_with_an_unknown_part_is_unknown(llama_report):
+    report = llama_report(2)
+    first, *rest = report.stats
+    plan = make_plan(replace(report, stats=(replace(first, shape=None, numel=0), *rest)))
+    assert plan.total_parameters == 0
+    assert plan_numbers(plan).trainable_percent is None
+    assert "of an unknown total" in explain(plan)
+
+
 def test_a_fused_qkv_is_one_matrix_and_that_is_said():
     plan = make_plan(of_shapes({f"model.layers.{i}.self_attn.qkv_proj.weight": (24, 8) for i in range(4)}))
     assert len(plan.trainable_names) == 2
@@ -494,6 +511,12 @@ def test_every_published_scan_is_selected_from_as_the_script_does(shared, percen
         assert plan.trainable_names == sorted(f"{n}.weight" for n in matched)
 
 
+def test_a_percentage_of_the_preset_is_not_lost_to_rounding():
+    rows = [(f"model.layers.{i}.mlp.up_proj", "mlp.up_proj", float(i)) for i in range(100)]
+    plan = make_plan(published_report(rows), preset="published", spectrum_ratio=0.29)  # 0.29 * 100 < 29 in floats
+    assert len(plan.trainable_names) == 29
+
+
 def test_the_preset_ranks_unscored_norms_as_the_published_scans_do(llama_report):
     plan = make_plan(llama_report(4), preset="published", spectrum_ratio=0.5)
     assert saved(plan) == [
@@ -538,7 +561,7 @@ def test_explain_names_what_depth_gives_up(llama_report):
     for name in lost:
         assert f"{report.scores[name]:.4g}  {name}" in text
     section = text.split("gives up")[1]
-    assert not any(name in section for name in plan.trainable_names)
+    assert {s.name for s in report.stats if s.name in section} == lost
     assert "gives up" not in explain(free)
     assert "28 of 56 matrices (50.0 %)" in text
     assert f"{plan.trainable_parameters:,} of {report.total_parameters:,}" in text
@@ -635,6 +658,22 @@ def test_an_exact_budget_stays_exact_or_below_when_the_plan_is_made_again(llama_
         again = replan(plan, scores)
         assert plan.trainable_parameters * 0.9 < again.trainable_parameters <= plan.trainable_parameters
         assert max(e.rank for e in again.entries) <= max(e.rank for e in plan.entries)
+
+
+def test_ranks_made_again_fit_what_is_allocated_and_leave_the_head_its_share(llama_report):
+    report = llama_report(6)
+    wide = {n: s + 1e3 * ("mlp" in n) for n, s in report.scores.items()}  # the costly ones lead, then the cheap ones
+    plan = make_plan(
+        with_scores(report, wide), mode="alors", rescore_every=10, trainable_parameters=100_000, scope="global",
+        train_head=True,
+    )  # fmt: skip
+    assert replan(plan, wide).entries == plan.entries
+    again = replan(plan, {n: s + 1e3 * ("attn" in n) for n, s in report.scores.items()})
+    highest = max(e.rank or 0 for e in plan.entries)
+    assert max(e.rank or 0 for e in again.entries) == highest
+    assert {e.alpha / e.rank for e in again.entries if e.rank} == {2.0}
+    assert again.trainable_parameters <= plan.trainable_parameters
+    assert again.trainable_names == plan.trainable_names  # none was dropped to keep the budget
 
 
 def test_a_score_that_rises_moves_its_matrix_up_a_tier(llama_report):

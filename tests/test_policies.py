@@ -103,6 +103,11 @@ def test_ties_go_to_the_lower_block_then_to_the_name_and_to_outside_the_blocks_l
         ]  # fmt: skip
 
 
+def test_ties_within_a_block_go_by_number():
+    experts = [Candidate(f"layers.0.experts.{e}.w1.weight", "experts.w1", 0, (4, 4), 1.0) for e in (10, 9, 2)]
+    assert [c.name.split(".")[3] for c in ranked(experts)] == ["2", "9", "10"]
+
+
 @pytest.mark.parametrize("scope", ["per_kind", "global"])
 @pytest.mark.parametrize("measure", ["count", "parameters"])
 @pytest.mark.parametrize("reach", [None, 4])
@@ -146,6 +151,18 @@ def test_the_parameter_measure_keeps_to_the_share_of_elements_beyond_the_first()
         following = next((c for c in ranked(candidates) if c.name not in chosen), None)
         assert used <= ratio * total or len(chosen) == 1
         assert following is None or used + following.numel > ratio * total
+
+
+def test_the_parameter_measure_stops_at_the_first_that_does_not_fit_so_that_ratios_nest():
+    sizes = {"a": 10, "b": 100, "c": 10}
+    members = [Candidate(n, "k", None, (s, 1), 9.0 - i) for i, (n, s) in enumerate(sizes.items())]
+    assert taken(members, spectrum_ratio=0.2, measure="parameters") == {"a"}
+    assert taken(members, spectrum_ratio=0.95, measure="parameters") == {"a", "b"}
+
+
+def test_the_parameter_measure_counts_all_blocks_and_takes_from_the_reachable_ones():
+    members = [Candidate(f"l.{i}.q.weight", "q", i, (4, 4), float(i), reachable=i >= 5) for i in range(10)]
+    assert len(taken(members, spectrum_ratio=0.4, measure="parameters")) == 4
 
 
 def test_the_parameter_measure_wants_shapes():
