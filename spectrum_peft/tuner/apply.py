@@ -146,7 +146,8 @@ def settle_plan(model: nn.Module, config: SpectrumConfig) -> Plan:
     if config.plan is not None:
         plan = config.plan
         _check_fingerprint(plan.fingerprint, model, "the plan", config.force)
-        return _with_model_names(plan, present)
+        plan = _with_model_names(plan, present)
+        return plan.replace(entries=(*plan.entries, *_saved_entries(model, config, plan, present)))
     report = config.resolved_report()
     if report is None:
         score = ("linear",) if MODES[config.mode].selective else ()

@@ -46,6 +46,11 @@ class Original:
         self.name, self.dtype, self.shape, self.lost, self.reader = name, tensor.dtype, tensor.shape, lost, reader
         self._copy = None if reader or lost else tensor.detach().to("cpu", copy=True)
 
+    @property
+    def kept(self) -> Tensor | None:
+        """The copy in main memory, where there is one."""
+        return self._copy
+
     def read(self, device: torch.device) -> Tensor:
         """The original on `device`, in its own dtype; on the CPU the kept copy itself, which must not be written to.
 

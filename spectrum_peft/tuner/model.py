@@ -6,6 +6,8 @@ added here is that the plan says what goes where, that it is checked afterwards,
 
 from __future__ import annotations
 
+import copy
+import copy
 import dataclasses
 import logging
 import math
@@ -18,6 +20,7 @@ import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .. import names
@@ -27,7 +30,7 @@ from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry
 from ..weights import keep_4bit_differentiable
 from .apply import original_keeper, plan_parameters, settle_plan, trainable_mismatch
 from .layers import SpectrumLayer
-from .ranks import RankChange, allocate, is_sliced, set_rank
+from .ranks import RankChange, allocate, is_sliced, moments, set_rank
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +53,15 @@ class SpectrumModel(LoraModel):
             MismatchError: the plan does not fit the model, or an adapter of another kind is already on a module.
         """
         config = self.peft_config[adapter_name]
+        if any(c is config for name, c in self.peft_config.items() if name != adapter_name):
+            # TRL's reference adapter comes with the policy's own config; the plan of one must not move the other's.
+            config = self.peft_config[adapter_name] = copy.copy(config)
         config.plan = settle_plan(model, config)
+        self.plan_digests[adapter_name] = config.plan.digest
         if not config.inference_mode:
             keep_4bit_differentiable(model)
         self._aim(config, model)
+        self._refuse_mixtures(config, model, adapter_name)
         self._keep_original = original_keeper(model, config.keep_base)
         try:
             with warnings.catch_warnings():
@@ -62,12 +70,12 @@ class SpectrumModel(LoraModel):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             del self._keep_original
+        self._repair_tied_copies(adapter_name, config)
         if is_movable(config):
             self._allocate(adapter_name, config)
         _describe(config, config.plan)
         self._check_injected(model, adapter_name, config)
-        if self._why_a_callback_is_needed(adapter_name) and not hasattr(self, "_guard"):
-            self._guard = self.model.register_forward_pre_hook(self._refuse_unattended_training)
+        self._arm()
 
     def _aim(self, config: SpectrumConfig, model: nn.Module) -> None:
         """Say the plan in PEFT's words: targets, rank and alpha patterns, modules to save."""
@@ -80,6 +88,9 @@ class SpectrumModel(LoraModel):
         config.planned_modules = frozenset(modules)
         config.target_parameters = [e.name for e in adapters if _is_fused(e)] or None
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None  # the list above is final
+        # Conv1D keeps its weight as (in, out); PEFT asks to be told, and sorts it out by layer where kinds are mixed.
+        owners = [model.get_submodule(m) for m in modules]
+        config.fan_in_fan_out = any(type(getattr(o, "base_layer", o)).__name__ == "Conv1D" for o in owners)
         allocated = allocated_rank(plan) if is_movable(config) else None
         if allocated is not None and config.target_parameters:
             raise OptionError(
@@ -100,6 +111,26 @@ class SpectrumModel(LoraModel):
         if any(model.get_submodule(m) is embedding for m in modules) and self._get_module_names_tied_with_embedding():
             config.ensure_weight_tying = True
 
+    def _repair_tied_copies(self, adapter_name: str, config: SpectrumConfig) -> None:
+        """PEFT makes every module that is tied to the embeddings a bare Linear; T5 ties further embeddings to them."""
+        for name in getattr(config, "modules_to_tie", None) or ():
+            wrapper = self.model.get_submodule(name)
+            if not isinstance(wrapper, ModulesToSaveWrapper):
+                continue
+            made = wrapper.modules_to_save[adapter_name]
+            if type(made) is not type(wrapper.original_module):
+                twin = copy.deepcopy(wrapper.original_module)
+                twin.weight = made.weight
+                wrapper.modules_to_save[adapter_name] = twin
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: SpectrumConfig) -> None:
+        """PEFT's own check knows embeddings by two names; here the tie follows the module, whatever it is called."""
+        tied = self._get_module_names_tied_with_embedding()
+        if peft_config.ensure_weight_tying and tied and peft_config.modules_to_save:
+            self._add_modules_to_save_to_tie(peft_config, tied)
+        else:
+            super()._check_tied_modules(model, peft_config)
+
     @staticmethod
     def _check_target_module_exists(peft_config: SpectrumConfig, key: str) -> bool:
         return key in peft_config.planned_modules
@@ -119,14 +150,10 @@ class SpectrumModel(LoraModel):
             e for e in lora_config.plan.entries if names.module_name(e.name) == current_key and is_held(e, lora_config)
         ]
         if not entries or parameter_name is not None:
-            if isinstance(target, SpectrumLayer):
-                raise _mixed(current_key, target, adapter_name, "an adapter")
             super()._create_and_replace(
                 lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
             )
             return
-        if isinstance(target, LoraLayer):
-            raise _mixed(current_key, target, adapter_name, "its real weights")
         layer = target if isinstance(target, SpectrumLayer) else SpectrumLayer(target, current_key)
         layer.update_layer(
             adapter_name,
@@ -139,6 +166,22 @@ class SpectrumModel(LoraModel):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             setattr(parent, target_name, layer)
+
+    def _refuse_mixtures(self, config: SpectrumConfig, model: nn.Module, adapter_name: str) -> None:
+        """One module holds real weights or low-rank products, not both. Asked before anything is put in."""
+        held = {names.module_name(e.name) for e in config.plan.entries if is_held(e, config)}
+        placed = {names.module_name(e.name) for e in config.plan.entries if is_placed(e, config)}
+        for name, module in model.named_modules():
+            for wanted, other, wants, has in (
+                (held, LoraLayer, "its real weights", "an adapter"),
+                (placed, SpectrumLayer, "an adapter", "real weights"),
+            ):
+                if name in wanted and isinstance(module, other):
+                    owner = sorted(module._all_available_adapter_names())[0]
+                    raise MismatchError(
+                        f"{name} carries {has} of adapter {owner!r}, and adapter {adapter_name!r} wants {wants} there. One "
+                        "module holds one kind; delete the other adapter, load it on a base of its own, or exclude the module."
+                    )
 
     def _check_injected(self, model: nn.Module, adapter_name: str, config: SpectrumConfig) -> None:
         plan: Plan = config.plan
@@ -176,7 +219,7 @@ class SpectrumModel(LoraModel):
         """Carry out another plan of the same candidates: ranks, learning rates, which adapters train.
 
         An adapter that `wanted` deactivates keeps its factors, so the function stays, and stops training; activated again,
-        it goes on from them. In a distributed run every process ends with rank 0's factors.
+        it goes on from them. In a distributed run every process ends with rank 0's factors and moments.
 
         Args:
             wanted: the new plan, as `make_plan` gives it.
@@ -218,7 +261,8 @@ class SpectrumModel(LoraModel):
             for change in changes:
                 layer = layers[change.name]
                 for factor in (layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight):
-                    torch.distributed.broadcast(factor.data, src=0)
+                    for tensor in (factor.data, *moments(optimizer, factor, change.name).values()):
+                        torch.distributed.broadcast(tensor, src=0)
         _describe(config, config.plan.replace(entries=tuple(entries)))
         return changes
 
@@ -247,16 +291,16 @@ class SpectrumModel(LoraModel):
             entries.append(entry)
         _describe(config, config.plan.replace(entries=tuple(entries)))
 
-    def resting(self, adapter_name: str) -> set[int]:
-        """ids of the parameters of deactivated adapters: they are in the function and do not train."""
+    def resting(self, adapter_name: str) -> list[Tensor]:
+        """The parameters of deactivated adapters: they are in the function and do not train."""
         config = self.peft_config[adapter_name]
         by_name = config.plan.by_name
-        return {
-            id(factor[adapter_name].weight)
+        return [
+            factor[adapter_name].weight
             for name, layer in self._adapter_layers(config).items()
             if not by_name[name].trains
             for factor in (layer.lora_A, layer.lora_B)
-        }
+        ]
 
     # --- dtypes ---------------------------------------------------------------------------------------------------
 
@@ -306,9 +350,19 @@ class SpectrumModel(LoraModel):
             return "it trains real weights on a quantized base, which trainers round to bfloat16"
         return None
 
-    def attended_by(self, whom: str) -> None:
-        """Say that somebody (`SpectrumCallback`, `parameter_groups`) carries out what a plan needs beyond layers."""
-        self._attended = whom
+    def attended(self, yes: bool = True) -> None:
+        """Say that somebody (`SpectrumCallback`, `parameter_groups`) carries out what a plan needs beyond layers, or that
+        nobody does any longer."""
+        if yes:
+            self._disarm()
+        else:
+            self._arm()
+
+    def _arm(self) -> None:
+        if not hasattr(self, "_guard") and any(self._why_a_callback_is_needed(name) for name in self.plan_digests):
+            self._guard = self.model.register_forward_pre_hook(self._refuse_unattended_training)
+
+    def _disarm(self) -> None:
         if hasattr(self, "_guard"):
             self._guard.remove()
             del self._guard
@@ -325,11 +379,17 @@ class SpectrumModel(LoraModel):
                     "of your own."
                 )
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        """As PEFT's; without a merge, modules that were trained whole are given back as they were, too."""
         if hasattr(self, "_guard"):
             self._guard.remove()
             del self._guard
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        if not merge:
+            for name, module in list(self.model.named_modules(remove_duplicate=False)):
+                if isinstance(module, ModulesToSaveWrapper):
+                    parent, _, leaf = name.rpartition(".")
+                    setattr(self.model.get_submodule(parent), leaf, module.original_module)
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
     # --- files ----------------------------------------------------------------------------------------------------
 
@@ -505,14 +565,3 @@ def alpha_for_scale(scale: float, rank: int, config: SpectrumConfig) -> float:
 
 def _is_fused(entry: PlanEntry) -> bool:
     return entry.shape is not None and len(entry.shape) == 3
-
-
-def _mixed(module: str, target: nn.Module, adapter_name: str, wants: str) -> MismatchError:
-    has = "real weights" if isinstance(target, SpectrumLayer) else "an adapter"
-    owners = sorted(target._all_available_adapter_names())
-    return MismatchError(
-        f"{module} carries {has} of adapter {owners[0]!r}, and adapter {adapter_name!r} wants {wants} there. One module "
-        "holds one kind; delete the other adapter, load it on a base of its own, or exclude the module."
-    )
-
-

@@ -8,6 +8,7 @@ Parameters, optimizer groups, DDP's buckets and checkpoints of the optimizer nev
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,12 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor
 from torch.nn import functional
 
+logger = logging.getLogger(__name__)
+
 # Singular values below this share of the largest are noise of float32 factors, not directions that were trained.
 _NEGLIGIBLE = 1e-7
+# Averages that an optimizer keeps entry by entry, and the power of the gradient that they average.
+_MOMENTS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
 
 def live_factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, float]:
@@ -112,12 +117,12 @@ def set_rank(layer: LoraLayer, adapter: str, rank: int, *, name: str, step: int,
     dropped = 0.0
     kept = before
     if rank < before:
-        kept, dropped = _shrink(A, B, before, rank, layer.scaling[adapter], optimizer)
+        kept, dropped = _shrink(A, B, before, rank, layer.scaling[adapter], optimizer, name)
     if rank > kept:
         rows = _new_rows(A, rank - kept, f"{seed}:{step}:{name}")
         A[kept:rank] = rows
         B[:, kept:rank] = 0.0
-        _fill_moments(optimizer, A, B, kept, rank)
+        _fill_moments(optimizer, A, B, kept, rank, name)
     layer.r[adapter] = rank
     return RankChange(name, before, rank, dropped)
 
@@ -130,7 +135,9 @@ def _new_rows(A: Tensor, count: int, seed: str) -> Tensor:
     return rows.to(device=A.device, dtype=A.dtype)
 
 
-def _shrink(A: Tensor, B: Tensor, before: int, rank: int, scale: float, optimizer: Any) -> tuple[int, float]:
+def _shrink(
+    A: Tensor, B: Tensor, before: int, rank: int, scale: float, optimizer: Any, name: str
+) -> tuple[int, float]:
     """Write the best rank-`rank` factors of B A into the first slots, zero the rest.
 
     Returns:
@@ -143,21 +150,18 @@ def _shrink(A: Tensor, B: Tensor, before: int, rank: int, scale: float, optimize
     kept = min(rank, int((s > _NEGLIGIBLE * s[0]).sum()) if s[0] > 0 else 0)
     root = s[:kept].sqrt()
     new_b, new_a = qb @ (u[:, :kept] * root), (vh[:kept] * root[:, None]) @ qa.T
-    # B' = B M and A' = N A, whence dL/dA' = M^T dL/dA and dL/dB' = dL/dB N^T.
-    M = torch.linalg.pinv(rb) @ (u[:, :kept] * root)
-    N = (vh[:kept] * root[:, None]) @ torch.linalg.pinv(ra).T
+    # B' = B M and A' = N A, whence dL/dA' = M^T dL/dA and dL/dB' = dL/dB N^T. Directions that a factor hardly has are
+    # left out of M and N: a gradient has no part in them, and what is divided by next to nothing would swamp the moments.
+    M = torch.linalg.pinv(rb, rtol=_NEGLIGIBLE) @ (u[:, :kept] * root)
+    N = (vh[:kept] * root[:, None]) @ torch.linalg.pinv(ra, rtol=_NEGLIGIBLE).T
     A.zero_()
     B.zero_()
     A[:kept] = new_a.to(A.dtype)
     B[:, :kept] = new_b.to(B.dtype)
     for parameter, turn in ((A, lambda m, power: (M.T**power) @ m), (B, lambda m, power: m @ (N.T**power))):
-        state = _adam_state(optimizer, parameter)
-        for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
-            if state is None or key not in state:
-                continue
-            moment = state[key]
+        for key, moment in moments(optimizer, parameter, name).items():
             live = moment[:before].double() if parameter is A else moment[:, :before].double()
-            turned = turn(live, power).to(moment.dtype)
+            turned = turn(live, _MOMENTS[key]).to(moment.dtype)
             moment.zero_()
             if parameter is A:
                 moment[:kept] = turned
@@ -166,24 +170,25 @@ def _shrink(A: Tensor, B: Tensor, before: int, rank: int, scale: float, optimize
     return kept, float(s[kept]) * abs(scale) if kept < len(s) and kept == rank else 0.0
 
 
-def _adam_state(optimizer: Any, parameter: Tensor) -> dict[str, Any] | None:
-    """The optimizer's state of a factor if it is Adam's; state of another kind is dropped, the optimizer starts it anew."""
+def moments(optimizer: Any, parameter: Tensor, name: str) -> dict[str, Tensor]:
+    """{key: moment} of a factor in the optimizer's state, each of the factor's shape.
+
+    State that says anything else about the factor's entries (rows and columns of Adafactor, 8-bit blocks) cannot follow
+    them: it is dropped, with a logged line, and the optimizer starts it anew.
+    """
     if optimizer is None or parameter not in optimizer.state:
-        return None
-    state = optimizer.state[parameter]
-    if isinstance(state.get("exp_avg"), Tensor) and state["exp_avg"].shape == parameter.shape:
-        return state
-    optimizer.state.pop(parameter)
-    return None
+        return {}
+    arrays = {k: v for k, v in optimizer.state[parameter].items() if isinstance(v, Tensor) and v.ndim > 0}
+    if any(key not in _MOMENTS or value.shape != parameter.shape for key, value in arrays.items()):
+        optimizer.state.pop(parameter)
+        logger.info("%s: its rank moves, %s starts its state of a factor anew", name, type(optimizer).__name__)
+        return {}
+    return arrays
 
 
-def _fill_moments(optimizer: Any, A: Tensor, B: Tensor, kept: int, rank: int) -> None:
+def _fill_moments(optimizer: Any, A: Tensor, B: Tensor, kept: int, rank: int, name: str) -> None:
     for parameter in (A, B):
-        state = _adam_state(optimizer, parameter)
-        if state is None:
-            continue
-        for key, new in (("exp_avg", False), ("exp_avg_sq", True)):
-            moment = state[key]
+        for key, moment in moments(optimizer, parameter, name).items():
             live = moment[:kept] if parameter is A else moment[:, :kept]
-            value = live.mean() if new and live.numel() else moment.new_zeros(())
+            value = live.mean() if _MOMENTS[key] == 2 and live.numel() else moment.new_zeros(())
             (moment[kept:rank] if parameter is A else moment[:, kept:rank]).fill_(value)
