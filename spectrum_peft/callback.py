@@ -23,7 +23,7 @@ from . import names
 from .config import SpectrumConfig
 from .errors import MismatchError, OptionError, TrainingSetupError
 from .optim import StepRatios, innermost, ratios_by_parameter
-from .plan import make_plan
+from .plan import replan
 from .policies import MODES
 from .records import ADAPTER_ACTIONS, Plan, SnrReport, write_text
 from .scan import scan_weights
@@ -59,11 +59,11 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         self.plan: Plan | None = None
         self.report: SnrReport | None = None
         self.initial_digest: str | None = None
-        self.current_digest: str | None = None
-        self.moved: list[Any] = []
         self.saw_init_end = False
         self.history: list[dict[str, Any]] = []
+        self.budget: int | None = None
         self._ratios: StepRatios | None = None
+        self._silenced: list[Any] = []
         self._started: tuple[float, int, int] | None = None
 
     # --- setting up -----------------------------------------------------------------------------------------------
@@ -92,13 +92,12 @@ class SpectrumCallback(TrainerCallback, ExportableState):
                     f"get_peft_model(model, SpectrumConfig(mode={mode!r}, ...)), or peft_config= of TRL's trainers."
                 )
             model.spectrum_plan = settle_plan(model, self.config)
-            self.report = self.config.report
+            model.spectrum_report = self.config.report
             freeze_to_plan(model, model.spectrum_plan)
             self._take_plan(model)
         assert self.plan is not None
-        self.initial_digest = self.plan.digest
         if tuner is not None:
-            tuner.attended_by("SpectrumCallback")
+            tuner.attended()
             restored = tuner.restore_dtypes()
             if restored:
                 logger.info("adapter %s: float32 values given back, the trainer had rounded them to bfloat16", restored[0])
@@ -113,6 +112,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         tuner = tuner_of(model)
         if tuner is None:
             self.plan = model.spectrum_plan
+            self.report = getattr(model, "spectrum_report", self.report)
         else:
             self._take_plan_of(tuner)
 
@@ -147,6 +147,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         plan = self.plan
         assert plan is not None
         if tuner is not None:
+            tuner.attended()
             tuner.restore_dtypes()  # a resume has loaded the adapter again
         problem = trainable_mismatch(model, plan)
         if problem:
@@ -158,8 +159,8 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         ratios = ratios_by_parameter(model, plan, plan_parameters(model))
         rescoring = plan.options.get("rescore_every") is not None and tuner is not None
         if optimizer is not None and (rescoring or any(q != 1.0 for q in ratios.values())):
-            resting = (lambda: tuner.resting(tuner.active_adapters[0])) if rescoring else None
-            self._ratios = StepRatios(optimizer, ratios, resting)
+            self._ratios = StepRatios(optimizer, ratios)
+            self._leave_out_resting(tuner)
             used = sorted(set(ratios.values()))
             logger.info(
                 "learning rates by importance: %d from %.3g to %.3g (%.3g to %.3g times the scheduled rate)",
@@ -192,17 +193,19 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         stored = state.stateful_callbacks.get("SpectrumCallback")
         stored = stored[-1] if isinstance(stored, list) and stored else stored
         kept = (stored or {}).get("attributes", {})
-        digest = kept.get("initial_digest")
-        if not state.global_step or not digest:
+        assert self.plan is not None
+        mine = self.plan.digest if tuner is None else tuner.plan_digests[tuner.active_adapters[0]]
+        self.initial_digest, self.history, self.budget = mine, [], self.plan.trainable_parameters
+        if not state.global_step or not kept.get("initial_digest"):
             return
-        if digest != self.initial_digest:
+        if mine not in (kept["initial_digest"], kept["current_digest"]):
             raise MismatchError(
-                f"resume: the checkpoint was trained under plan {digest[:12]}, this run's plan is "
-                f"{str(self.initial_digest)[:12]}. Use the same options, or the spectrum_plan.yaml in the checkpoint as plan=."
+                f"resume: the checkpoint was trained under plan {kept['initial_digest'][:12]}, this run's plan is "
+                f"{mine[:12]}. Use the same options, or the spectrum_plan.yaml in the checkpoint as plan=."
             )
-        self.history = list(kept.get("history") or [])
-        if tuner is not None and kept.get("moved"):
-            tuner.restore_plan(tuner.active_adapters[0], kept["moved"])
+        self.initial_digest, self.history, self.budget = kept["initial_digest"], list(kept["history"]), kept["budget"]
+        if tuner is not None and kept["places"]:
+            tuner.restore_plan(tuner.active_adapters[0], kept["places"])
             self._take_plan_of(tuner)
 
     def _stop_backward_early(self, args: TrainingArguments, model: Any) -> None:
@@ -255,8 +258,8 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         wanted = None
         if state.is_world_process_zero:
             report = scan_weights(model, plan.criterion, seed=plan.options.get("seed", 0))
-            candidates = [e.name for e in plan.entries if e.action in ADAPTER_ACTIONS]
-            wanted = make_plan(report, candidates=candidates, **plan.options)
+            matrices = {e.name for e in plan.entries if e.action != "save"}
+            wanted = replan(plan, {n: q for n, q in report.scores.items() if n in matrices}, budget=self.budget)
         wanted = _from_rank_0(wanted)
         before = {e.name for e in plan.entries if e.trains}
         changes = tuner.move_ranks(
@@ -266,6 +269,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         after = {e.name for e in self.plan.entries if e.trains}
         if self._ratios is not None:
             self._ratios.ratios = ratios_by_parameter(model, self.plan, plan_parameters(model))
+            self._leave_out_resting(tuner)
         self.history.append(
             {
                 "step": state.global_step,
@@ -286,6 +290,15 @@ class SpectrumCallback(TrainerCallback, ExportableState):
             state.global_step, len(changes), len(after - before), len(before - after), f"{self.plan.trainable_parameters:,}",
         )  # fmt: skip
 
+    def _leave_out_resting(self, tuner: SpectrumModel | None) -> None:
+        """Adapters that are deactivated: no step for them, and no part in the norm that gradients are clipped by."""
+        for handle in self._silenced:
+            handle.remove()
+        resting = [] if tuner is None else tuner.resting(tuner.active_adapters[0])
+        self._silenced = [p.register_hook(torch.zeros_like) for p in resting]
+        if self._ratios is not None:
+            self._ratios.frozen = frozenset(map(id, resting))
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write plan and report beside the checkpoint."""
         if state.is_world_process_zero and self.plan is not None:
@@ -300,13 +313,23 @@ class SpectrumCallback(TrainerCallback, ExportableState):
             if self.history:
                 write_text(folder / "plan_history.json", json.dumps(self.history, indent=1) + "\n")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave the optimizer as it was; say what the run took."""
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Leave optimizer and model as they were; say what the run took."""
+        tuner = tuner_of(model)
+        if tuner is not None:
+            best = Path(state.best_model_checkpoint or "", "spectrum_plan.yaml")
+            if args.load_best_model_at_end and self.history and best.is_file():  # its factors are loaded by now
+                tuner.restore_plan(tuner.active_adapters[0], _places(Plan.load(best)))
+                self._take_plan_of(tuner)
+            tuner.attended(False)
         if self.history and state.is_world_process_zero:
             write_text(Path(args.output_dir) / "plan_history.json", json.dumps(self.history, indent=1) + "\n")
         if self._ratios is not None:
             self._ratios.remove()
             self._ratios = None
+            self._leave_out_resting(None)
         if self._started is None:
             return
         began, step, tokens = self._started
@@ -322,21 +345,23 @@ class SpectrumCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What travels in `trainer_state.json`: the digest of the plan that training began with, and of today's."""
-        moved = []
-        if self.plan is not None and self.plan.options.get("rescore_every") is not None:
-            moved = [
-                [e.name, e.rank, e.alpha, e.lr_ratio, e.active] for e in self.plan.entries if e.action in ADAPTER_ACTIONS
-            ]
+        moves = self.plan is not None and self.plan.options.get("rescore_every") is not None
         return {
             "args": {},
             "attributes": {
                 "initial_digest": self.initial_digest,
                 "current_digest": None if self.plan is None else self.plan.digest,
                 "saw_init_end": self.saw_init_end,
-                "moved": moved,
+                "places": _places(self.plan) if self.plan is not None and moves else [],
                 "history": self.history,
+                "budget": self.budget,
             },
         }
+
+
+def _places(plan: Plan) -> list[list[Any]]:
+    """(name, rank, alpha, learning-rate ratio, active) of every adapter entry: what re-evaluation moves."""
+    return [[e.name, e.rank, e.alpha, e.lr_ratio, e.active] for e in plan.entries if e.action in ADAPTER_ACTIONS]
 
 
 def _from_rank_0(value: Any) -> Any:

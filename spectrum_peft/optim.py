@@ -6,7 +6,7 @@ both on resume, so under a trainer they exist only while `step()` runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import MismatchError, TrainingSetupError
@@ -33,7 +33,7 @@ def parameter_groups(model: Any, plan: Plan | None = None, lr: float = 2e-4, wei
 
     Args:
         model: a `PeftModel` with a `SpectrumConfig`, or a plain model frozen to the plan.
-        plan: None for the plan of the active adapter.
+        plan: None for the plan of the active adapter, or the one that `load_model_with_spectrum` put on a plain model.
         lr: base rate; a tensor trains at lr * lr_ratio of its entry.
         weight_decay: for matrices; biases, norms and other 1-D tensors get none, as in transformers' Trainer.
     Returns:
@@ -46,7 +46,7 @@ def parameter_groups(model: Any, plan: Plan | None = None, lr: float = 2e-4, wei
     from .tuner import plan_parameters
 
     tuner = getattr(model, "base_model", None)
-    plan = plan or getattr(getattr(model, "active_peft_config", None), "plan", None)
+    plan = plan or getattr(getattr(model, "active_peft_config", model), "plan", getattr(model, "spectrum_plan", None))
     if plan is None:
         raise TrainingSetupError("parameter_groups: the model carries no plan, and none was given.")
     if plan.options.get("rescore_every") is not None:
@@ -66,8 +66,8 @@ def parameter_groups(model: Any, plan: Plan | None = None, lr: float = 2e-4, wei
         groups.setdefault(key, []).append(parameter)
     if not groups:
         raise TrainingSetupError("parameter_groups: no parameter of the model requires a gradient.")
-    if hasattr(tuner, "attended_by"):
-        tuner.attended_by("parameter_groups")
+    if hasattr(tuner, "attended"):
+        tuner.attended()
     return [
         {"params": params, "lr": lr * q, "weight_decay": decay, "lr_ratio": q}
         for (q, decay), params in sorted(groups.items(), key=lambda item: item[0])
@@ -83,13 +83,16 @@ class StepRatios:
     Args:
         optimizer: the innermost torch optimizer (accelerate's wrapper is looked through).
         ratios: {id(parameter): ratio}; parameters that are not named train at the group's rate.
-        frozen: ids of parameters that are left out of the step altogether; may be changed between steps.
+        frozen: ids of parameters that are left out of the step altogether.
+
+    Attributes:
+        ratios, frozen: may be changed between steps.
     """
 
-    def __init__(self, optimizer: Any, ratios: Mapping[int, float], frozen: Callable[[], Iterable[int]] | None = None) -> None:
+    def __init__(self, optimizer: Any, ratios: Mapping[int, float], frozen: Iterable[int] = ()) -> None:
         self.optimizer = innermost(optimizer)
         self.ratios = dict(ratios)
-        self.frozen = frozen or (lambda: ())
+        self.frozen = frozenset(frozen)
         self._outer: list[dict[str, Any]] | None = None
         self._handles = [
             self.optimizer.register_step_pre_hook(self._split),
@@ -97,13 +100,12 @@ class StepRatios:
         ]
 
     def _split(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        out = set(self.frozen())
         self._outer = optimizer.param_groups
         inner = []
         for group in self._outer:
             by_ratio: dict[float, list[Any]] = {}
             for parameter in group["params"]:
-                if id(parameter) not in out:
+                if id(parameter) not in self.frozen:
                     by_ratio.setdefault(self.ratios.get(id(parameter), 1.0), []).append(parameter)
             inner += [{**group, "params": params, "lr": group["lr"] * q} for q, params in by_ratio.items()]
         optimizer.param_groups = inner

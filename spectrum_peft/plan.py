@@ -894,7 +894,7 @@ def diff_plans(a: Plan, b: Plan) -> str:
 # --- re-evaluation ---------------------------------------------------------------------------------------------------
 
 
-def replan(plan: Plan, scores: Mapping[str, float]) -> Plan:
+def replan(plan: Plan, scores: Mapping[str, float], budget: int | None = None) -> Plan:
     """The plan again, with new scores of its matrices: what re-evaluation during training does.
 
     Same options, same candidates, tensors that train whole as they were. The budget is kept: no more parameters train
@@ -903,6 +903,8 @@ def replan(plan: Plan, scores: Mapping[str, float]) -> Plan:
 
     Args:
         scores: {name: score} of exactly the plan's matrices.
+        budget: trainable parameters not to go above; None for those of `plan`. Over many re-evaluations give those of the
+            first plan: each may leave a remainder, which the next would lose.
     Raises:
         OptionError: the plan was not made for re-evaluation, a score is missing, or names no matrix of the plan.
     """
@@ -915,7 +917,7 @@ def replan(plan: Plan, scores: Mapping[str, float]) -> Plan:
             raise OptionError(f"{name} of the plan has no new score.")
         raise OptionError(f"{name!r} has a new score and is no matrix of the plan." + near_matches(name, matrices))
     whole = tuple(e for e in plan.entries if e.action == "save")
-    budget = plan.trainable_parameters - sum(e.trainable_numel for e in whole)
+    budget = (plan.trainable_parameters if budget is None else budget) - sum(e.trainable_numel for e in whole)
     pool = _candidates_of(plan, scores)
     if options["trainable_parameters"] is not None:
         options["trainable_parameters"] = budget

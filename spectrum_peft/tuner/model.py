@@ -57,11 +57,12 @@ class SpectrumModel(LoraModel):
             # TRL's reference adapter comes with the policy's own config; the plan of one must not move the other's.
             config = self.peft_config[adapter_name] = copy.copy(config)
         config.plan = settle_plan(model, config)
-        self.plan_digests[adapter_name] = config.plan.digest
         if not config.inference_mode:
             keep_4bit_differentiable(model)
         self._aim(config, model)
         self._refuse_mixtures(config, model, adapter_name)
+        # Of the plan that the adapter came with; the plan in the config may move.
+        self.__dict__.setdefault("plan_digests", {})[adapter_name] = config.plan.digest
         self._keep_original = original_keeper(model, config.keep_base)
         try:
             with warnings.catch_warnings():
@@ -359,7 +360,7 @@ class SpectrumModel(LoraModel):
             self._arm()
 
     def _arm(self) -> None:
-        if not hasattr(self, "_guard") and any(self._why_a_callback_is_needed(name) for name in self.plan_digests):
+        if not hasattr(self, "_guard") and any(self._why_a_callback_is_needed(name) for name in self.peft_config):
             self._guard = self.model.register_forward_pre_hook(self._refuse_unattended_training)
 
     def _disarm(self) -> None:
@@ -478,8 +479,9 @@ def _take_ranks(
         entries = []
         for e in config.plan.entries:
             if e.name in ranks and ranks[e.name] != e.rank:
-                alpha = alpha_for_scale(scale_of(e, config), ranks[e.name], config) if ranks[e.name] else 0.0
-                e = dataclasses.replace(e, rank=ranks[e.name], alpha=alpha)
+                rank = ranks[e.name]
+                alpha = alpha_for_scale(scale_of(e, config), rank, config) if rank else 0.0
+                e = dataclasses.replace(e, rank=rank, alpha=alpha, active=e.active and rank > 0)
             entries.append(e)
         _describe(config, config.plan.replace(entries=tuple(entries)))
 
