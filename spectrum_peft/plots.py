@@ -1,0 +1,357 @@
+"""Figures, from records and plain numbers only. matplotlib is imported inside the functions.
+
+Every function returns a `matplotlib.figure.Figure` that belongs to no window and no global state; `save` writes it.
+The colours are told apart by readers with any colour vision (cividis; Okabe and Ito 2008), and nothing rests on colour
+alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from . import names
+from .errors import CheckpointError, InstallError, OptionError
+from .records import Plan, SnrReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".pdf", ".svg")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LINES = ("-", "--", "-.", ":")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X")
+_INFINITE: dict[str, Any] = {"facecolor": "#d9d9d9", "edgecolor": "#6b6b6b", "hatch": "////"}
+_CELL = 0.32  # inches
+_DPI = 160
+_MANY_POINTS = 60  # of a curve, above which its running mean is drawn over it
+
+
+class SpectrumLike(Protocol):
+    """What `scan.spectrum_of` returns: the singular values of one matrix, descending, and two edges."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def values(self) -> Any: ...
+    @property
+    def published_edge(self) -> float: ...
+    @property
+    def marchenko_pastur_edge(self) -> float: ...
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InstallError('plots need matplotlib: pip install "spectrum-peft[plot]".') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _quiet(axes: Axes) -> None:
+    """Take away the frame lines that say nothing."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure, whole or not at all; the format goes by the ending: `.png`, `.pdf`, `.svg`.
+
+    Raises:
+        OptionError: another ending.
+        CheckpointError: the folder cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise OptionError(f"{path}: a picture ends in one of {', '.join(FORMATS)}, not in {path.suffix!r}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            part = Path(folder) / path.name
+            # Without a date the same figure gives the same bytes.
+            stamp = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix.lower())
+            figure.savefig(part, dpi=_DPI, metadata=stamp)
+            part.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    return path
+
+
+# --- a report --------------------------------------------------------------------------------------------------------
+
+
+def heat_map(report: SnrReport, plan: Plan | None = None) -> Figure:
+    """Scores by block (across) and kind (down), on a log scale; what the plan chose is marked by a dot.
+
+    Several matrices of one kind in one block (experts) share a cell: their mean score, marked where any is chosen.
+    Infinite scores are hatched, zeros say so, what has no score stays white. Dots of adapters grow with the rank.
+
+    Raises:
+        OptionError: the report has no score in a block.
+        MismatchError: the plan is of another checkpoint.
+        InstallError: matplotlib is missing.
+    """
+    if plan is not None and plan.fingerprint is not None:
+        plan.fingerprint.check(report.fingerprint, this="the plan", that="the report")
+    cells: dict[tuple[str, int], list[float]] = {}
+    outside = 0
+    for stat in report.stats:
+        if stat.score is None:
+            continue
+        block = names.block_index(stat.name)
+        if block is None:
+            outside += 1
+            continue
+        cells.setdefault((stat.kind.partition("[")[0], block), []).append(stat.score)
+    if not cells:
+        raise OptionError("the report has no score inside a block: there is nothing to draw.")
+    kinds = sorted({kind for kind, _ in cells})
+    blocks = sorted({block for _, block in cells})
+    grid = np.full((len(kinds), len(blocks)), np.nan)
+    for (kind, block), scores in cells.items():
+        grid[kinds.index(kind), blocks.index(block)] = sum(scores) / len(scores)
+
+    figure = _figure(2.7 + _CELL * max(len(blocks), 12), 1.45 + _CELL * len(kinds))
+    axes = figure.add_subplot()
+    _colour_cells(figure, axes, grid, report.criterion)
+    legend = _special_cells(axes, grid)
+    if plan is not None:
+        legend += _mark_chosen(axes, plan, kinds, blocks)
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if len(blocks) / s <= 45)
+    axes.set_xticks(range(0, len(blocks), step), [str(b) for b in blocks[::step]], fontsize=8)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("block")
+    title = f"{report.model_id or 'model'}: score by matrix"
+    if plan is not None:
+        matrices = [e for e in plan.entries if e.action != "save"]
+        title += f"; {plan.mode} trains {sum(e.trains for e in matrices)} of {len(matrices)}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    if outside:
+        legend.append(_words(f"{outside} scored outside the blocks: not shown"))
+    if legend:
+        figure.legend(handles=legend, loc="outside lower left", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def _words(text: str) -> Any:
+    """A legend line without a mark."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], linestyle="none", label=text)
+
+
+def _colour_cells(figure: Figure, axes: Axes, grid: np.ndarray, criterion: str) -> None:
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    finite = grid[np.isfinite(grid)]
+    positive = finite[finite > 0]
+    norm: Normalize
+    if len(positive) and len(positive) >= len(finite) / 2:
+        # A few extreme scores would leave one shade to all the others: what is more than 3 times off is cut (an arrow).
+        low, high = np.quantile(positive, [0.02, 0.98])
+        low, high = max(low / 3, positive.min()), min(high * 3, positive.max())
+        high = high if high > low else 2 * low
+        norm = LogNorm(low, high)
+    else:  # a criterion with negative scores, or hardly any above zero
+        low, high = (finite.min(), finite.max()) if len(finite) else (0, 1)
+        norm = Normalize(low, high)
+    shown = np.ma.masked_invalid(grid)
+    if isinstance(norm, LogNorm):
+        shown = np.ma.masked_where(shown <= 0, shown)
+    image = axes.imshow(shown, cmap="cividis", norm=norm, aspect="equal")
+    axes.set_xticks(np.arange(grid.shape[1] + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(grid.shape[0] + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.2)
+    axes.tick_params(which="minor", length=0)
+    ends = bool((finite < low).any()), bool((finite > high).any())
+    extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get(ends, "neither")
+    beside = axes.inset_axes((1 + 0.4 / grid.shape[1], 0, 0.5 / grid.shape[1], 1))
+    bar = figure.colorbar(image, cax=beside, extend=extend, extendfrac=0.07)
+    bar.outline.set_visible(False)
+    bar.set_label(f"score ({criterion})" + (", log scale" if isinstance(norm, LogNorm) else ""), fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    if isinstance(norm, LogNorm):
+        few = high / low < 30  # too short a scale for powers of ten alone
+        bar.locator = LogLocator(subs=(1, 2, 5) if few else (1,))
+        bar.formatter = FuncFormatter(lambda value, _: f"{value:g}")
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
+        bar.update_ticks()
+
+
+def _special_cells(axes: Axes, grid: np.ndarray) -> list[Any]:
+    """Hatch infinite scores and label zeros; returns what the legend needs."""
+    from matplotlib.patches import Patch, Rectangle
+
+    infinite = np.argwhere(np.isposinf(grid))
+    for row, column in infinite:
+        corner = (column - 0.46, row - 0.46)
+        axes.add_patch(Rectangle(corner, 0.92, 0.92, linewidth=0, **_INFINITE))
+    for row, column in np.argwhere(grid == 0):
+        axes.text(column, row + 0.36, "0", ha="center", va="center", fontsize=6, color="#444444")
+    return [Patch(label=f"infinite ({len(infinite)})", **_INFINITE)] if len(infinite) else []
+
+
+def _mark_chosen(axes: Axes, plan: Plan, kinds: Sequence[str], blocks: Sequence[int]) -> list[Any]:
+    """A dot on every chosen cell; returns what the legend needs, one line for each rank."""
+    from matplotlib.lines import Line2D
+
+    ranks: dict[tuple[int, int], int] = {}
+    for entry in plan.entries:
+        block = names.block_index(entry.name)
+        if entry.trains and entry.kind in kinds and block in blocks:
+            cell = (kinds.index(entry.kind), blocks.index(block))
+            ranks[cell] = max(ranks.get(cell, 0), entry.rank or 0)
+    highest = max(ranks.values(), default=0)
+    legend: list[Any] = []
+    for rank in sorted(set(ranks.values()), reverse=True):
+        size = 6.5 * math.sqrt(rank / highest) if highest else 6.5
+        at = [(column, row) for (row, column), r in sorted(ranks.items()) if r == rank]
+        style: dict[str, Any] = {
+            "linestyle": "none", "marker": "o", "markersize": max(size, 2.5), "markerfacecolor": "white",
+            "markeredgecolor": "black", "markeredgewidth": 1.0,
+        }  # fmt: skip
+        label = f"chosen, rank {rank}" if rank else "chosen"
+        axes.plot([x for x, _ in at], [y for _, y in at], label=label, **style)
+        legend.append(Line2D([], [], label=f"{label} ({len(at)})", **style))
+    return legend
+
+
+# --- one matrix ------------------------------------------------------------------------------------------------------
+
+
+def spectrum(matrix: SpectrumLike) -> Figure:
+    """The singular values of one matrix in descending order and as a histogram, with both edges drawn in.
+
+    Raises:
+        InstallError: matplotlib is missing.
+    """
+    values = np.asarray(matrix.values, dtype=np.float64)
+    edges = {"Marchenko-Pastur edge": matrix.marchenko_pastur_edge, "published edge": matrix.published_edge}
+    figure = _figure(8.6, 4.2)
+    grid = figure.add_gridspec(1, 2, width_ratios=(3, 1), wspace=0.03)
+    curve = figure.add_subplot(grid[0])
+    bars = figure.add_subplot(grid[1], sharey=curve)
+    curve.plot(np.arange(1, len(values) + 1), values, color="black", linewidth=1.6)
+    span = (values.min(), values.max()) if values.max() > values.min() else (values.max() - 0.5, values.max() + 0.5)
+    bars.hist(values, bins=min(80, max(10, len(values) // 8)), range=span, orientation="horizontal", color="#9a9a9a")
+    for (label, edge), colour, line in zip(edges.items(), _COLOURS, ("--", "-."), strict=False):
+        if not math.isfinite(edge):
+            continue
+        above = int((values > edge).sum())
+        text = f"{label} {edge:.4g}: {above} of {len(values)} above"
+        curve.axhline(edge, color=colour, linestyle=line, linewidth=1.5, label=text)
+        bars.axhline(edge, color=colour, linestyle=line, linewidth=1.5)
+    for axes in (curve, bars):
+        _quiet(axes)
+    curve.set_xlim(0, len(values) + 1)
+    curve.set_ylim(0, 1.04 * span[1])
+    curve.set_xlabel("index")
+    curve.set_ylabel("singular value")
+    bars.set_xlabel("count")
+    bars.tick_params(labelleft=False)
+    curve.legend(frameon=False, fontsize=9, loc="upper right")
+    rows, columns = matrix.shape
+    figure.suptitle(f"{matrix.name}  ({rows} x {columns})", x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def curves(runs: Sequence[Mapping[str, Any]], *, y_label: str = "training loss", title: str = "") -> Figure:
+    """Training curves of several runs in one picture.
+
+    Curves of many points are drawn faint under their running mean over a twentieth of the run.
+
+    Args:
+        runs: mappings with `label`, `steps` and `loss` (two lists of one length); with `held_out` ({step: loss}) these
+            are drawn as marks.
+    Raises:
+        OptionError: no run, or lists of different lengths; the message names the run.
+        InstallError: matplotlib is missing.
+    """
+    if not runs:
+        raise OptionError("there is no run to draw.")
+    figure = _figure(7.6, 4.4)
+    axes = figure.add_subplot()
+    _quiet(axes)
+    for i, run in enumerate(runs):
+        label, steps, loss = run["label"], np.asarray(run["steps"], float), np.asarray(run["loss"], float)
+        if steps.shape != loss.shape or steps.ndim != 1:
+            raise OptionError(f"run {label!r} has {steps.size} steps and {loss.size} losses, wanted as many.")
+        finite = np.isfinite(loss)
+        if not finite.all():
+            label += f" ({(~finite).sum()} losses not finite)"
+        steps, loss = steps[finite], loss[finite]
+        colour, line = _COLOURS[i % len(_COLOURS)], _LINES[i % len(_LINES)]
+        if len(loss) > _MANY_POINTS:
+            axes.plot(steps, loss, color=colour, alpha=0.25, linewidth=0.8)
+            loss = _running_mean(loss, len(loss) // 20)
+        last = f": {loss[-1]:.4g}" if len(loss) else ""
+        axes.plot(steps, loss, color=colour, linestyle=line, linewidth=1.9, label=f"{label}{last}")
+        if held_out := run.get("held_out"):
+            axes.plot(
+                list(held_out), list(held_out.values()), linestyle="none", marker=_MARKS[i % len(_MARKS)],
+                color=colour, markeredgecolor="white", markersize=7, label=f"{run['label']}, held out",
+            )  # fmt: skip
+    axes.set_xlabel("step")
+    axes.set_ylabel(y_label)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean over the window around each point, the window cut at the ends."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    low, high = np.maximum(at - width // 2, 0), np.minimum(at + width // 2 + 1, len(values))
+    mean: np.ndarray = (total[high] - total[low]) / (high - low)
+    return mean
+
+
+def trade_off(
+    points: Sequence[Mapping[str, Any]], *, x_label: str, y_label: str, title: str = "", log_x: bool = False
+) -> Figure:
+    """What quality costs: one mark for each measurement, a line through those of one label, spread as bars.
+
+    Args:
+        points: mappings with `label`, `x`, `y`, and optionally `low` and `high`, the ends of the spread of y.
+    Raises:
+        OptionError: no point.
+        InstallError: matplotlib is missing.
+    """
+    if not points:
+        raise OptionError("there is no point to draw.")
+    figure = _figure(7.6, 4.8)
+    axes = figure.add_subplot()
+    _quiet(axes)
+    for i, label in enumerate(dict.fromkeys(p["label"] for p in points)):
+        own = sorted((p for p in points if p["label"] == label), key=lambda p: p["x"])
+        y = [p["y"] for p in own]
+        spread = [[p["y"] - p.get("low", p["y"]) for p in own], [p.get("high", p["y"]) - p["y"] for p in own]]
+        axes.errorbar(
+            [p["x"] for p in own], y, yerr=spread, label=label, color=_COLOURS[i % len(_COLOURS)],
+            marker=_MARKS[i % len(_MARKS)], linestyle=_LINES[i // len(_COLOURS) % len(_LINES)], markersize=7,
+            markeredgecolor="white", linewidth=1.3, capsize=3,
+        )  # fmt: skip
+    if log_x:
+        axes.set_xscale("log")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9)
+    return figure

@@ -1,0 +1,247 @@
+"""Figures: what is drawn is what the records say. The pictures themselves were looked at."""
+
+from __future__ import annotations
+
+import builtins
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from spectrum_peft import plots
+from spectrum_peft.errors import CheckpointError, InstallError, MismatchError, OptionError
+from spectrum_peft.plan import make_plan
+from spectrum_peft.records import Fingerprint
+
+pytest.importorskip("matplotlib", reason='needs the extra "plot"')
+
+
+@dataclass(frozen=True)
+class Matrix:
+    name: str
+    shape: tuple[int, int]
+    values: np.ndarray
+    published_edge: float
+    marchenko_pastur_edge: float
+
+
+def with_scores(report, change):
+    return replace(report, stats=tuple(replace(s, score=change(s)) if s.score is not None else s for s in report.stats))
+
+
+def dots(figure):
+    """(column, row) of every mark on the heat map."""
+    lines = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    return sorted((int(x), int(y)) for line in lines for x, y in zip(*line.get_data(), strict=True))
+
+
+def shown(figure):
+    """The grid of scores as the picture has it; masked cells are nan."""
+    return np.ma.filled(figure.axes[0].images[0].get_array(), np.nan)
+
+
+def texts(figure):
+    return [t.get_text() for legend in figure.legends for t in legend.get_texts()]
+
+
+@pytest.mark.parametrize("mode", ["spectrum", "lora", "alors"])
+def test_every_chosen_matrix_and_no_other_has_a_dot(llama_report, mode):
+    report = llama_report(9)
+    plan = make_plan(report, mode=mode, spectrum_ratio=0.3)
+    kinds = sorted({e.kind for e in plan.entries})
+    wanted = [(int(e.name.split(".")[2]), kinds.index(e.kind)) for e in plan.entries if e.trains]
+    assert dots(plots.heat_map(report, plan)) == sorted(wanted)
+    assert dots(plots.heat_map(report)) == []
+
+
+def test_the_cells_hold_the_scores_by_kind_and_block(llama_report):
+    report = llama_report(12)
+    grid = shown(plots.heat_map(report))
+    kinds = sorted({s.kind for s in report.stats if s.score is not None})
+    assert grid.shape == (len(kinds), 12)
+    for stat in report.stats:
+        if stat.score is not None:
+            assert grid[kinds.index(stat.kind), int(stat.name.split(".")[2])] == stat.score
+
+
+def test_each_tier_has_its_own_size_and_line_in_the_legend(llama_report):
+    report = llama_report(8)
+    figure = plots.heat_map(report, make_plan(report, mode="alors", r=16))
+    assert texts(figure) == ["chosen, rank 16 (14)", "chosen, rank 4 (14)"]
+    sizes = [line.get_markersize() for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert sizes[0] > 1.5 * sizes[1]
+
+
+def test_infinite_scores_are_hatched_and_left_out_of_the_colours(llama_report):
+    report = with_scores(llama_report(4), lambda s: math.inf if s.kind.endswith("v_proj") else s.score)
+    figure = plots.heat_map(report)
+    hatched = [patch for patch in figure.axes[0].patches if patch.get_hatch()]
+    assert len(hatched) == 4
+    assert texts(figure) == ["infinite (4)"]
+    assert math.isfinite(figure.axes[0].images[0].norm.vmax)
+
+
+def test_a_zero_is_written_into_its_cell(llama_report):
+    first = "model.layers.0.self_attn.q_proj.weight"
+    figure = plots.heat_map(with_scores(llama_report(4), lambda s: 0.0 if s.name == first else s.score))
+    assert [t.get_text() for t in figure.axes[0].texts] == ["0"]
+
+
+def test_a_far_outlier_does_not_take_the_colours_of_the_rest(llama_report):
+    first = "model.layers.0.self_attn.q_proj.weight"
+    report = llama_report(20)
+    usual = plots.heat_map(report).axes[0].images[0].norm.vmax
+    loud = plots.heat_map(with_scores(report, lambda s: 1e9 if s.name == first else s.score))
+    assert loud.axes[0].images[0].norm.vmax < 4 * usual
+
+
+def test_scores_that_are_mostly_not_positive_are_drawn_on_a_linear_scale(llama_report):
+    from matplotlib.colors import LogNorm
+
+    report = with_scores(llama_report(4), lambda s: -s.score)
+    assert not isinstance(plots.heat_map(report).axes[0].images[0].norm, LogNorm)
+    assert isinstance(plots.heat_map(llama_report(4)).axes[0].images[0].norm, LogNorm)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, math.inf])
+def test_a_report_of_equal_scores_can_be_drawn(llama_report, tmp_path, value):
+    report = with_scores(llama_report(3), lambda s: value)
+    assert plots.save(plots.heat_map(report), tmp_path / "map.png").stat().st_size > 1000
+
+
+def test_experts_share_a_cell_that_shows_their_mean(llama_report):
+    report = llama_report(3, experts=4)
+    figure = plots.heat_map(report, make_plan(report))
+    kinds = sorted({s.kind for s in report.stats if s.score is not None})
+    row = kinds.index("mlp.experts.down_proj")
+    mean = sum(report.scores[f"model.layers.1.mlp.experts.down_proj[{e}]"] for e in range(4)) / 4
+    assert shown(figure)[row, 1] == pytest.approx(mean)
+    assert len(dots(figure)) == len(make_plan(report).trainable_names)
+
+
+def test_what_lies_outside_the_blocks_is_counted_in_words(llama_report):
+    report = llama_report(3)
+    scored = replace(report, stats=tuple(replace(s, score=1.0) for s in report.stats))
+    assert texts(plots.heat_map(scored)) == ["3 scored outside the blocks: not shown"]
+
+
+def test_a_report_without_scores_and_a_plan_of_another_checkpoint_are_refused(llama_report):
+    report = llama_report(3)
+    with pytest.raises(OptionError, match="no score inside a block"):
+        plots.heat_map(replace(report, stats=tuple(replace(s, score=None) for s in report.stats)))
+    other = replace(report, fingerprint=Fingerprint("c" * 64, None, "file"))
+    with pytest.raises(MismatchError, match="the plan does not belong to the report"):
+        plots.heat_map(other, make_plan(report))
+
+
+# --- one matrix ------------------------------------------------------------------------------------------------------
+
+
+def test_both_edges_are_drawn_where_they_are_with_what_lies_above():
+    values = np.linspace(10, 0, 101)
+    figure = plots.spectrum(Matrix("layers.0.q.weight", (101, 200), values, 4.95, 7.95))
+    curve, bars = figure.axes
+    legend = [t.get_text() for t in curve.get_legend().get_texts()]
+    assert legend == ["Marchenko-Pastur edge 7.95: 21 of 101 above", "published edge 4.95: 51 of 101 above"]
+    assert [line.get_ydata()[0] for line in curve.lines[1:]] == [7.95, 4.95]
+    assert sum(bar.get_width() for bar in bars.patches) == 101
+    assert np.array_equal(curve.lines[0].get_ydata(), values)
+
+
+def test_an_infinite_edge_and_a_single_value_can_be_drawn(tmp_path):
+    figure = plots.spectrum(Matrix("norm", (1, 8), np.array([2.0]), 0.0, math.inf))
+    legend = [t.get_text() for t in figure.axes[0].get_legend().get_texts()]
+    assert legend == ["published edge 0: 1 of 1 above"]
+    assert plots.save(figure, tmp_path / "one.svg").read_text().startswith("<?xml")
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_run_has_a_colour_and_a_line_of_its_own():
+    runs = [{"label": f"run {i}", "steps": [1, 2, 3], "loss": [3.0, 2.0, 1.0 + i]} for i in range(4)]
+    axes = plots.curves(runs).axes[0]
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 4
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == [f"run {i}: {1 + i}" for i in range(4)]
+
+
+def test_a_long_curve_is_drawn_under_its_running_mean():
+    loss = np.random.default_rng(0).normal(2, 0.5, 200)
+    raw, mean = plots.curves([{"label": "a", "steps": range(200), "loss": loss}]).axes[0].lines
+    assert np.array_equal(raw.get_ydata(), loss)
+    assert mean.get_ydata()[100] == pytest.approx(loss[95:106].mean())
+    assert mean.get_ydata()[0] == pytest.approx(loss[:6].mean())
+    assert mean.get_ydata()[-1] == pytest.approx(loss[-6:].mean())
+
+
+def test_losses_that_are_not_finite_are_counted_in_the_label():
+    axes = plots.curves([{"label": "a", "steps": [1, 2, 3], "loss": [1.0, math.nan, math.inf]}]).axes[0]
+    assert axes.get_legend().get_texts()[0].get_text() == "a (2 losses not finite): 1"
+
+
+def test_held_out_losses_are_marks():
+    axes = plots.curves([{"label": "a", "steps": [1, 2], "loss": [2, 1], "held_out": {0: 2.5, 2: 1.5}}]).axes[0]
+    assert axes.lines[1].get_linestyle() == "None"
+    assert list(axes.lines[1].get_xdata()) == [0, 2]
+
+
+def test_bad_runs_are_refused_by_name():
+    with pytest.raises(OptionError, match="run 'a' has 2 steps and 1 losses"):
+        plots.curves([{"label": "a", "steps": [1, 2], "loss": [2]}])
+    with pytest.raises(OptionError, match="no run"):
+        plots.curves([])
+    with pytest.raises(OptionError, match="no point"):
+        plots.trade_off([], x_label="x", y_label="y")
+
+
+def test_a_trade_off_has_one_line_a_label_in_order_of_cost():
+    points = [{"label": "a", "x": x, "y": x / 10, "low": x / 10 - 0.1, "high": x / 10 + 0.2} for x in (4, 1, 2)]
+    points.append({"label": "b", "x": 3, "y": 0.5})
+    axes = plots.trade_off(points, x_label="GiB", y_label="accuracy", log_x=True).axes[0]
+    line, bars = axes.containers[0].lines[0], axes.containers[0].lines[2][0]
+    assert list(line.get_xdata()) == [1, 2, 4]
+    assert bars.get_segments()[0][:, 1] == pytest.approx([0.0, 0.3])
+    assert len(axes.containers) == 2
+    assert axes.get_xscale() == "log"
+
+
+# --- files and the library -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_a_figure_is_saved_in_the_format_of_its_ending(llama_report, tmp_path, suffix, start):
+    path = tmp_path / "new folder" / f"map.{suffix}"
+    assert plots.save(plots.heat_map(llama_report(2)), path) == path
+    assert path.read_bytes().startswith(start)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_another_ending_or_an_unwritable_folder_is_refused(llama_report, tmp_path):
+    figure = plots.heat_map(llama_report(2))
+    with pytest.raises(OptionError, match=r"map\.jpeg: a picture ends in one of \.png, \.pdf, \.svg"):
+        plots.save(figure, tmp_path / "map.jpeg")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        plots.save(figure, tmp_path / "file" / "map.png")
+
+
+def test_a_missing_matplotlib_gives_the_line_that_installs_it(llama_report, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(InstallError, match=r'pip install "spectrum-peft\[plot\]"'):
+        plots.heat_map(llama_report(2))
+
+
+def test_drawing_leaves_the_global_state_of_matplotlib_alone(llama_report):
+    from matplotlib import pyplot
+
+    plots.heat_map(llama_report(2))
+    plots.curves([{"label": "a", "steps": [1], "loss": [1]}])
+    assert pyplot.get_fignums() == []
