@@ -1,7 +1,8 @@
 """Weights in, `SnrReport` out: one matrix at a time, several at once, going on where a killed scan stopped.
 
-The model is never loaded: tensors are read from the files as they are scored. Several one-threaded eigenvalue solvers side
-by side are faster than one that uses all cores, so a job has its own matrix and as few threads as the cores allow.
+The model is never loaded: tensors are read from the files as they are scored. A job has a matrix of its own and one
+thread: solvers side by side are faster than one that uses all cores, and where other work holds a core, the solver's
+threads wait for each other (4.6 s were seen for an eigenvalue problem of 14 ms).
 """
 
 from __future__ import annotations
@@ -22,24 +23,16 @@ from typing import Any, TextIO
 
 import torch
 
-from . import names
-from .criteria import (
-    Criterion,
-    MatrixScore,
-    criterion_named,
-    marchenko_pastur_edge,
-    published_edge,
-    score as score_matrix,
-    singular_values,
-)
+from . import criteria, names
+from .criteria import Criterion, MatrixScore
 from .errors import CheckpointError, OptionError, near_matches
 from .records import MatrixStat, SnrReport
 from .weights import TensorInfo, WeightSource, open_weights, split_expert
 
 logger = logging.getLogger(__name__)
 
-# More jobs than this hold more matrices in memory than they save time; further cores go into each job's threads.
-_MOST_JOBS = 8
+# More jobs than this by default would hold more matrices in memory than a scan is worth.
+_MOST_JOBS = 16
 # Goes into the key of stored results: to be raised when a criterion's numbers change.
 _CACHE_VERSION = 1
 
@@ -64,13 +57,13 @@ def scan_weights(
 ) -> SnrReport:
     """List every tensor of a checkpoint and score its matrices.
 
-    Results are stored as they come, under the weights' identity in `cache_folder()`; a scan that was killed takes them up
-    again. They are removed when the scan completes.
+    Results are stored as they come, under the weights' identity in `cache_folder()`; a scan that was killed takes them
+    up again. They are removed when the scan completes.
 
     Args:
         model_or_path: whatever `weights.open_weights` opens: a model, folder, file, adapter folder or hub id.
         criterion: key of `criteria.CRITERIA`.
-        jobs: matrices at once; None for one a core, at most 8. Memory grows with it, by about four times the largest matrix.
+        jobs: matrices at once; None for one a core, at most 16. Memory grows with it.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` is cuda where there is one.
         score: roles to score, of `names.ROLES`; 1-D tensors are scored as a matrix of one row. The rest is listed.
         cache: keep the finished report under the weights' identity, and return a kept one without scanning.
@@ -80,18 +73,18 @@ def scan_weights(
         OptionError: unknown criterion, role or device; jobs below 1; the criterion needs data.
         CheckpointError: the weights cannot be read, or hold NaN or Inf (by name).
     """
-    row = criterion_named(criterion)
+    row = criteria.criterion_named(criterion)
     if row.needs_data:
         raise OptionError(f"criterion {criterion!r} needs gradients on data: call probe_gradients(model, batches).")
     roles = _checked_roles(score)
-    jobs, threads = _jobs_and_threads(jobs)
+    jobs = _checked_jobs(jobs)
     where = _device(device)
     source = open_weights(model_or_path, revision)
     tensors = source.tensors()
     wanted = [(name, info) for info in tensors if _scorable(info, roles) for name in _units(info)]
 
     if not row.needs_weights:
-        found = {name: score_matrix(None, criterion, name=name, seed=seed) for name, _ in wanted}
+        found = {name: criteria.score(None, criterion, name=name, seed=seed) for name, _ in wanted}
         return _report(source, tensors, row, found)
 
     key = _key(source, row, where)
@@ -103,12 +96,14 @@ def scan_weights(
 
     def one(name: str, info: TensorInfo) -> MatrixScore:
         matrix = source.read(name).to(where)
-        return score_matrix(matrix.T if info.transposed else matrix, criterion, name=name, seed=seed)
+        return criteria.score(matrix.T if info.transposed else matrix, criterion, name=name, seed=seed)
 
-    with _Partial(cache_folder() / "partial" / f"{key}.jsonl") as partial, _torch_threads(threads), torch.no_grad():
+    with _Partial(cache_folder() / "partial" / f"{key}.jsonl") as partial, _one_torch_thread(), torch.no_grad():
         rest = [(name, info) for name, info in wanted if name not in partial.results]
         if len(rest) < len(wanted):
-            logger.info("going on with a stopped scan: %d of %d matrices are done", len(wanted) - len(rest), len(wanted))
+            logger.info(
+                "going on with a stopped scan: %d of %d matrices are done", len(wanted) - len(rest), len(wanted)
+            )
         for name, result in _side_by_side(one, rest, jobs, done=len(wanted) - len(rest)):
             partial.add(name, result)
         report = _report(source, tensors, row, {name: partial.results[name] for name, _ in wanted})
@@ -123,17 +118,19 @@ def _checked_roles(score: Iterable[str]) -> tuple[str, ...]:
         raise OptionError(f"score is {score!r}, wanted a tuple of roles such as ('linear',).")
     asked = set(score)
     for role in sorted(asked - set(names.ROLES)):
-        raise OptionError(f"score names the role {role!r}, wanted one of the known.{near_matches(str(role), names.ROLES)}")
+        raise OptionError(
+            f"score names the role {role!r}, wanted one of the known.{near_matches(str(role), names.ROLES)}"
+        )
     return tuple(role for role in names.ROLES if role in asked)
 
 
-def _jobs_and_threads(jobs: int | None) -> tuple[int, int]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _checked_jobs(jobs: int | None) -> int:
     if jobs is None:
-        jobs = min(cores, _MOST_JOBS)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cores, _MOST_JOBS)
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise OptionError(f"jobs is {jobs!r}, wanted an integer from 1 up.")
-    return jobs, max(1, cores // jobs)
+    return jobs
 
 
 def _device(device: str) -> torch.device:
@@ -157,7 +154,9 @@ def _units(info: TensorInfo) -> list[str]:
     return [info.name] if info.experts is None else [f"{info.name}[{e}]" for e in range(info.experts)]
 
 
-def _report(source: WeightSource, tensors: list[TensorInfo], row: Criterion, found: dict[str, MatrixScore]) -> SnrReport:
+def _report(
+    source: WeightSource, tensors: list[TensorInfo], row: Criterion, found: dict[str, MatrixScore]
+) -> SnrReport:
     kinds = names.kinds([t.name for t in tensors])
     stats = []
     for info in tensors:
@@ -215,10 +214,10 @@ def _progress(total: int, done: int) -> Iterator[Callable[[], Any]]:
 
 
 @contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    """torch's number of threads is the process's; it is set for the scan and put back."""
+def _one_torch_thread() -> Iterator[None]:
+    """torch's number of threads is the whole process's; it is set for the scan and put back."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -254,7 +253,9 @@ class _Partial:
             # The kill may have come in the middle of a line.
             self._file.write("\n" if self._file.tell() else "")
         except OSError as error:
-            logger.warning("a killed scan could not be resumed: %s cannot be written (%s)", self.path, error.strerror or error)
+            logger.warning(
+                "a killed scan could not be resumed: %s cannot be written (%s)", self.path, error.strerror or error
+            )
         return self
 
     def _take(self, line: str) -> None:
@@ -316,6 +317,8 @@ def spectrum_of(model_or_path: Any, name: str, revision: str | None = None) -> S
     if info is not None and info.experts and expert is None:
         raise CheckpointError(f"{name}: holds {info.experts} experts, wanted one of them, such as '{name}[0]'.")
     matrix = source.read(name)
-    values = singular_values(matrix, name=name)
+    values = criteria.singular_values(matrix, name=name)
     shape = (matrix.shape[0], matrix.shape[1])
-    return Spectrum(name, shape, values, published_edge(values, shape), marchenko_pastur_edge(values, shape))
+    return Spectrum(
+        name, shape, values, criteria.published_edge(values, shape), criteria.marchenko_pastur_edge(values, shape)
+    )

@@ -1,10 +1,11 @@
-"""The only reader of raw weights: one tensor at a time, from safetensors files, a live model, an adapter or a GGUF file.
+"""The only reader of raw weights: one tensor at a time, from safetensors files, a live model, an adapter or a GGUF
+file.
 
-Names are those of the live model. Files that keep one tensor per expert where transformers fuses them are presented fused,
-`model.layers.0.mlp.experts.gate_up_proj` of shape (E, 2I, H), and read by expert, `...gate_up_proj[3]`.
+Names are those of the live model. Files that keep one tensor per expert where transformers fuses them are presented
+fused, `model.layers.0.mlp.experts.gate_up_proj` of shape (E, 2I, H), and read by expert, `...gate_up_proj[3]`.
 
-Files are read with `pread` into fresh memory, not mapped: mapped pages count as resident until the mapping goes, and a scan
-of shards would end up holding the whole checkpoint.
+Files are read with `pread` into fresh memory, not mapped: mapped pages count as resident until the mapping goes, and a
+scan of shards would end up holding the whole checkpoint.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import json
 import math
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -29,7 +30,7 @@ from .errors import CheckpointError, near_matches
 from .records import Fingerprint, read_mapping
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
+    pass
 
 # safetensors' dtype tags, https://github.com/huggingface/safetensors, `Dtype`.
 DTYPES: dict[str, torch.dtype] = {
@@ -56,8 +57,12 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder"})
 _CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 # Buffers that old files carry among the weights.
-_BUFFERS = re.compile(r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$|position_ids$")
-_EXPERT = re.compile(r"^(?P<owner>.*\.experts)\.(?P<expert>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$")
+_BUFFERS = re.compile(
+    r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$|position_ids$"
+)
+_EXPERT = re.compile(
+    r"^(?P<owner>.*\.experts)\.(?P<expert>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$"
+)
 _EXPERT_NAME = re.compile(r"^(.*)\[(\d+)\]$")
 
 
@@ -117,8 +122,8 @@ class WeightSource(Protocol):
         """One tensor, or one expert `name[e]` of a fused one, dequantized where it is quantized.
 
         Returns:
-            A tensor of the parameter's shape in a floating dtype. From files it is fresh memory; from a live model it may
-            be the model's own: do not change it.
+            A tensor of the parameter's shape in a floating dtype. From files it is fresh memory; from a live model it
+            may be the model's own: do not change it.
         Raises:
             CheckpointError: no such tensor (near names are shown), or its bytes cannot be read.
         """
@@ -151,17 +156,20 @@ def open_weights(model_or_path: Any, revision: str | None = None) -> WeightSourc
     """Open whatever holds weights, reading headers only.
 
     Args:
-        model_or_path: an `nn.Module` (a PeftModel gives W + dW under the base's names); a folder with safetensors files, one
-            such file, an adapter folder, a `.gguf` file; or a hub id, of which safetensors and json files are fetched.
+        model_or_path: an `nn.Module` (a PeftModel gives W + dW under the base's names); a folder with safetensors
+            files, one such file, an adapter folder, a `.gguf` file; or a hub id, of which safetensors and json files
+            are fetched.
         revision: branch, tag or commit of a hub id.
     Raises:
-        CheckpointError: not there; empty, truncated or not safetensors; a shard missing; only pickle files; a quantization
-            that cannot be undone here.
+        CheckpointError: not there; empty, truncated or not safetensors; a shard missing; only pickle files; a
+            quantization that cannot be undone here.
     """
     if isinstance(model_or_path, nn.Module):
-        return _open_live(model_or_path)
+        return LiveWeights(model_or_path)
     if not isinstance(model_or_path, str | os.PathLike):
-        raise CheckpointError(f"weights to open are a {type(model_or_path).__name__}, wanted a model, a path or a hub id.")
+        raise CheckpointError(
+            f"weights to open are a {type(model_or_path).__name__}, wanted a model, a path or a hub id."
+        )
     path = Path(model_or_path).expanduser()
     if path.is_file():
         if path.suffix == ".gguf":
@@ -252,14 +260,18 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Span]:
         try:
             tag, shape, (begin, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{where}: its header entry is {row!r}, wanted dtype, shape and data_offsets.") from error
+            raise CheckpointError(
+                f"{where}: its header entry is {row!r}, wanted dtype, shape and data_offsets."
+            ) from error
         if tag not in DTYPES:
             raise CheckpointError(f"{where}: dtype is {tag!r}, wanted one of {sorted(DTYPES)}.")
         if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
             raise CheckpointError(f"{where}: shape {shape} and offsets [{begin}, {end}], wanted integers from 0 up.")
         wanted = math.prod(shape) * DTYPES[tag].itemsize
         if end - begin != wanted:
-            raise CheckpointError(f"{where}: offsets [{begin}, {end}] hold {end - begin} bytes, wanted {wanted} for {tag} {shape}.")
+            raise CheckpointError(
+                f"{where}: offsets [{begin}, {end}] hold {end - begin} bytes, wanted {wanted} for {tag} {shape}."
+            )
         if data_start + end > size:
             raise CheckpointError(
                 f"{where}: ends at byte {data_start + end}, the file has {size}: it is truncated, fetch it again."
@@ -270,7 +282,9 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Span]:
     for name, span in spans:
         if span.begin != at:
             what = "overlaps" if span.begin < at else "leaves a hole after"
-            raise CheckpointError(f"{path}: tensor {name!r} starts at byte {span.begin}, wanted {at}: it {what} {before}.")
+            raise CheckpointError(
+                f"{path}: tensor {name!r} starts at byte {span.begin}, wanted {at}: it {what} {before}."
+            )
         at, before = span.end, f"{name!r}"
     if at != size:
         raise CheckpointError(f"{path}: the tensors end at byte {at}, the file has {size}, wanted them equal.")
@@ -287,8 +301,8 @@ def _raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > _HEADER_LIMIT or length > size - 8:
                 raise CheckpointError(
-                    f"{path}: not a safetensors file, or truncated: its first 8 bytes ask for a header of {length} bytes,"
-                    f" the file has {size}."
+                    f"{path}: not a safetensors file, or truncated: its first 8 bytes ask for a header of {length}"
+                    f" bytes, the file has {size}."
                 )
             text = file.read(length)
     except FileNotFoundError:
@@ -300,18 +314,21 @@ def _raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except ValueError as error:
         raise CheckpointError(f"{path}: not a safetensors file: its header is not JSON ({error}).") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: not a safetensors file: its header is a {type(header).__name__}, wanted a mapping.")
+        raise CheckpointError(
+            f"{path}: not a safetensors file: its header is a {type(header).__name__}, wanted a mapping."
+        )
     return header, 8 + length, size
 
 
 def find_shards(folder: Path) -> list[Path]:
     """The safetensors files that make up the checkpoint in a folder, as transformers would choose them.
 
-    `model.safetensors`; else the shards of `model.safetensors.index.json`; else `model-00001-of-0000N.safetensors`, all N;
-    else every safetensors file there is.
+    `model.safetensors`; else the shards of `model.safetensors.index.json`; else `model-00001-of-0000N.safetensors`, all
+    N; else every safetensors file there is.
 
     Raises:
-        CheckpointError: none (pickle or GGUF files are named), or a shard that the index or the numbering names is missing.
+        CheckpointError: none (pickle or GGUF files are named), or a shard that the index or the numbering names is
+            missing.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -339,7 +356,9 @@ def find_shards(folder: Path) -> list[Path]:
         present = {int(m[1]) for m in numbered.values() if m}
         missing = sorted(set(range(1, total + 1)) - present)
         if missing:
-            raise CheckpointError(f"{folder}: of {total} shards number {missing[0]} is missing (have {sorted(present)}).")
+            raise CheckpointError(
+                f"{folder}: of {total} shards number {missing[0]} is missing (have {sorted(present)})."
+            )
         return shards
     if found:
         return found
@@ -370,7 +389,11 @@ class FileWeights:
     kind: Literal["file"] = "file"
 
     def __init__(
-        self, files: Sequence[Path], model_id: str | None = None, revision: str | None = None, folder: Path | None = None
+        self,
+        files: Sequence[Path],
+        model_id: str | None = None,
+        revision: str | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.model_id, self.revision, self.folder = model_id, revision, folder
         self.files = tuple(files)
@@ -379,7 +402,9 @@ class FileWeights:
         for path in self.files:
             for name, span in read_header(path).items():
                 if name in self._spans:
-                    raise CheckpointError(f"{path}: tensor {name!r} is also in {self._spans[name][0].name}, wanted it once.")
+                    raise CheckpointError(
+                        f"{path}: tensor {name!r} is also in {self._spans[name][0].name}, wanted it once."
+                    )
                 self._spans[name] = (path, span)
         index = folder / "model.safetensors.index.json" if folder else None
         if index and index.is_file() and not (folder / "model.safetensors").is_file():  # type: ignore[operator]
@@ -405,8 +430,8 @@ class FileWeights:
         method = str(settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else "unknown"))
         if method != "bitsandbytes":
             raise CheckpointError(
-                f"{self.folder}: weights are quantized by {method!r}, wanted float or bitsandbytes weights; use the checkpoint"
-                " they were quantized from."
+                f"{self.folder}: weights are quantized by {method!r}, wanted float or bitsandbytes weights; use the"
+                " checkpoint they were quantized from."
             )
         return f"in bitsandbytes {'4-bit' if settings.get('load_in_4bit') else '8-bit'}"
 
@@ -415,7 +440,7 @@ class FileWeights:
         fused: dict[str, dict[int, dict[str, str]]] = {}
         renamed_moe = any(".block_sparse_moe.experts." in name for name in self._spans)
         conv1d = self.config.get("model_type") in _CONV1D_MODELS
-        for name, (_path, span) in self._spans.items():
+        for name in self._spans:
             match = _EXPERT.match(name)
             if match:
                 fused.setdefault(match["owner"], {}).setdefault(int(match["expert"]), {})[match["part"]] = name
@@ -447,14 +472,17 @@ class FileWeights:
     def _fuse(self, owner: str, experts: dict[int, dict[str, str]]) -> Iterator[_Logical]:
         """One tensor per expert in the file, one 3-D parameter in the model.
 
-        Source: transformers 5 conversion_mapping.py, "mixtral" (w1, w3 -> gate_up_proj; w2 -> down_proj) and "qwen2_moe".
+        Source: transformers 5 conversion_mapping.py, "mixtral" (w1, w3 -> gate_up_proj; w2 -> down_proj) and
+            "qwen2_moe".
         """
         live_owner = owner.replace(".block_sparse_moe.", ".mlp.")
         if sorted(experts) != list(range(len(experts))):
             raise CheckpointError(f"{owner}: experts are numbered {sorted(experts)}, wanted 0 to {len(experts) - 1}.")
         have = set(experts[0])
         recipes = {
-            "gate_up_proj": next((pair for pair in (("w1", "w3"), ("gate_proj", "up_proj")) if have >= set(pair)), None),
+            "gate_up_proj": next(
+                (pair for pair in (("w1", "w3"), ("gate_proj", "up_proj")) if have >= set(pair)), None
+            ),
             "up_proj": ("up_proj",) if "up_proj" in have and "gate_proj" not in have else None,
             "down_proj": next(((part,) for part in ("w2", "down_proj") if part in have), None),
         }
@@ -466,13 +494,19 @@ class FileWeights:
             for e in range(len(experts)):
                 lacking = [part for part in recipe if part not in experts[e]]
                 if lacking:
-                    raise CheckpointError(f"{owner}.{e}.{lacking[0]}.weight: not in the checkpoint, but expert 0 has it.")
+                    raise CheckpointError(
+                        f"{owner}.{e}.{lacking[0]}.weight: not in the checkpoint, but expert 0 has it."
+                    )
                 stored = tuple(experts[e][part] for part in recipe)
                 spans = [self._spans[name][1] for name in stored]
-                shapes.add((sum(s.shape[0] for s in spans), spans[0].shape[1]) if len(spans[0].shape) == 2 else spans[0].shape)
+                shapes.add(
+                    (sum(s.shape[0] for s in spans), spans[0].shape[1]) if len(spans[0].shape) == 2 else spans[0].shape
+                )
                 parts.append(stored)
             if len(shapes) > 1:
-                raise CheckpointError(f"{owner}.*.{recipe[0]}: the experts have the shapes {sorted(shapes)}, wanted one shape.")
+                raise CheckpointError(
+                    f"{owner}.*.{recipe[0]}: the experts have the shapes {sorted(shapes)}, wanted one shape."
+                )
             name = f"{live_owner}.{live}"
             shape = (len(parts), *shapes.pop())
             dtype = _dtype_name(DTYPES[self._spans[parts[0][0]][1].dtype])
@@ -482,7 +516,9 @@ class FileWeights:
         """A bitsandbytes weight as `save_pretrained` of a quantized model stores it."""
         if not self._quantization or not name.endswith(".weight"):
             return None
-        state = next((n for n in (f"{name}.quant_state.bitsandbytes__{t}" for t in ("nf4", "fp4")) if n in self._spans), None)
+        state = next(
+            (n for n in (f"{name}.quant_state.bitsandbytes__{t}" for t in ("nf4", "fp4")) if n in self._spans), None
+        )
         if state:
             described = json.loads(bytes(self._stored(state).numpy()))
             shape = tuple(int(n) for n in described["shape"])
@@ -508,7 +544,9 @@ class FileWeights:
         tables = [
             t.info.name
             for t in present.values()
-            if t.info.role == "embedding" and names.module_name(t.info.name).rpartition(".")[2] in {"embed_tokens", "wte", "embed_in", "word_embeddings"}
+            if t.info.role == "embedding"
+            and names.module_name(t.info.name).rpartition(".")[2]
+            in {"embed_tokens", "wte", "embed_in", "word_embeddings"}
         ]
         causal = "CausalLM" in architecture or "LMHead" in architecture
         # A causal model without a stored head has a tied one; with one, the config must say that they are tied.
@@ -604,7 +642,9 @@ def read_bytes(path: str | os.PathLike[str], begin: int, end: int) -> Tensor:
             while done < len(view):  # one call reads at most 2 GiB
                 got = os.preadv(file.fileno(), [view[done:]], begin + done)
                 if got == 0:
-                    raise CheckpointError(f"{path}: ends at byte {begin + done}, wanted bytes up to {end}: it is truncated.")
+                    raise CheckpointError(
+                        f"{path}: ends at byte {begin + done}, wanted bytes up to {end}: it is truncated."
+                    )
                 done += got
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
@@ -643,8 +683,8 @@ class _Change:
 class AdapterWeights:
     """The weights of a base checkpoint with a trained adapter from a folder applied: W + dW, or the adapter's own W.
 
-    Reads plain LoRA files (rank and alpha patterns, rsLoRA, DoRA, fan_in_fan_out, target_parameters, modules_to_save) and
-    real weights (`...lora_spectrum.weight`), without peft.
+    Reads plain LoRA files (rank and alpha patterns, rsLoRA, DoRA, fan_in_fan_out, target_parameters, modules_to_save)
+    and real weights (`...lora_spectrum.weight`), without peft.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors; the base is its base_model_name_or_path.
@@ -665,7 +705,9 @@ class AdapterWeights:
             raise CheckpointError(f"{where}: base_model_name_or_path is {base!r}, wanted the base's folder or hub id.")
         self.file = folder / "adapter_model.safetensors"
         if not self.file.is_file() and any(folder.glob("adapter_model.*")):
-            raise CheckpointError(f"{folder}: the adapter is a pickle file, which is not read, wanted {self.file.name}.")
+            raise CheckpointError(
+                f"{folder}: the adapter is a pickle file, which is not read, wanted {self.file.name}."
+            )
         self._spans = read_header(self.file)
         self.base = open_weights(base, self.config.get("revision"))
         self.tied = self.base.tied
@@ -674,7 +716,9 @@ class AdapterWeights:
         new = self._understand()
         self.notes = (*self.base.notes, f"scores are of the weights with the adapter in {folder} applied")
         if new:
-            self.notes += (f"the adapter brings {len(new)} tensors that the base lacks ({new[0]}); they are not scanned",)
+            self.notes += (
+                f"the adapter brings {len(new)} tensors that the base lacks ({new[0]}); they are not scanned",
+            )
 
     def _understand(self) -> list[str]:
         """Sort the file's tensors to the base's parameters; returns names of saved modules that the base lacks."""
@@ -683,8 +727,8 @@ class AdapterWeights:
         for key in self._spans:
             name = key.removeprefix("base_model.model.")
             match = re.fullmatch(
-                r"(?P<module>.+)\.(?:(?P<ab>lora_A|lora_B)\.weight|lora_embedding_(?P<e>[AB])|(?P<m>lora_magnitude_vector)(?:\.weight)?"
-                r"|lora_spectrum\.(?P<own>.+))",
+                r"(?P<module>.+)\.(?:(?P<ab>lora_A|lora_B)\.weight|lora_embedding_(?P<e>[AB])"
+                r"|(?P<m>lora_magnitude_vector)(?:\.weight)?|lora_spectrum\.(?P<own>.+))",
                 name,
             )
             if match is None:
@@ -695,8 +739,8 @@ class AdapterWeights:
                     new.append(name)
                 elif not name.endswith(".lora_B.bias"):
                     raise CheckpointError(
-                        f"{self.file}: tensor {key!r} is neither a LoRA factor nor a parameter of the base; merge the adapter"
-                        " first, or scan the loaded model."
+                        f"{self.file}: tensor {key!r} is neither a LoRA factor nor a parameter of the base; merge the"
+                        " adapter first, or scan the loaded model."
                     )
                 continue
             module = match["module"]
@@ -715,7 +759,9 @@ class AdapterWeights:
                 change.b = key
         for module, change in lora.items():
             if change.a is None or change.b is None:
-                raise CheckpointError(f"{self.file}: {module} has {change.a or change.b!r} alone, wanted both LoRA factors.")
+                raise CheckpointError(
+                    f"{self.file}: {module} has {change.a or change.b!r} alone, wanted both LoRA factors."
+                )
             self._changes.setdefault(self._target(module, change), []).append(change)
         return new
 
@@ -727,11 +773,14 @@ class AdapterWeights:
         return any(part in saved for part in name.split("."))
 
     def _misfit(self, key: str, name: str) -> CheckpointError:
-        return CheckpointError(f"{self.file}: tensor {key!r} fits no parameter of the base.{near_matches(name, self._infos)}")
+        return CheckpointError(
+            f"{self.file}: tensor {key!r} fits no parameter of the base.{near_matches(name, self._infos)}"
+        )
 
     def _target(self, module: str, change: _Change) -> str:
         """The parameter that a pair of factors changes: `module.weight`, or fused experts of fitting shape."""
-        assert change.a is not None and change.b is not None
+        assert change.a
+        assert change.b
         known = self._known(f"{module}.weight")
         rows, columns = self._spans[change.b].shape[0], self._spans[change.a].shape[-1]
         if known is None:
@@ -748,7 +797,8 @@ class AdapterWeights:
         # A LoRA on an embedding holds A as (rank, rows of the table) and B as (width, rank).
         if sorted(info.shape[-2:]) != sorted((rows, columns)):
             raise CheckpointError(
-                f"{self.file}: {change.b!r} times {change.a!r} gives ({rows}, {columns}), wanted {info.shape} for {known}."
+                f"{self.file}: {change.b!r} times {change.a!r} gives ({rows}, {columns}), wanted {info.shape} for"
+                f" {known}."
             )
         return known
 
@@ -772,10 +822,13 @@ class AdapterWeights:
 
     def _changed(self, weight: Tensor, change: _Change, info: TensorInfo, expert: int | None) -> Tensor:
         """W + scale * B A in float32, with DoRA's rescaling where the file has magnitudes."""
-        assert change.a is not None and change.b is not None
+        assert change.a
+        assert change.b
         a, b = self._stored(change.a).float(), self._stored(change.b).float()
         rank = a.shape[0]
-        if info.experts:  # PEFT's ParamWrapper: A is (experts * rank, in), B (out, rank * experts) with the experts innermost
+        if (
+            info.experts
+        ):  # PEFT's ParamWrapper: A is (experts * rank, in), B (out, rank * experts) with the experts innermost
             rank //= info.experts
             a, b = a.view(info.experts, rank, -1)[expert], b.view(b.shape[0], rank, info.experts)[:, :, expert]
         delta = (b @ a) * self._scale(change.module, rank)
@@ -874,10 +927,6 @@ def checkpoint_folder(model: nn.Module) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _open_live(model: nn.Module) -> LiveWeights:
-    return LiveWeights(model)
-
-
 class LiveWeights:
     """The parameters of a model in memory, under the base model's names, adapters applied.
 
@@ -935,7 +984,9 @@ class LiveWeights:
         stored = {t.name: t for t in self._files.tensors()}
         twins = names.align([t.name for t in quantized], stored)
         fits = all(
-            t.name in twins and stored[twins[t.name]].shape == t.shape and stored[twins[t.name]].dtype not in {"nf4", "fp4", "int8"}
+            t.name in twins
+            and stored[twins[t.name]].shape == t.shape
+            and stored[twins[t.name]].dtype not in {"nf4", "fp4", "int8"}
             for t in quantized
         )
         return twins if fits else {}
@@ -947,9 +998,13 @@ class LiveWeights:
         base, expert = split_expert(name)
         item = self._live.get(base)
         if item is None:
-            raise CheckpointError(f"{self.model_id or type(self.model).__name__}: no parameter {base!r}.{near_matches(base, self._live)}")
+            raise CheckpointError(
+                f"{self.model_id or type(self.model).__name__}: no parameter {base!r}.{near_matches(base, self._live)}"
+            )
         if item.parameter.device.type == "meta":
-            raise CheckpointError(f"{base}: lies on the meta device and has no values; give the checkpoint's folder instead.")
+            raise CheckpointError(
+                f"{base}: lies on the meta device and has no values; give the checkpoint's folder instead."
+            )
         if item.quantized and base in self._file_name:
             assert self._files is not None
             weight = self._files.read(self._file_name[base])
@@ -972,7 +1027,11 @@ class LiveWeights:
         if files is None or any(_changes(item) for item in self._live.values()):
             return None
         stored = {t.name: t for t in files.tensors()}
-        plain = [item for item in self._live.values() if item.info.role == "linear" and not item.quantized and not item.info.experts]
+        plain = [
+            item
+            for item in self._live.values()
+            if item.info.role == "linear" and not item.quantized and not item.info.experts
+        ]
         twins = names.align([item.info.name for item in plain], stored)
         if len(twins) < len(plain) or structure_of(self.tensors()) != structure_of(files.tensors()):
             return None
@@ -1001,7 +1060,8 @@ def _walk(module: nn.Module, prefix: str, layers: tuple[nn.Module, ...]) -> Iter
     if wrapped is not None:
         inner: dict[str, _Live] = {i.info.name: i for i in _walk(wrapped, prefix, (*layers, module))}
         if "lora_spectrum" in children:  # the adapter's own values stand for the parameter
-            current: Mapping[str, Tensor] = {} if module.merged else module.current()  # type: ignore[operator, assignment]
+            layer: Any = module
+            current: Mapping[str, Tensor] = {} if layer.merged else layer.current()
             for parameter, value in current.items():
                 yield _live(wrapped, prefix, parameter, value, (*layers, module))
                 inner.pop(prefix + parameter, None)
@@ -1029,8 +1089,6 @@ def _live(owner: nn.Module, prefix: str, name: str, parameter: Tensor, layers: t
     if dtype in {"nf4", "fp4"}:
         shape = tuple(parameter.quant_state.shape)  # type: ignore[attr-defined]
     role = names.role(full, shape)
-    # A module that looks rows up is an embedding, whatever its name (T5's `shared`, GPT-2's `wpe`).
-    role = "embedding" if isinstance(owner, nn.Embedding) else role
     experts = shape[0] if role == "linear" and len(shape) == 3 else None
     turned = type(owner).__name__ == "Conv1D" and len(shape) == 2
     return _Live(
@@ -1062,8 +1120,8 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights, and undo it where it did; call it before training.
 
     On a CPU with AVX512-BF16, bitsandbytes (0.50.2, `Linear4bit.forward`) repacks a weight in the first forward in eval
-    mode, for a faster product that has no backward: after one evaluation, a training step ends at that layer and says so
-    only in a warning. The layer's output changes within rounding. Without a repacked weight, or without such a CPU,
+    mode, for a faster product that has no backward: after one evaluation, a training step ends at that layer and says
+    so only in a warning. The layer's output changes within rounding. Without a repacked weight, or without such a CPU,
     nothing happens.
     """
     for module in model.modules():
@@ -1073,6 +1131,72 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
         weight: Any = module.weight
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
             weight.data, weight.quant_state = _unpacked_4bit(weight)
+
+
+def give_storage_without_values(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Fill a bitsandbytes layer made on the meta device with weights that have bitsandbytes' storage and no values.
+
+    For a dry run: call it under `FakeTensorMode`, where bitsandbytes' own parameter types cannot be made. The layer's
+        own
+    forward then runs on a plain parameter that carries what it looks for: packed 4-bit values with block maxima of 64
+    values, these in 8 bit in blocks of 256 with their offset and two code books; or int8 rows with one scale each.
+
+    Args:
+        layer: `Linear4bit` or `Linear8bitLt` whose weight (out, in) lies on the meta device.
+        dtype: that the layer dequantizes to, the dtype of the weight before it was quantized.
+    Source: bitsandbytes 0.50.2, functional.py `quantize_4bit` and `quantize_blockwise`, nn/modules.py `Int8Params`.
+    """
+    weight: Any = layer.weight
+    shape = weight.shape
+    if type(weight).__name__ == "Params4bit":
+        from bitsandbytes.functional import QuantState
+
+        blocks = -(-shape.numel() // weight.blocksize)
+        state = QuantState(
+            absmax=torch.empty(blocks),
+            shape=shape,
+            code=torch.empty(16),
+            blocksize=weight.blocksize,
+            quant_type=weight.quant_type,
+            dtype=dtype,
+        )
+        if weight.compress_statistics:
+            state.absmax = torch.empty(blocks, dtype=torch.uint8)
+            state.offset = torch.empty(())
+            state.state2 = QuantState(
+                absmax=torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32
+            )
+            state.nested = True
+        stored = nn.Parameter(torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
+        carried = {k: v for k, v in weight.__dict__.items() if k != "quant_state"} | {"quant_state": state, "bnb_quantized": True}
+        layer.quant_state = state  # type: ignore[assignment]
+    else:
+        stored = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
+        carried = {"CB": stored.data, "SCB": torch.empty(shape[0]), "has_fp16_weights": False}
+        # How many columns hold outliers depends on the activations; none are assumed.
+        layer.state.threshold = 0.0  # type: ignore[union-attr]
+    for name, value in carried.items():
+        setattr(stored, name, value)
+    layer._parameters["weight"] = stored
+
+
+@contextmanager
+def int8_products_as_on(device: str) -> Iterator[None]:
+    """Let bitsandbytes' int8 layers take, on CPU tensors, the product that they take on `device`.
+
+    On a CPU bitsandbytes dequantizes and multiplies in float; on a GPU it multiplies in int8, with other intermediates.
+    """
+    import bitsandbytes.autograd._functions as functions
+
+    before, silent = functions.MatMul8bitFp, functions.logger.disabled
+    if device != "cpu":
+        functions.MatMul8bitFp = functions.MatMul8bitLt  # type: ignore[misc, assignment]
+        functions.logger.disabled = True  # it warns of every cast to float16
+    try:
+        yield
+    finally:
+        functions.MatMul8bitFp = before  # type: ignore[misc]
+        functions.logger.disabled = silent
 
 
 def _dequantized(item: _Live) -> Tensor:
@@ -1216,7 +1340,9 @@ class GgufWeights:
             elif match and match[2] == "ffn_up_exps":
                 continue
             else:
-                raise CheckpointError(f"{self.path}: tensor {stored!r} has no known name in a {self.architecture} model.")
+                raise CheckpointError(
+                    f"{self.path}: tensor {stored!r} has no known name in a {self.architecture} model."
+                )
             role = names.role(live, shape)
             dtype = GGMLQuantizationType(span.kind).name.lower()
             yield _Logical(TensorInfo(live, shape, dtype, role, shape[0] if len(shape) == 3 else None), parts)
@@ -1232,7 +1358,11 @@ class GgufWeights:
         if expert is not None and not (item.info.experts and 0 <= expert < item.info.experts):
             raise CheckpointError(f"{self.path}: no tensor {name!r}, {base!r} has the shape {item.info.shape}.")
         stored = item.parts[0]
-        weight = torch.cat([self._stored(part, expert) for part in stored], dim=-2) if len(stored) > 1 else self._stored(stored[0], expert)
+        weight = (
+            torch.cat([self._stored(part, expert) for part in stored], dim=-2)
+            if len(stored) > 1
+            else self._stored(stored[0], expert)
+        )
         if self.architecture == "llama" and stored[0].endswith(("attn_q.weight", "attn_k.weight")):
             return _unpermute(weight, self._heads(stored[0]))
         if self.architecture.startswith("gemma") and item.info.role == "norm":
@@ -1254,13 +1384,17 @@ class GgufWeights:
             begin, end, shape = begin + expert * size, begin + (expert + 1) * size, shape[1:]
         raw = read_bytes(self.path, begin, end)
         kind = GGMLQuantizationType(span.kind)
-        plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}.get(kind.name)
+        plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}.get(
+            kind.name
+        )
         if plain:
             return raw.view(plain).reshape(shape)
         try:
             values = dequantize(raw.numpy(), kind)
         except NotImplementedError as error:
-            raise CheckpointError(f"{self.path}: tensor {name!r} is stored as {kind.name}, which gguf cannot dequantize.") from error
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is stored as {kind.name}, which gguf cannot dequantize."
+            ) from error
         return torch.from_numpy(values).reshape(shape)
 
     def fingerprint(self) -> Fingerprint:
@@ -1286,8 +1420,8 @@ def _unpermute(weight: Tensor, heads: int) -> Tensor:
 def read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, _GgufSpan]]:
     """Metadata (arrays left out) and the place of every tensor in a GGUF file.
 
-    gguf's own reader maps the file and makes an array of every token of the vocabulary, 3 s for a 98 MB file; this one skips
-    over arrays.
+    gguf's own reader maps the file and makes an array of every token of the vocabulary, 3 s for a 98 MB file; this one
+    skips over arrays.
 
     Raises:
         CheckpointError: not there, not GGUF, of another version, or truncated.
@@ -1361,3 +1495,38 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, _GgufSpan]]:
             raise CheckpointError(f"{path}: tensor {name!r} ends at byte {end}, the file has {total}: it is truncated.")
         spans[name] = _GgufSpan(kind, shape, begin, end)
     return metadata, spans
+
+
+# --- where stored tensors lie in the model ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stored tensor lies in the model: rows [first, first + rows) of a parameter seen as a matrix.
+
+    Attributes:
+        name: of the parameter. rows, columns: of the stored tensor; fused experts lie one below the other.
+    """
+
+    name: str
+    first: int
+    rows: int
+    columns: int
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of a parameter seen as a matrix: leading dimensions one below the other, a vector as a column."""
+    return (math.prod(shape), 1) if len(shape) < 2 else (math.prod(shape[:-1]), shape[-1])
+
+
+def places(files: FileWeights) -> dict[str, Place]:
+    """{stored tensor: where it lies in the model}, for all that are, or belong to, a parameter of it."""
+    found = {}
+    for item in files._logical.values():
+        first = 0
+        for part in (stored for parts in item.parts for stored in parts):
+            span = files._spans[part][1]
+            rows, columns = as_matrix(item.info.shape if len(item.parts) == len(item.parts[0]) == 1 else span.shape)
+            found[part] = Place(item.info.name, first, rows, columns)
+            first += rows
+    return found
