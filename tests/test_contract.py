@@ -20,14 +20,13 @@ from spectrum_peft import SpectrumConfig, load_model_with_spectrum, parameter_gr
 from spectrum_peft.policies import MODES
 from spectrum_peft.tuner import base_parameters, plan_parameters
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*tie_word_embeddings.*", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*")
 # float32, two to six blocks: a merged weight is one rounding (6e-8 of its size) off, and logits here are of order 1.
 ONE_ROUNDING = 2e-6
-FAMILIES = sorted(ARCHITECTURES)
-BASES = [("llama", None), ("llama_tied", None), ("llama", "nf4"), ("bert", "nf4")]
-BASES += [(family, None) for family in FAMILIES if family not in {"llama", "llama_tied"}]
+# In the default run: plain and tied heads, Conv1D, a new head, fused experts, 4-bit. The other families run as `slow`.
+QUICK = [("llama", None), ("llama_tied", None), ("gpt2", None), ("bert", None), ("mixtral", None)]
+QUICK += [("llama", "nf4"), ("bert", "nf4")]
+BASES = [*QUICK, *((family, None) for family in sorted(ARCHITECTURES) if (family, None) not in QUICK)]
 
 
 def options_of(mode: str) -> dict[str, Any]:
@@ -105,7 +104,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(
     params=[
-        pytest.param((family, mode, quantization), id=f"{family}-{mode}" + (f"-{quantization}" if quantization else ""))
+        pytest.param(
+            (family, mode, quantization),
+            id=f"{family}-{mode}" + (f"-{quantization}" if quantization else ""),
+            marks=[] if (family, quantization) in QUICK else [pytest.mark.slow],
+        )
         for family, quantization in BASES
         for mode in MODES
         if not (quantization and MODES[mode].whole_model)
