@@ -522,8 +522,8 @@ def _about(
         outside = [u.name for u in kept if _place(u.name) is None]
         if outside:
             notes.append(
-                f"backward_depth: {len(outside)} matrices outside the blocks are not taken, such as {outside[0]}: the "
-                "name does not tell their depth."
+                f"backward_depth: what lies outside the blocks is not taken ({len(outside)}, such as {outside[0]}): its "
+                "name does not tell its depth."
             )
     return notes
 
@@ -679,7 +679,7 @@ def explain(plan: Plan, report: SnrReport | None = None) -> str:
     lines = [
         f"Mode {plan.mode}{on}: {get_mode(plan.mode).summary}.",
         f"Training {count.chosen} of {count.candidates} matrices ({count.chosen_percent:.1f} %) of {count.kinds} kinds"
-        + (f", and {count.saved} other tensors." if count.saved else "."),
+        + (f"; other tensors that train: {count.saved}." if count.saved else "."),
         _parameters_line(count),
         f"Chosen by: {_chosen_by(plan)}.",
         "",

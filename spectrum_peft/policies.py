@@ -217,10 +217,8 @@ def choose(candidates: Sequence[Candidate], options: Mapping[str, Any]) -> tuple
             chosen[label] = open_to[:wanted]
             short = wanted - len(chosen[label])
             if short:
-                notes.append(
-                    f"{label}: {wanted} of {len(members)} were asked for, backward_depth leaves "
-                    f"{len(open_to)}, all of them are taken."
-                )
+                left = f"{len(open_to)}, all of them are taken" if open_to else "none"
+                notes.append(f"{label}: {wanted} of {len(members)} were asked for, backward_depth leaves {left}.")
         else:
             chosen[label] = _prefix_within(open_to, sum(_known_numel(c) for c in members) * ratio + 1e-9)
     if not any(chosen.values()):

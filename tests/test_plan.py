@@ -368,7 +368,8 @@ def test_depth_does_not_lower_the_count_while_blocks_last(llama_report):
 def test_matrices_outside_the_blocks_are_left_out_under_a_cut():
     plan = make_plan(bert_report(), backward_depth=0.5)
     assert "bert.pooler.dense.weight" not in plan.trainable_names
-    assert any("outside the blocks are not taken, such as bert.pooler.dense.weight" in note for note in plan.notes)
+    assert "bert.pooler.dense: 1 of 1 were asked for, backward_depth leaves none." in plan.notes
+    assert any("is not taken (1, such as bert.pooler.dense.weight)" in note for note in plan.notes)
 
 
 def test_an_encoder_runs_before_its_decoder():
