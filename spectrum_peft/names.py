@@ -28,21 +28,28 @@ def module_name(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def _block_part(parts: Sequence[str]) -> int | None:
+    """Which part of a name is the block's number: the first number, but for those inside a head (`classifier.0`)."""
+    for i, part in enumerate(parts):
+        if part in HEADS:
+            return None
+        if part.isdigit():
+            return i
+    return None
+
+
 def block_index(name: str) -> int | None:
     """Number of the transformer block that a parameter lies in, or None outside the blocks."""
-    for part in name.split("."):
-        if part.isdigit():
-            return int(part)
-    return None
+    parts = name.split(".")
+    at = _block_part(parts)
+    return None if at is None else int(parts[at])
 
 
 def stack(name: str) -> str | None:
     """What stands before the block number: `model.layers`, `encoder.block`; None outside the blocks."""
     parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[:i])
-    return None
+    at = _block_part(parts)
+    return None if at is None else ".".join(parts[:at])
 
 
 def _stack_labels(stacks: Sequence[str]) -> dict[str, str]:
@@ -94,7 +101,8 @@ def role(name: str, shape: Sequence[int] | None) -> str:
     """The part that a parameter plays, one of `ROLES`.
 
     `linear` is what a plan may choose: 2-D weights of the blocks and of projections around them, and fused 3-D expert
-    parameters. The output head, embeddings, norms, biases and the routers of mixtures of experts have their own roles.
+    parameters; a 2-D parameter that is no module's weight (a state-space model's `A_log`) is not. The output head,
+    embeddings, norms, biases and the routers of mixtures of experts have their own roles.
     `shape` None (a published scan states none) is taken for a matrix unless the name says norm.
     """
     leaf = name.rpartition(".")[2]
@@ -115,11 +123,11 @@ def role(name: str, shape: Sequence[int] | None) -> str:
         return "embedding"
     if owner in _ROUTERS:
         return "router"
-    return "linear"
+    return "linear" if leaf == "weight" else "other"
 
 
 def in_head(name: str) -> bool:
-    """Whether a parameter, weight, bias or norm, belongs to the output head: `lm_head.weight`, `classifier.dense.bias`."""
+    """Whether a parameter, whatever its role, is part of the head: `lm_head.weight`, `classifier.dense.bias`."""
     return block_index(name) is None and bool(HEADS & set(name.split(".")))
 
 
