@@ -360,8 +360,8 @@ class SpectrumCallback(TrainerCallback, ExportableState):
 
 
 def _places(plan: Plan) -> list[list[Any]]:
-    """(name, rank, alpha, learning-rate ratio, active) of every adapter entry: what re-evaluation moves."""
-    return [[e.name, e.rank, e.alpha, e.lr_ratio, e.active] for e in plan.entries if e.action in ADAPTER_ACTIONS]
+    """(name, rank, alpha, learning-rate ratio, active, score) of every adapter entry: what re-evaluation moves."""
+    return [[e.name, e.rank, e.alpha, e.lr_ratio, e.active, e.score] for e in plan.entries if e.action in ADAPTER_ACTIONS]
 
 
 def _from_rank_0(value: Any) -> Any:

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -267,26 +267,28 @@ class SpectrumModel(LoraModel):
         _describe(config, config.plan.replace(entries=tuple(entries)))
         return changes
 
-    def restore_plan(self, adapter_name: str, moved: Iterable[tuple[str, int, float, float, bool]]) -> None:
-        """Take up the plan that a run had come to: rows (name, rank, alpha, lr_ratio, active).
+    def restore_plan(self, adapter_name: str, places: Iterable[Sequence[Any]]) -> None:
+        """Take up the plan that a run had come to: rows (name, rank, alpha, lr_ratio, active, score).
 
         Raises:
             MismatchError: the factors that were loaded are of another rank than a row says.
         """
         config = self.peft_config[adapter_name]
-        rows = {row[0]: row[1:] for row in moved}
+        rows = {row[0]: row[1:] for row in places}
         layers = self._adapter_layers(config)
         entries = []
         for entry in config.plan.entries:
             if entry.name in rows and entry.name in layers:
-                rank, alpha, lr_ratio, active = rows[entry.name]
+                rank, alpha, lr_ratio, active, score = rows[entry.name]
                 live = layers[entry.name].r[adapter_name]
                 if live != (rank or 0):
                     raise MismatchError(
                         f"resume: {entry.name} was loaded with rank {live}, trainer_state.json says {rank}. The adapter file "
                         "and the trainer state are of different steps."
                     )
-                entry = dataclasses.replace(entry, rank=rank, alpha=alpha, lr_ratio=lr_ratio, active=active)
+                entry = dataclasses.replace(
+                    entry, rank=rank, alpha=alpha, lr_ratio=lr_ratio, active=active, score=score
+                )
                 if rank:
                     layers[entry.name].scaling[adapter_name] = scale_of(entry, config)
             entries.append(entry)
