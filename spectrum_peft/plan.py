@@ -522,8 +522,8 @@ def _about(
         outside = [u.name for u in kept if _place(u.name) is None]
         if outside:
             notes.append(
-                f"backward_depth: what lies outside the blocks is not taken ({len(outside)}, such as {outside[0]}): its "
-                "name does not tell its depth."
+                f"backward_depth: what lies outside the blocks is not taken ({len(outside)}, such as {outside[0]}): "
+                "its name does not tell its depth."
             )
     return notes
 
@@ -903,8 +903,8 @@ def replan(plan: Plan, scores: Mapping[str, float], budget: int | None = None) -
 
     Args:
         scores: {name: score} of exactly the plan's matrices.
-        budget: trainable parameters not to go above; None for those of `plan`. Over many re-evaluations give those of the
-            first plan: each may leave a remainder, which the next would lose.
+        budget: trainable parameters not to go above; None for those of `plan`. Over many re-evaluations give those of
+            the first plan: each may leave a remainder, which the next would lose.
     Raises:
         OptionError: the plan was not made for re-evaluation, a score is missing, or names no matrix of the plan.
     """

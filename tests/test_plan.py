@@ -661,6 +661,16 @@ def test_an_exact_budget_stays_exact_or_below_when_the_plan_is_made_again(llama_
         assert max(e.rank for e in again.entries) <= max(e.rank for e in plan.entries)
 
 
+def test_a_budget_that_is_given_is_filled_again_after_a_plan_that_left_some(llama_report):
+    options = {"mode": "spectra_qlora", "rescore_every": 10, "scope": "global", "spectrum_ratio": 0.3}
+    first = make_plan(llama_report(6), **options)
+    scores = [matrix_scores(make_plan(llama_report(6, seed=seed), **options)) for seed in range(1, 12)]
+    smaller = next(p for p in (replan(first, s) for s in scores) if p.trainable_parameters < first.trainable_parameters)
+    back = matrix_scores(first)
+    assert replan(smaller, back).trainable_parameters <= smaller.trainable_parameters
+    assert replan(smaller, back, budget=first.trainable_parameters).entries == first.entries
+
+
 def test_ranks_made_again_fit_what_is_allocated_and_leave_the_head_its_share(llama_report):
     report = llama_report(6)
     wide = {n: s + 1e3 * ("mlp" in n) for n, s in report.scores.items()}  # the costly ones lead, then the cheap ones
