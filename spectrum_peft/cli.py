@@ -333,8 +333,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # For developers of the libraries below; a user of the command can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for noisy in ("httpx", "datasets", "filelock", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for noisy, level in {
+        "httpx": "WARNING",
+        "datasets": "WARNING",
+        "filelock": "WARNING",
+        "bitsandbytes": "ERROR",
+    }.items():
+        logging.getLogger(noisy).setLevel(level)
     try:
         _run(argv)
     except SpectrumError as error:

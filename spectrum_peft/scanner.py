@@ -25,6 +25,7 @@ class SpectrumScanner:
             chooses.
         dtype: that the model will be loaded in, for the memory estimate: `float32`, `bfloat16`, `float16`, a torch
             dtype, or None for the checkpoint's.
+        report: an earlier scan of this model; without it the first need of one scans.
         revision: of a hub model.
         jobs, device: of the scan.
         options: any option of `make_plan`.
@@ -38,6 +39,7 @@ class SpectrumScanner:
         spectrum_ratio: float | None = None,
         dtype: Any = None,
         *,
+        report: SnrReport | None = None,
         revision: str | None = None,
         jobs: int | None = None,
         device: str = "auto",
@@ -59,7 +61,7 @@ class SpectrumScanner:
             "jobs": jobs,
             "device": device,
         }
-        self._report: SnrReport | None = None
+        self._report = report
         self._plan: Plan | None = None
 
     def scan(self) -> SnrReport:

@@ -92,7 +92,7 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
 
     Args:
         source: a path or a hub id.
-        split: of a hub id or folder; a single file has only `train`.
+        split: as `datasets` reads it, `validation` or `train[:100]`; a single file is the split `train`.
     Raises:
         DataError: not there, of another kind, not readable, or without rows.
     """
@@ -107,7 +107,7 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
                 raise DataError(f"{source}: no such file.")
             if path.stat().st_size == 0:
                 raise DataError(f"{source}: the file is empty.")
-            dataset = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+            dataset = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split=split)
         else:
             dataset = datasets.load_dataset(source, split=split)
     except DataError:

@@ -10,10 +10,12 @@ import statistics
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from transformers import TrainerCallback, TrainingArguments
@@ -78,7 +80,7 @@ def trainer_arguments(
     (arguments_class,) = parser.dataclass_types
     parser.set_defaults(**defaults)
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    types = {f.name: str(f.type) for f in dataclasses.fields(arguments_class)}
+    types = {name: str(hint) for name, hint in typing.get_type_hints(arguments_class).items()}
     for key, value in (rest.config or {}).items():
         if key not in actions:
             choices = [*actions, *(flag.removeprefix("--").replace("-", "_") for flag in known)]
@@ -96,7 +98,8 @@ def trainer_arguments(
         raise OptionError(f"training arguments: {error}") from error
     if unknown:
         flags = [*known, *(flag for action in parser._actions for flag in action.option_strings)]
-        raise OptionError(f"unknown argument {unknown[0]!r}." + near_matches(unknown[0], flags))
+        dashes = [flag for flag in flags if "_" not in flag]  # each flag has a form with underscores too
+        raise OptionError(f"unknown argument {unknown[0]!r}." + near_matches(unknown[0], dashes))
     return args
 
 
@@ -104,6 +107,13 @@ def _given(rest: Rest) -> set[str]:
     """Names of the trainer's arguments that the user set."""
     flags = (token[2:].partition("=")[0].replace("-", "_") for token in rest.argv if token.startswith("--"))
     return {*flags, *(rest.config or {})}
+
+
+def quiet_progress() -> None:
+    """No progress bars in a file or a pipe."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
 
 
 def _renamed(options: argparse.Namespace) -> dict[str, str]:
@@ -132,7 +142,9 @@ def _config_of(model: str, options: argparse.Namespace) -> Any:
             model, revision=options.revision, trust_remote_code=bool(options.trust_remote_code)
         )
     except (OSError, ValueError) as error:
-        where = "cannot be loaded as a model" if Path(model).exists() else "no such folder, and not loadable from the hub"
+        where = (
+            "cannot be loaded as a model" if Path(model).exists() else "no such folder, and not loadable from the hub"
+        )
         raise CheckpointError(f"{model}: {where} ({_first_line(error)})") from error
 
 
@@ -185,6 +197,7 @@ def train(
         What is written to `train_results.json`: what was trained, how fast, at what peak memory, and the metrics before
         and after where there is an evaluation set. Memory in bytes, time in seconds.
     """
+    quiet_progress()
     plan = Plan.load(options.plan) if options.plan else None
     mode = get_mode(plan.mode if plan else plan_options.get("mode", OPTIONS["mode"]))
     config = _config_of(options.model, options)
@@ -192,6 +205,12 @@ def train(
     row = _task(task)
     dtype, why = _dtype_of(options)
     args = trainer_arguments(task, rest, _defaults(options, row, mode.default_lr, dtype), flags)
+    resume = _resume(args.resume_from_checkpoint)
+    eval_source = options.eval_dataset or (options.dataset if options.eval_split else None)
+    if args.eval_strategy != "no" and eval_source is None:
+        raise OptionError(
+            f"eval_strategy is {args.eval_strategy.value!r}, but there is no --eval-dataset or --eval-split."
+        )
     source = "set by you" if "learning_rate" in _given(rest) else f"the default of mode {mode.name!r}"
     print(f"mode {mode.name}, task {task}, {why}")
     print(f"learning rate {args.learning_rate:g} ({source})")
@@ -203,7 +222,6 @@ def train(
     train_rows = select_columns(
         read_dataset(options.dataset, options.dataset_split or "train"), task, options.dataset, renamed
     )
-    eval_source = options.eval_dataset or (options.dataset if options.eval_split else None)
     eval_rows = None
     if eval_source:
         eval_rows = read_dataset(eval_source, options.eval_split or "train")
@@ -254,7 +272,7 @@ def train(
         callbacks=[callback, clock],
     )
     before = evaluate(task, trainer, trainer.eval_dataset) if eval_rows is not None else None
-    trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=resume)
     after = evaluate(task, trainer, trainer.eval_dataset) if eval_rows is not None else None
 
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -280,7 +298,9 @@ def train(
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         if hasattr(trainer.model, "peft_config") and "id2label" in kwargs:
-            trainer.model.config.save_pretrained(output)  # the classes' names: an adapter's files have no place for them
+            trainer.model.config.save_pretrained(
+                output
+            )  # the classes' names: an adapter's files have no place for them
         callback.write_records(output)
         write_text(output / RESULTS, json.dumps(_finite(results), indent=1) + "\n")
     return results
@@ -292,6 +312,7 @@ def _defaults(options: argparse.Namespace, row: Task, rate: float, dtype: torch.
         "output_dir": options.output_dir,
         "learning_rate": rate,
         "include_num_input_tokens_seen": True,
+        "disable_tqdm": not sys.stderr.isatty(),
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
     }
@@ -379,6 +400,7 @@ def evaluate_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str]
     Returns:
         The metrics of `tasks.evaluate`, with `model`, `task` and `dataset`.
     """
+    quiet_progress()
     folder = Path(options.model)
     adapter = read_mapping(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
     base = options.model if adapter is None else adapter["base_model_name_or_path"]

@@ -228,3 +228,22 @@ def _llama_report(
 def llama_report() -> Callable[..., SnrReport]:
     """Makes a report without a model: `llama_report(layers=4, seed=0, tied=False, experts=0, order=None)`."""
     return _llama_report
+
+
+# --- real models, for tests that are marked slow ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct in float32, converted once a session from its wheel; never write to it."""
+    from spectrum_peft.demo import smollm2_folder
+
+    return smollm2_folder()
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2, a BERT encoder, inside its wheel; read it, never write to it."""
+    from spectrum_peft.demo import minilm_folder
+
+    return minilm_folder()
