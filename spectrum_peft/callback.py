@@ -22,7 +22,7 @@ from transformers.trainer_callback import ExportableState
 from . import names
 from .config import SpectrumConfig
 from .errors import MismatchError, OptionError, TrainingSetupError
-from .optim import StepRatios, innermost, ratios_by_parameter
+from .optim import StepRatios, has_own_ratios, innermost, ratios_by_parameter
 from .plan import replan
 from .policies import MODES
 from .records import ADAPTER_ACTIONS, Plan, SnrReport, write_text
@@ -158,7 +158,8 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         self._stop_backward_early(args, model)
         ratios = ratios_by_parameter(model, plan, plan_parameters(model))
         rescoring = plan.options.get("rescore_every") is not None and tuner is not None
-        if optimizer is not None and (rescoring or any(q != 1.0 for q in ratios.values())):
+        wanted = rescoring or any(q != 1.0 for q in ratios.values())
+        if wanted and optimizer is not None and not has_own_ratios(optimizer):
             self._ratios = StepRatios(optimizer, ratios)
             self._leave_out_resting(tuner)
             used = sorted(set(ratios.values()))

@@ -33,7 +33,7 @@ def parameter_groups(model: Any, plan: Plan | None = None, lr: float = 2e-4, wei
 
     Args:
         model: a `PeftModel` with a `SpectrumConfig`, or a plain model frozen to the plan.
-        plan: None for the plan of the active adapter, or the one that `load_model_with_spectrum` put on a plain model.
+        plan: None for the plan of the active adapter, or the one that `load_model_with_spectrum` froze the model to.
         lr: base rate; a tensor trains at lr * lr_ratio of its entry.
         weight_decay: for matrices; biases, norms and other 1-D tensors get none, as in transformers' Trainer.
     Returns:
@@ -41,12 +41,12 @@ def parameter_groups(model: Any, plan: Plan | None = None, lr: float = 2e-4, wei
         is in one group.
     Raises:
         TrainingSetupError: the plan changes ranks during training, which needs the callback; nothing is trainable.
-        MismatchError: a trainable parameter belongs to no entry of the plan.
+        MismatchError: what requires a gradient is not what the plan trains.
     """
-    from .tuner import plan_parameters
+    from .tuner import plan_parameters, trainable_mismatch
 
-    tuner = getattr(model, "base_model", None)
-    plan = plan or getattr(getattr(model, "active_peft_config", model), "plan", getattr(model, "spectrum_plan", None))
+    carried = getattr(getattr(model, "active_peft_config", None), "plan", None) or getattr(model, "spectrum_plan", None)
+    plan = plan or carried
     if plan is None:
         raise TrainingSetupError("parameter_groups: the model carries no plan, and none was given.")
     if plan.options.get("rescore_every") is not None:
@@ -54,18 +54,18 @@ def parameter_groups(model: Any, plan: Plan | None = None, lr: float = 2e-4, wei
             f"parameter_groups: the plan has rescore_every={plan.options['rescore_every']!r}, which changes ranks while the "
             "optimizer runs; train it with a Trainer and SpectrumCallback."
         )
-    entry_of = plan_parameters(model)
-    ratio = {e.name: e.lr_ratio for e in plan.entries if e.trains}
-    groups: dict[tuple[float, float], list[Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if entry_of.get(name) not in ratio:
-            raise MismatchError(f"parameter_groups: {name} trains but belongs to no trainable entry of the plan.")
-        key = (ratio[entry_of[name]], weight_decay if parameter.ndim > 1 else 0.0)
-        groups.setdefault(key, []).append(parameter)
-    if not groups:
+    if not any(p.requires_grad for p in model.parameters()):
         raise TrainingSetupError("parameter_groups: no parameter of the model requires a gradient.")
+    problem = trainable_mismatch(model, plan)
+    if problem:
+        raise MismatchError(f"parameter_groups: {problem}.")
+    ratios = ratios_by_parameter(model, plan, plan_parameters(model))
+    groups: dict[tuple[float, float], list[Any]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = (ratios.get(id(parameter), 1.0), weight_decay if parameter.ndim > 1 else 0.0)
+            groups.setdefault(key, []).append(parameter)
+    tuner = getattr(model, "base_model", None)
     if hasattr(tuner, "attended"):
         tuner.attended()
     return [
@@ -85,6 +85,9 @@ class StepRatios:
         ratios: {id(parameter): ratio}; parameters that are not named train at the group's rate.
         frozen: ids of parameters that are left out of the step altogether.
 
+    Raises:
+        TrainingSetupError: the optimizer has no rate to multiply (Adafactor with `relative_step`).
+
     Attributes:
         ratios, frozen: may be changed between steps.
     """
@@ -93,6 +96,11 @@ class StepRatios:
         self.optimizer = innermost(optimizer)
         self.ratios = dict(ratios)
         self.frozen = frozenset(frozen)
+        if any(group.get("lr") is None for group in self.optimizer.param_groups):
+            raise TrainingSetupError(
+                f"{type(self.optimizer).__name__} has no learning rate (lr is None: it finds its own), so the plan's "
+                "ratios have nothing to multiply. Give it one, with relative_step=False; or plan with lr_ratio=(1, 1)."
+            )
         self._outer: list[dict[str, Any]] | None = None
         self._handles = [
             self.optimizer.register_step_pre_hook(self._split),
@@ -100,6 +108,7 @@ class StepRatios:
         ]
 
     def _split(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._join(optimizer, args, kwargs)  # a step that raised has left its groups behind
         self._outer = optimizer.param_groups
         inner = []
         for group in self._outer:
@@ -120,6 +129,11 @@ class StepRatios:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def has_own_ratios(optimizer: Any) -> bool:
+    """Whether an optimizer was made from `parameter_groups`, so that its groups' rates have the ratios in them."""
+    return any("lr_ratio" in group for group in innermost(optimizer).param_groups)
 
 
 def innermost(optimizer: Any) -> Any:
