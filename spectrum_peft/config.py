@@ -116,7 +116,7 @@ class SpectrumConfig(LoraConfig):
             raise OptionError("use_dora=True together with rescore_every: a rank cannot change under DoRA's magnitude.")
         if self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType[PEFT_TYPE]
 
     def options(self) -> dict[str, Any]:
@@ -136,13 +136,14 @@ class SpectrumConfig(LoraConfig):
         """The report given, read from its file where it is a path."""
         if self.report is None or isinstance(self.report, SnrReport):
             return self.report
-        return SnrReport.load(self.report)
+        report: SnrReport = SnrReport.load(self.report)
+        return report
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `adapter_config.json`: the plan travels inside, the report stays behind."""
         bare = copy.copy(self)
         bare.plan = bare.report = None
-        data = LoraConfig.to_dict(bare)
+        data: dict[str, Any] = LoraConfig.to_dict(bare)  # type: ignore[no-untyped-call]
         data["plan"] = None if self.plan is None else self.plan.to_dict()
         return data
 
