@@ -103,11 +103,7 @@ def singular_values(
     Raises:
         CheckpointError: a NaN or Inf, by name, position and value; not 1-D or 2-D; no elements.
     """
-    if matrix.ndim == 1:
-        matrix = matrix.unsqueeze(0)
-    if matrix.ndim != 2 or matrix.numel() == 0:
-        raise CheckpointError(f"{name}: shape is {tuple(matrix.shape)}, wanted a matrix with elements.")
-    matrix = matrix.detach()
+    matrix = _as_matrix(matrix, name)
     scale = _scale(matrix, name)
     if scale == 0.0:
         return torch.zeros(min(matrix.shape), dtype=torch.float64)
@@ -124,6 +120,14 @@ def singular_values(
             resolution = float(values[0]) * torch.finfo(torch.float64).eps * max(matrix.shape)
         values = torch.where(values < resolution, 0.0, values)
     return values * scale
+
+
+def _as_matrix(matrix: Tensor, name: str) -> Tensor:
+    matrix = matrix.detach()
+    matrix = matrix.unsqueeze(0) if matrix.ndim == 1 else matrix
+    if matrix.ndim != 2 or matrix.numel() == 0:
+        raise CheckpointError(f"{name}: shape is {tuple(matrix.shape)}, wanted a matrix with elements.")
+    return matrix
 
 
 def _scale(matrix: Tensor, name: str) -> float:
@@ -146,7 +150,7 @@ def _scale(matrix: Tensor, name: str) -> float:
 
 def _gram_values(matrix: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     """(k,) float64 descending: roots of the eigenvalues of the smaller Gram matrix of `matrix / scale`."""
-    eigenvalues = torch.linalg.eigvalsh(_gram(matrix, dtype, scale), UPLO="L")
+    eigenvalues: Tensor = torch.linalg.eigvalsh(_gram(matrix, dtype, scale), UPLO="L")
     return eigenvalues.to("cpu", torch.float64).clamp_(min=0.0).sqrt_().flip(0)
 
 
@@ -286,9 +290,9 @@ def _mean_over_std(values: Tensor) -> float:
 
 
 def _row_norm(matrix: Tensor) -> float:
-    norms = torch.cat(
-        [torch.linalg.vector_norm(part.double(), dim=1) for part in matrix.split(max(1, 2**22 // matrix.shape[1]))]
-    )
+    rows = max(1, 2**22 // matrix.shape[1])  # float64 copies of a few rows, not of the matrix
+    parts = (matrix[top : top + rows].double() for top in range(0, len(matrix), rows))
+    norms = torch.cat([torch.linalg.vector_norm(part, dim=1) for part in parts])
     return _mean_over_std(norms.cpu())
 
 
@@ -397,12 +401,10 @@ def score(matrix: Tensor | None, criterion: str = "spectrum", *, name: str = "ma
         return MatrixScore(row.of_name(name, seed))
     if matrix is None:
         raise OptionError(f"criterion {criterion!r} needs the weights of {name}.")
+    matrix = _as_matrix(matrix, name)
     if row.of_matrix is not None:
-        matrix = matrix.unsqueeze(0) if matrix.ndim == 1 else matrix
         _scale(matrix, name)
         return MatrixScore(row.of_matrix(matrix))
-    if matrix.ndim == 1:
-        matrix = matrix.unsqueeze(0)
     values = singular_values(matrix, edge=row.edge, smallest=row.smallest, name=name)
     return score_values(values, (matrix.shape[0], matrix.shape[1]), criterion)
 
