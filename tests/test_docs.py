@@ -1,0 +1,76 @@
+"""What a reader can copy is run: the README's blocks, in order, on a tiny model in the hub id's place."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_DATASET = 'load_dataset("trl-lib/Capybara", split="train")'
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Shown for the reader's shell; they install or build, which the packaging tests and CI do.
+NOT_OURS = ("pip ", "uv ", "make ", "git ")
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    return [(language, code) for language, code in BLOCK.findall(path.read_text(encoding="utf-8"))]
+
+
+@pytest.fixture
+def workplace(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with the datasets that the blocks name."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i} squared?"}, {"role": "assistant", "content": str(i * i)}]}
+        for i in range(16)
+    ]
+    for name in ("train.jsonl", "validation.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return tmp_path
+
+
+def at_home(code: str, model: Path) -> str:
+    """The block with the hub's model and data replaced by local ones, and the device by what every machine has."""
+    code = code.replace(HUB_DATASET, 'load_dataset("json", data_files="train.jsonl", split="train")')
+    return code.replace(HUB_ID, str(model)).replace("report_to=[]", "report_to=[], use_cpu=True, bf16=False")
+
+
+def test_there_are_blocks_to_run() -> None:
+    languages = [language for language, _ in blocks(ROOT / "README.md")]
+    assert languages.count("python") >= 5 and languages.count("bash") >= 2
+
+
+@pytest.mark.slow
+def test_the_python_blocks_of_the_readme_run_in_order(workplace: Path, tiny_llama_folder: Path) -> None:
+    namespace: dict[str, Any] = {}
+    ran = 0
+    for language, code in blocks(ROOT / "README.md"):
+        if language == "python":
+            exec(compile(at_home(code, tiny_llama_folder), f"README.md block {ran}", "exec"), namespace)
+            ran += 1
+    assert ran and (workplace / "spectrum_config.yaml").exists() and (workplace / "plan.yaml").exists()
+
+
+@pytest.mark.slow
+def test_the_command_lines_of_the_readme_run_in_order(
+    workplace: Path, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from spectrum_peft.cli import main
+
+    ran = []
+    for language, code in blocks(ROOT / "README.md"):
+        for line in code.replace("\\\n", " ").splitlines() if language == "bash" else ():
+            line = line.split("#")[0].strip()
+            if not line or line.startswith(NOT_OURS):
+                continue
+            words = shlex.split(at_home(line, tiny_llama_folder))
+            assert words[0] == "spectrum-peft", f"a block runs {words[0]}, which this test does not know"
+            assert main(words[1:]) == 0, line
+            ran.append(words[1])
+    assert {"scan", "plan", "train", "evaluate"} <= set(ran)
