@@ -103,10 +103,11 @@ def checked_value(action: argparse.Action, key: str, value: Any, source: str) ->
     items = value if many else [value]
     if isinstance(action.nargs, int) and len(items) != action.nargs:
         raise OptionError(f"{source}: {key} has {len(items)} values, wanted {action.nargs}.")
+    read = action.type if callable(action.type) else str
     checked = []
     for item in items:
         try:
-            checked.append(item if action.type is None and isinstance(item, str) else (action.type or str)(str(item)))
+            checked.append(read(str(item)))
         except (ValueError, argparse.ArgumentTypeError) as error:
             wanted = {"boolean": "true or false"}.get(name := getattr(action.type, "__name__", "a value"), name)
             raise OptionError(f"{source}: {key} is {item!r}, wanted {wanted}.") from error

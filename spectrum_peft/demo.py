@@ -102,7 +102,7 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=kind)
+    model = AutoModelForCausalLM.from_config(config, dtype=kind)  # type: ignore[no-untyped-call]
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
@@ -246,7 +246,8 @@ def _train(mode: str, model: Path, files: Mapping[str, Path], output: Path, step
             done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False)
         if done.returncode:
             raise RuntimeError(f"training {mode!r} ended with exit code {done.returncode}; see {log}")
-        return json.loads((Path(folder) / "train_results.json").read_text())
+        results: dict[str, Any] = json.loads((Path(folder) / "train_results.json").read_text())
+    return results
 
 
 def results_table(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -275,7 +275,7 @@ def train(
     trainer.train(resume_from_checkpoint=resume)
     after = evaluate(task, trainer, trainer.eval_dataset) if eval_rows is not None else None
 
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     results = {
         "mode": mode.name,
         "task": task,
@@ -284,7 +284,7 @@ def train(
         "quantization": options.quantization,
         "learning_rate": args.learning_rate,
         "trainable_parameters": trainable,
-        "total_parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "total_parameters": sum(map(_elements, model.parameters())),
         "steps": trainer.state.global_step,
         "seconds_per_step": statistics.median(clock.seconds) if clock.seconds else None,
         "step_seconds": clock.seconds,
@@ -382,6 +382,12 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def _elements(parameter: torch.nn.Parameter) -> int:
+    """Number of weights; a 4-bit parameter stores two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else torch.Size(state.shape).numel()
+
+
 def _finite(value: Any) -> Any:
     """Infinity as the string `inf`, as in all JSON of ours."""
     if isinstance(value, Mapping):
@@ -414,6 +420,11 @@ def evaluate_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str]
     row = _task(task)
     dtype, why = _dtype_of(options)
     print(f"task {task}, {why}", file=sys.stderr)
+    if options.quantization not in (None, "none") and adapter is None:
+        raise OptionError(
+            f"quantization is {options.quantization!r}, but {options.model} is no adapter: transformers' trainers take a "
+            "quantized model only with one. `train --eval-dataset` judges a quantized base before it trains."
+        )
     quantization = options.quantization or (stated.get("quantization") if adapter is not None else None)
     with tempfile.TemporaryDirectory() as scratch:
         options.output_dir = scratch

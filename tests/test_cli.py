@@ -278,6 +278,22 @@ def test_a_trained_model_is_judged_as_it_was_when_training_ended(
         assert config["id2label"] == {"0": "bad", "1": "good", "2": "odd"}
 
 
+@pytest.mark.parametrize("mode", ["spectrum", "lora", "spectra_qlora"])
+def test_a_4bit_base_is_judged_in_the_same_numbers_too(
+    mode: str, run: Callable[..., str], tiny_llama_folder: Path, texts: str
+) -> None:
+    run(
+        f"train --model {tiny_llama_folder} --dataset {texts} --eval-dataset {texts} --mode {mode} --quantization nf4 "
+        f"--output-dir out {TRAIN_FLAGS}"
+    )
+    results = json.loads(Path("out/train_results.json").read_text())
+    out = run(f"evaluate out --dataset {texts} --dtype float32 --max-length 32")  # 4 bit, as the results say
+    assert json.loads(out[out.index("{") :])["loss"] == pytest.approx(results["after"]["loss"], rel=1e-6)
+    base = sum(t.numel() for t in load_file(tiny_llama_folder / "model.safetensors").values())
+    adapters = 0 if mode == "spectrum" else results["trainable_parameters"]
+    assert results["total_parameters"] == base + adapters
+
+
 def test_real_weights_are_saved_as_a_plain_checkpoint(
     run: Callable[..., str], tiny_llama_folder: Path, texts: str
 ) -> None:
@@ -537,6 +553,7 @@ def test_a_model_or_output_that_cannot_be_used_is_named(
     )
     assert ".: no config.json there" in refused(f"evaluate . --dataset {texts}")
     assert "--dataset is missing" in refused(f"evaluate {tiny_llama_folder}")
+    assert "quantization is 'nf4', but" in refused(f"evaluate {tiny_llama_folder} --dataset {texts} --quantization nf4")
 
 
 def test_a_bare_encoder_asks_for_the_task(
