@@ -220,7 +220,8 @@ class SpectrumCallback(TrainerCallback, ExportableState):
             for e in self.plan.entries
             if e.trains and names.block_index(e.name) is None and names.role(e.name, e.shape) == "embedding"
         ]
-        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        how = args.activation_checkpointing_kwargs or {}
+        reentrant = args.activation_checkpointing and how.get("use_reentrant", False)
         if self.plan.options.get("backward_depth", 1.0) == 1.0 or below:
             return
         if reentrant:
@@ -228,6 +229,12 @@ class SpectrumCallback(TrainerCallback, ExportableState):
             return
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.disable_input_require_grads()
+        # That takes off what was put on last. PEFT's k-bit preparation, PeftModel and trainers each put one on, and only the
+        # last handle is kept.
+        for module in base.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                    del module._forward_hooks[key]
 
     # --- while it runs --------------------------------------------------------------------------------------------
 

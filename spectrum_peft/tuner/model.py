@@ -310,15 +310,18 @@ class SpectrumModel(LoraModel):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """One dtype for what trains, `trainable_dtype`, after injection and after every load.
 
-        On a quantized base, SFTTrainer's constructor rounds every trainable tensor to bfloat16. A reference to the exact
-        values is kept here until `restore_dtypes`, which the callback calls before the first step.
+        On a quantized base, SFTTrainer's constructor rounds every trainable tensor to bfloat16. The exact values are kept
+        here for `restore_dtypes`, which the callback calls before the first step.
         """
         config = self.peft_config[adapter_name]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype and config.trainable_dtype == "float32")
         if getattr(self.model, "is_quantized", False):
-            parameters = dict(self.named_parameters())
-            wanted = [parameters[n] for n in plan_parameters(self, adapter_name) if n in parameters]
-            self.__dict__.setdefault("_exact", {})[adapter_name] = [(p, p.data) for p in wanted]
+            self._keep_exact(adapter_name)
+
+    def _keep_exact(self, adapter_name: str) -> None:
+        parameters = dict(self.named_parameters())
+        wanted = [parameters[n] for n in plan_parameters(self, adapter_name) if n in parameters]
+        self.__dict__.setdefault("_exact", {})[adapter_name] = _Exact((p, p.data) for p in wanted)
 
     def restore_dtypes(self) -> list[str]:
         """Give back the exact values where a trainer rounded them; nothing else is touched.
@@ -327,9 +330,10 @@ class SpectrumModel(LoraModel):
             names of the adapters that had been cast.
         """
         restored = []
-        for adapter_name, pairs in self.__dict__.pop("_exact", {}).items():
+        kept = self.__dict__.get("_exact", {})
+        for adapter_name in list(kept):
             cast = False
-            for parameter, exact in pairs:
+            for parameter, exact in kept.pop(adapter_name):
                 if parameter.dtype == exact.dtype or parameter.shape != exact.shape:
                     continue
                 rounded = exact.to(device=parameter.device, dtype=parameter.dtype)
@@ -339,6 +343,8 @@ class SpectrumModel(LoraModel):
                 cast = True
             if cast:
                 restored.append(adapter_name)
+            if adapter_name in self.peft_config:  # the next trainer will round what this one trained
+                self._keep_exact(adapter_name)
         return restored
 
     # --- guards ---------------------------------------------------------------------------------------------------
@@ -448,6 +454,14 @@ class SpectrumModel(LoraModel):
                     f"{where} holds {key} with shape {tuple(value.shape)}, wanted {tuple(wanted[key].shape)}."
                 )
         return got
+
+
+class _Exact(list[tuple[nn.Parameter, Tensor]]):
+    """(parameter, its exact value): the same storage, until somebody replaces the parameter's data by a rounded one."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Exact:
+        pairs = ((copy.deepcopy(p, memo), p, exact) for p, exact in self)
+        return _Exact((q, q.data if p.data_ptr() == exact.data_ptr() else exact.clone()) for q, p, exact in pairs)
 
 
 def sliced_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
