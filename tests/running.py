@@ -18,7 +18,7 @@ datasets.disable_progress_bars()
 # Warnings of the libraries about each other; nothing that is done here could avoid them.
 LIBRARIES = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # asked by peft of transformers
-    "ignore:`gradient_checkpointing` is deprecated:FutureWarning",  # set by TRL's configs
+    "ignore:`gradient_checkpointing(_enable)?` is deprecated:FutureWarning",  # set by TRL, called by peft
 )
 IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(3))
 QUIET = {

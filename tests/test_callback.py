@@ -31,7 +31,14 @@ from running import (
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from spectrum_peft import Plan, SnrReport, SpectrumCallback, SpectrumConfig, load_model_with_spectrum
+from spectrum_peft import (
+    Plan,
+    SnrReport,
+    SpectrumCallback,
+    SpectrumConfig,
+    load_model_with_spectrum,
+    quantization_config_for,
+)
 from spectrum_peft.errors import MismatchError, OptionError, TrainingSetupError
 from spectrum_peft.optim import innermost
 from spectrum_peft.policies import MODES
@@ -468,7 +475,9 @@ def depth_case(kind: str, tiny_llama_folder: Path, depth: float) -> tuple[Any, d
     if kind == "nf4":
         return quantized(tiny_llama_folder, "spectra_qlora", **options), {}, SpectrumCallback()
     if kind == "prepared twice":  # with checkpointing on before PEFT sees it: three hooks, of which one handle is kept
-        model = prepare_model_for_kbit_training(load(tiny_llama_folder), use_gradient_checkpointing=True)
+        how = quantization_config_for(None, str(tiny_llama_folder), compute_dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32, quantization_config=how)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
         return adapted(model, "spectra_qlora", **options), {}, SpectrumCallback()
     return load(tiny_llama_folder), {"peft_config": config_of(kind, **options)}, SpectrumCallback()
 
@@ -527,7 +536,7 @@ def test_reentrant_checkpointing_keeps_its_input_gradient_and_says_what_it_costs
 def test_evaluation_between_steps_does_not_stop_gradients_on_a_4_bit_base(
     folder: Path, tmp_path: Path, mode: str
 ) -> None:
-    # bitsandbytes repacks 4-bit weights in the first forward in eval mode on some CPUs; there is no backward from there.
+    # bitsandbytes repacks 4-bit weights in the first forward in eval mode on some CPUs; they have no backward then.
     ends = []
     for evaluate in (False, True):
         model = quantized(folder, mode)
