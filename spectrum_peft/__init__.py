@@ -24,8 +24,10 @@ _MODULE_OF = {
     "SpectrumError": "errors",
     "SpectrumModel": "tuner",
     "SpectrumScanner": "scanner",
+    "export_lora": "export",
     "load_model_with_spectrum": "loading",
     "make_plan": "plan",
+    "merge_into_base": "export",
     "parameter_groups": "optim",
     "quantization_config_for": "loading",
     "scan_weights": "scan",
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from .callback import SpectrumCallback
     from .config import SpectrumConfig
     from .errors import SpectrumError
+    from .export import export_lora, merge_into_base
     from .loading import load_model_with_spectrum, quantization_config_for
     from .optim import parameter_groups
     from .plan import make_plan

@@ -74,7 +74,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 def _load_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("loading").add_argument
     add("--revision", help="of a hub model")
-    add("--dtype", help="auto, float32, bfloat16 or float16; auto: bfloat16 where the device is fast at it")
+    add("--dtype", help="to load in: auto (bfloat16 where the device is fast at it), float32, bfloat16 or float16")
     add("--quantization", help="of the base: none, nf4, fp4 or int8")
     add("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2, ...")
     switch(parser._action_groups[-1], "--trust-remote-code", help="run code that a hub repository ships")
@@ -199,6 +199,58 @@ def _plot(options: argparse.Namespace, rest: Rest) -> None:
     print(f"wrote {output}")
 
 
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("adapter", nargs="?", help="folder of a trained adapter, ours or a plain LoRA")
+    add("--base", metavar="MODEL", help="folder or hub id; default: the base that the adapter names")
+    add("-o", "--output", metavar="FOLDER", help="gets the merged checkpoint; must not exist, or be empty")
+    add("--onto", default="original", help="original, or dequantized: the weights that a quantized base computed with")
+    add("--dtype", help="of every floating tensor, bfloat16, ...; default: each keeps its own")
+    add("--quantization", help="for --onto dequantized: how the base was loaded; default: as the training run noted")
+    switch(parser, "--force", default=False, help="merge although the base is not the one that the plan was made for")
+
+
+def _merge(options: argparse.Namespace, rest: Rest) -> None:
+    from .export import merge_into_base
+
+    report = merge_into_base(
+        _required(options, "adapter", "ADAPTER"),
+        options.base,
+        _required(options, "output", "-o"),
+        onto=options.onto,
+        dtype=options.dtype,
+        force=options.force,
+        quantization=options.quantization,
+    )
+    print(report)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("adapter", nargs="?", help="folder of a trained adapter; for axolotl a plan file will do")
+    add("--format", help="lora: a folder that plain peft opens; axolotl: a YAML file")
+    add("-o", "--output", metavar="OUT", help="the folder, or the file")
+    add("--quantization", help="axolotl: of the base: none, nf4, fp4 or int8; default: as the training run noted")
+
+
+def _export(options: argparse.Namespace, rest: Rest) -> None:
+    from .export import export_axolotl, export_lora
+
+    adapter = _required(options, "adapter", "ADAPTER")
+    output = _required(options, "output", "-o")
+    chosen = _required(options, "format", "--format")
+    if chosen == "lora":
+        if options.quantization is not None:
+            raise OptionError("--quantization is for --format axolotl; a LoRA is the same on every base.")
+        export_lora(adapter, output)
+    elif chosen == "axolotl":
+        check_writable(output)
+        export_axolotl(adapter, output, quantization=options.quantization)
+    else:
+        raise OptionError(f"--format is {chosen!r}." + near_matches(chosen, ("lora", "axolotl")))
+    print(f"wrote {output}")
+
+
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", metavar="MODEL", help="hub id or folder of the base")
@@ -309,6 +361,20 @@ VERBS: dict[str, Verb] = {
         _evaluate_arguments,
         _evaluate,
         passes_on=True,
+    ),
+    "merge": Verb(
+        "merge ADAPTER -o FOLDER [--base MODEL] [flags]",
+        "write a plain checkpoint: the base's shards with a trained adapter merged in",
+        "merge out --base HuggingFaceTB/SmolLM2-135M-Instruct -o merged",
+        _merge_arguments,
+        _merge,
+    ),
+    "export": Verb(
+        "export ADAPTER --format lora|axolotl -o OUT",
+        "write an adapter as a LoRA for plain peft, or its plan as a config for axolotl",
+        "export out --format lora -o lora",
+        _export_arguments,
+        _export,
     ),
     "plot": Verb(
         "plot REPORT -o FILE [--plan PLAN]   |   plot --matrix NAME --model MODEL -o FILE",

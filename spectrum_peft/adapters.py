@@ -1,0 +1,480 @@
+"""Trained adapters as plain data: what a folder, or a model in memory, changes in its base, parameter by parameter.
+
+No peft: a file's keys and the fields of its config say everything. Merge, export and the scan of W + dW are written on
+`Value`, `LowRank`, `Rows` and `Added`; a new kind of adapter joins by being read into them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import names
+from .errors import CheckpointError, MismatchError, near_matches
+from .records import Plan, read_mapping
+from .weights import DTYPES, Span, TensorInfo, read_bytes, read_header
+
+# Inits that rewrite the base when the adapter is made: such an adapter belongs to a base that is in no file.
+_REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Fields of a LoRA config that change what the layers compute in a way that a sum W + dW cannot say.
+_NOT_A_SUM = (
+    "layer_replication",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# Models whose fused experts are stored as (experts, in, out): `is_transposed` in transformers' modeling code.
+_TURNED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
+_WRAPPERS = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module|modules_to_save)(?=\.|$)")
+_KEY = re.compile(
+    r"(?P<module>.+)\.(?:"
+    r"(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?"
+    r"|lora_spectrum\.(?P<held>.+)|token_adapter\.(?P<rows>trainable_tokens_delta))"
+)
+_MAGNITUDE = "lora_magnitude_vector"
+_BIAS = "lora_B.bias"
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that lies somewhere, read in parts.
+
+    Attributes:
+        shape, dtype: of the tensor.
+        read: (begin, end) -> those elements of the flattened tensor, on the CPU, in its dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[int, int], Tensor]
+
+    def whole(self) -> Tensor:
+        return self.read(0, math.prod(self.shape)).reshape(self.shape)
+
+    @classmethod
+    def in_file(cls, path: Path, span: Span) -> Stored:
+        dtype = DTYPES[span.dtype]
+        size = dtype.itemsize
+        return cls(
+            span.shape, dtype, lambda b, e: read_bytes(path, span.begin + b * size, span.begin + e * size).view(dtype)
+        )
+
+    @classmethod
+    def in_memory(cls, tensor: Tensor) -> Stored:
+        return cls(tuple(tensor.shape), tensor.dtype, lambda b, e: tensor.detach().reshape(-1)[b:e].cpu())
+
+
+# How an update changes rows of a parameter seen as a matrix (fused experts one below the other, a vector as a column):
+# (rows as they are, float; index of the first) -> rows as they become. The first argument may be written to.
+RowChange = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A parameter's new value: a real weight, a saved module, a table with rows for new tokens.
+
+    Attributes:
+        name: of the parameter in the base, or in the adapted model where the base lacks it (`new`).
+        key: in the adapter file.
+    """
+
+    name: str
+    key: str
+    stored: Stored
+    new: bool = False
+
+    def rows(self, begin: int, count: int, columns: int) -> Tensor:
+        """(count, columns): rows from `begin` on, in the dtype that they are stored in."""
+        return self.stored.read(begin * columns, (begin + count) * columns).reshape(count, columns)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """dW = scale * B @ A beside a parameter.
+
+    Attributes:
+        name: as in `Value`.
+        key: of the module in the adapter file, with one `.base_layer` for each wrapper inside which it lies.
+        a, b: the factors as PEFT stores them; fused experts' A is (experts * rank, in), B (out, rank * experts).
+        experts: number of fused experts, None for a matrix.
+        turned: the parameter is stored as (in, out), so the transpose of dW is added.
+        table: LoRA of an embedding; its A is (rank, rows of the table), B (width, rank).
+        magnitude: DoRA's (out,).
+    """
+
+    name: str
+    key: str
+    a: Stored
+    b: Stored
+    scale: float
+    experts: int | None = None
+    turned: bool = False
+    table: bool = False
+    magnitude: Stored | None = None
+
+    @property
+    def module(self) -> str:
+        """Name in the adapted model of the module that the adapter is beside."""
+        return _WRAPPERS.sub("", self.key)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """(B, A, scale): B (out, rank) and A (rank, in), or (experts, out, rank) and (experts, rank, in)."""
+        a, b = self.a.whole(), self.b.whole()
+        if self.experts is not None:
+            # peft 0.21 tuners/lora/layer.py, `ParamWrapper.get_delta_factors`
+            a = a.reshape(self.experts, -1, a.shape[-1])
+            b = b.reshape(b.shape[0], -1, self.experts).permute(2, 0, 1)
+        return b, a, self.scale
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether a row's new value depends on all rows: DoRA's lengths run down the columns of a turned matrix."""
+        return self.turned and self.magnitude is not None
+
+    def change(self, dtype: torch.dtype = torch.float32) -> RowChange:
+        """W + dW, computed in `dtype`; with DoRA each output is rescaled to its magnitude.
+
+        Source: Hu et al. (2021), "LoRA", equation 3; Liu et al. (2024), "DoRA", equation 5.
+        """
+        b, a, scale = self.factors()
+        left, right = (a.mT, b.mT) if self.turned else (b, a)
+        left, right = left.to(dtype).contiguous(), right.to(dtype).contiguous()
+        magnitude = None if self.magnitude is None else self.magnitude.whole().to(dtype).flatten()
+
+        def changed(rows: Tensor, begin: int) -> Tensor:
+            if self.experts is None:
+                mine, inner = left[begin : begin + len(rows)], right
+            else:
+                expert, first = divmod(begin, left.shape[1])
+                mine, inner = left[expert, first : first + len(rows)], right[expert]
+            rows = rows.to(dtype).addmm_(mine, inner, alpha=scale)
+            if magnitude is None:
+                return rows
+            if self.turned:
+                return rows.mul_(magnitude / torch.linalg.vector_norm(rows, dim=0))
+            lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            return rows.mul_(magnitude[begin : begin + len(rows), None] / lengths)
+
+        return changed
+
+
+@dataclass(frozen=True)
+class Rows:
+    """New values of some rows of a table: PEFT's `trainable_token_indices`.
+
+    Attributes:
+        name, key: as in `Value`. indices: rows that are replaced, in the order of `stored`, (len(indices), width).
+    """
+
+    name: str
+    key: str
+    indices: tuple[int, ...]
+    stored: Stored
+
+    def change(self, dtype: torch.dtype = torch.float32) -> RowChange:
+        values = self.stored.whole().to(dtype)
+
+        def changed(rows: Tensor, begin: int) -> Tensor:
+            rows = rows.to(dtype)
+            for i, row in enumerate(self.indices):
+                if begin <= row < begin + len(rows):
+                    rows[row - begin] = values[i]
+            return rows
+
+        return changed
+
+
+@dataclass(frozen=True)
+class Added:
+    """scale * vector added to a bias: PEFT's `lora_bias`."""
+
+    name: str
+    key: str
+    stored: Stored
+    scale: float
+
+    def change(self, dtype: torch.dtype = torch.float32) -> RowChange:
+        values = self.stored.whole().to(dtype)[:, None]
+        return lambda rows, begin: rows.to(dtype).add_(values[begin : begin + len(rows)], alpha=self.scale)
+
+
+Update = Value | LowRank | Rows | Added
+
+
+def may_grow(info: TensorInfo, shape: Sequence[int]) -> bool:
+    """Whether a parameter may be replaced by one of another number of rows: token tables and heads may."""
+    return (info.role == "embedding" or names.in_head(info.name)) and tuple(shape[1:]) == info.shape[1:]
+
+
+def _parameter(key: str, match: re.Match[str] | None) -> str:
+    """The parameter of the adapted model that a key belongs to, wrappers taken out of its name."""
+    if match is None:
+        return _WRAPPERS.sub("", key.removeprefix(PEFT_PREFIX))
+    return _WRAPPERS.sub("", f"{match['module']}.{match['held'] or ('bias' if match['part'] == _BIAS else 'weight')}")
+
+
+class AdapterState:
+    """A trained adapter, parameter by parameter: its config and its tensors, from a folder or from a model in memory.
+
+    Knows plain LoRA (rank and alpha patterns, rsLoRA, DoRA, fan_in_fan_out, embeddings, fused experts, lora_bias,
+    modules_to_save, trainable_token_indices, bias) and our real weights, without peft.
+
+    Args:
+        config: the fields of `adapter_config.json`.
+        tensors: {key as in `adapter_model.safetensors`: tensor}.
+        where: for messages.
+        folder: that it was read from.
+    Raises:
+        CheckpointError: another kind of adapter, or one whose layers do not compute W + dW on the checkpoint's W.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], tensors: Mapping[str, Stored], where: str, folder: Path | None = None
+    ) -> None:
+        self.config, self.tensors, self.where, self.folder = dict(config), dict(tensors), where, folder
+        if config.get("peft_type") not in {"LORA", "SPECTRUM"}:
+            raise CheckpointError(f"{where}: peft_type is {config.get('peft_type')!r}, wanted LORA or SPECTRUM.")
+        init = config.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(_REWRITING_INITS):
+            raise CheckpointError(
+                f"{where}: init_lora_weights is {init!r}, which rewrote the base when the adapter was made, so the "
+                "adapter does not fit the checkpoint. Save it with PEFT's path_initial_model_for_weight_conversion."
+            )
+        for field_name in _NOT_A_SUM:
+            if config.get(field_name):
+                raise CheckpointError(
+                    f"{where}: {field_name} is {config[field_name]!r}; such an adapter is not a sum W + dW."
+                )
+        plan = config.get("plan")
+        self.plan: Plan | None = Plan.from_dict(plan, f"{where}: plan") if isinstance(plan, Mapping) else plan
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> AdapterState:
+        """Read the header of an adapter folder; tensors are read when they are asked for.
+
+        Raises:
+            CheckpointError: no adapter there, a pickle file, a broken file.
+        """
+        folder = Path(folder)
+        config = folder / "adapter_config.json"
+        if not config.is_file():
+            raise CheckpointError(f"{folder}: has no adapter_config.json, wanted the folder of a trained adapter.")
+        file = folder / "adapter_model.safetensors"
+        if not file.is_file() and any(folder.glob("adapter_model.*")):
+            raise CheckpointError(f"{folder}: the adapter is a pickle file, which is not read, wanted {file.name}.")
+        tensors = {key: Stored.in_file(file, span) for key, span in read_header(file).items()}
+        return cls(read_mapping(config), tensors, str(file), folder)
+
+    @property
+    def base(self) -> str | None:
+        """Folder or hub id that the adapter was trained on, as its config says."""
+        return self.config.get("base_model_name_or_path") or None
+
+    def planned(self) -> list[TensorInfo]:
+        """The base's parameters as far as the plan knows them."""
+        entries = self.plan.entries if self.plan else ()
+        return [
+            TensorInfo(
+                e.name, e.shape, "unknown", names.role(e.name, e.shape), e.shape[0] if len(e.shape) == 3 else None
+            )
+            for e in entries
+            if e.shape is not None
+        ]
+
+    def updates(self, base: Iterable[TensorInfo], model_type: str | None = None) -> list[Update]:
+        """What the adapter does to a base, names as the base has them.
+
+        Args:
+            base: the base's parameters; a name that is tied to a stored one may be among them.
+            model_type: of the base's config; decides how fused experts of equal width and height lie.
+        Raises:
+            MismatchError: a tensor that fits nothing or has another shape, one factor without the other, a planned
+                tensor that is missing; the message names it.
+        """
+        infos = {t.name: t for t in base}
+        keys: dict[str, re.Match[str] | None] = {
+            key: _KEY.fullmatch(key.removeprefix(PEFT_PREFIX)) for key in self.tensors
+        }
+        wanted = {key: _parameter(key, match) for key, match in keys.items()}
+        found = names.align(wanted.values(), infos)
+        # With a resized vocabulary PEFT writes saved tables once more, with the wrapper in the name.
+        spare = {
+            k
+            for k in keys
+            if ".original_module." in k or k.replace(".modules_to_save.", ".") in self.tensors.keys() - {k}
+        }
+        result: list[Update] = []
+        for key, match in keys.items():
+            if key not in spare and (match is None or match["held"]):
+                value = self._value(key, wanted[key], infos.get(found.get(wanted[key], "")), infos)
+                result.append(value)
+                if not value.new:  # a table may have grown, and what else changes it has the new size
+                    infos[value.name] = dataclasses.replace(infos[value.name], shape=value.stored.shape)
+        low_rank: dict[str, dict[str, str]] = {}
+        for key, match in keys.items():
+            if match is not None and match["rows"]:
+                result.append(self._rows(key, wanted[key], infos.get(found.get(wanted[key], "")), infos))
+            elif match is not None and match["part"]:
+                low_rank.setdefault(match["module"], {})[match["part"]] = key
+        for module, parts in sorted(low_rank.items(), key=lambda item: _WRAPPERS.sub("", f"{item[0]}.weight") in found):
+            result += self._low_rank(module, parts, infos, found, model_type)
+        self._check_complete(result)
+        return result
+
+    def factors(self, base: Sequence[TensorInfo] | None = None) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+        """(entry name, B, A, scale) of every low-rank update: dW = scale * B @ A; shapes as in `LowRank.factors`.
+
+        Args:
+            base: the base's parameters; None where the adapter carries a plan.
+        """
+        for update in self.updates(self.planned() if base is None else base):
+            if isinstance(update, LowRank):
+                yield update.name, *update.factors()
+
+    def saves(self, name: str) -> bool:
+        """Whether a parameter that the base lacks may come with the adapter: a head, or a module listed to be saved."""
+        listed = self.config.get("modules_to_save") or ()
+        return names.in_head(name) or any(f".{module}." in f".{name}" for module in listed)
+
+    def _value(self, key: str, name: str, info: TensorInfo | None, known: Iterable[str]) -> Value:
+        stored = self.tensors[key]
+        if info is None:
+            if not self.saves(name):
+                raise MismatchError(
+                    f"{self.where}: tensor {key!r} fits no parameter of the base.{near_matches(name, known)}"
+                )
+            return Value(name, key, stored, new=True)
+        if stored.shape != info.shape and not may_grow(info, stored.shape):
+            raise MismatchError(
+                f"{self.where}: tensor {key!r} has the shape {stored.shape}, wanted {info.shape} for {info.name}."
+            )
+        return Value(info.name, key, stored)
+
+    def _rows(self, key: str, name: str, info: TensorInfo | None, known: Iterable[str]) -> Rows:
+        stored = self.tensors[key]
+        chosen = self.config.get("trainable_token_indices")
+        if isinstance(chosen, Mapping):
+            module = names.module_name(name)
+            chosen = next((indices for layer, indices in chosen.items() if f".{module}".endswith(f".{layer}")), None)
+        if not chosen or info is None:
+            raise MismatchError(
+                f"{self.where}: tensor {key!r} holds rows of {name!r}, for which "
+                + (
+                    "the base has no parameter." + near_matches(name, known)
+                    if info is None
+                    else "trainable_token_indices names none."
+                )
+            )
+        if stored.shape != (len(chosen), *info.shape[1:]):
+            raise MismatchError(
+                f"{self.where}: tensor {key!r} has the shape {stored.shape}, wanted {(len(chosen), *info.shape[1:])}."
+            )
+        return Rows(info.name, key, tuple(int(i) for i in chosen), stored)
+
+    def _low_rank(
+        self,
+        module: str,
+        parts: Mapping[str, str],
+        infos: Mapping[str, TensorInfo],
+        found: Mapping[str, str],
+        model_type: str | None,
+    ) -> Iterator[LowRank | Added]:
+        table = any(part.startswith("lora_embedding") for part in parts)
+        a_key, b_key = (parts.get(f"lora_embedding_{x}" if table else f"lora_{x}.weight") for x in "AB")
+        owner = _WRAPPERS.sub("", module)
+        info = infos.get(found.get(f"{owner}.weight", ""))
+        choices = [info] if info else self._experts_in(owner, next(iter(parts.values())), infos)
+        if a_key is None or b_key is None:
+            raise MismatchError(f"{self.where}: {next(iter(parts.values()))!r} stands without both LoRA factors.")
+        a, b = self.tensors[a_key], self.tensors[b_key]
+        if len(a.shape) != 2 or len(b.shape) != 2:
+            raise MismatchError(
+                f"{self.where}: {a_key!r} has the shape {a.shape}, wanted a matrix; convolutions are not supported."
+            )
+        made = (b.shape[0], a.shape[1])
+        fitting = [t for t in choices if t.shape[1:] == made] or [t for t in choices if t.shape[1:] == made[::-1]]
+        if not info and len(fitting) != 1:
+            which = f"{[t.name for t in fitting]} equally" if fitting else f"none of {[t.name for t in choices]}"
+            raise MismatchError(f"{self.where}: {b_key!r} times {a_key!r} gives {made}, which fits {which}.")
+        info = info or fitting[0]
+        rank, experts = a.shape[0], info.experts
+        if b.shape[1] != rank or (experts and rank % experts) or sorted(info.shape[-2:]) != sorted(made):
+            raise MismatchError(
+                f"{self.where}: {b_key!r} {b.shape} times {a_key!r} {a.shape} gives {made}, wanted {info.shape} for "
+                f"{info.name}."
+            )
+        rank //= experts or 1
+        scale = self._scale(info.name if experts else owner, rank)
+        magnitude = self.tensors[parts[_MAGNITUDE]] if _MAGNITUDE in parts else None
+        if magnitude is not None and math.prod(magnitude.shape) != made[0]:
+            raise MismatchError(
+                f"{self.where}: {parts[_MAGNITUDE]!r} has the shape {magnitude.shape}, wanted ({made[0]},)."
+            )
+        turned = self._turned(info, made, table, model_type)
+        yield LowRank(info.name, module, a, b, scale, experts, turned, table, magnitude)
+        key = parts.get(_BIAS)
+        if key is not None:
+            bias = infos.get(found.get(f"{owner}.bias", ""))
+            if bias is None or bias.shape != self.tensors[key].shape:
+                raise MismatchError(f"{self.where}: tensor {key!r} is added to {owner}.bias, which the base lacks.")
+            yield Added(bias.name, key, self.tensors[key], scale)
+
+    def _turned(self, info: TensorInfo, made: tuple[int, int], table: bool, model_type: str | None) -> bool:
+        """Whether the parameter is stored as the transpose of B @ A."""
+        if info.shape[-1] != info.shape[-2]:
+            return info.shape[-2:] != made
+        if info.experts:
+            return model_type in _TURNED_EXPERTS
+        return table or info.transposed or bool(self.config.get("fan_in_fan_out"))
+
+    def _experts_in(self, owner: str, key: str, infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+        """The fused experts' parameters of a module that the adapter may be beside.
+
+        Raises:
+            MismatchError: the base has no such module.
+        """
+        targets = self.config.get("target_parameters") or ()
+        fused = [t for t in infos.values() if t.experts]
+        module = names.align([owner], [names.module_name(t.name) for t in fused]).get(owner)
+        inside = [t for t in fused if names.module_name(t.name) == module]
+        if not inside:
+            raise MismatchError(
+                f"{self.where}: tensor {key!r} fits no parameter of the base." + near_matches(f"{owner}.weight", infos)
+            )
+        chosen = [t for t in inside if any(f".{t.name}".endswith(f".{target}") for target in targets)]
+        return chosen or inside
+
+    def _scale(self, target: str, rank: int) -> float:
+        """alpha / rank, or alpha / sqrt(rank) for rsLoRA. Source: peft 0.21 tuners/lora/layer.py, `update_layer`."""
+        alpha: float = self.config.get("lora_alpha", 8)
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", target):  # peft 0.21 utils/other.py, `get_pattern_key`
+                alpha = value
+                break
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _check_complete(self, updates: Iterable[Update]) -> None:
+        """PEFT loads a file that lacks planned tensors without a word; here it is an error."""
+        have = {update.name for update in updates}
+        planned = (
+            [e.name for e in self.plan.entries if e.trains and (e.action == "train" or e.rank)] if self.plan else []
+        )
+        matched = names.align(planned, have)
+        missing = [name for name in planned if name not in matched]
+        if missing:
+            raise MismatchError(
+                f"{self.where}: lacks {len(missing)} of {len(planned)} planned tensors, first {missing[0]!r}."
+            )
