@@ -1,6 +1,6 @@
 """What every benchmark needs: facts of the machine, memory and load as the kernel counts them, results as JSON.
 
-Nothing here imports torch, so that a benchmark may measure what importing it costs. Memory and load are read from /proc:
+Nothing here imports torch, so that a benchmark may measure what importing it costs. Memory and load come from /proc:
 on other systems the figures that need it are None.
 """
 
@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:  # a benchmark is run from its file, without the p
 from spectrum_peft.records import write_text  # noqa: E402 - the path comes first
 
 # Of the many flags of a CPU, those that decide how fast it multiplies matrices.
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "sve")
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "safetensors", "numpy", "scipy")
 # Load by others above this many cores makes a timing doubtful.
 BUSY = 0.15
