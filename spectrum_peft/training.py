@@ -272,7 +272,10 @@ def train(
         callbacks=[callback, clock],
     )
     before = evaluate(task, trainer, trainer.eval_dataset) if eval_rows is not None else None
+    rounded = _kept_in_float32(trainer) if hasattr(model, "spectrum_plan") else []
     trainer.train(resume_from_checkpoint=resume)
+    for parameter, stored in rounded:
+        parameter.data = parameter.data.to(stored)
     after = evaluate(task, trainer, trainer.eval_dataset) if eval_rows is not None else None
 
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -304,6 +307,28 @@ def train(
         callback.write_records(output)
         write_text(output / RESULTS, json.dumps(_finite(results), indent=1) + "\n")
     return results
+
+
+def _kept_in_float32(trainer: Any) -> list[tuple[torch.nn.Parameter, torch.dtype]]:
+    """Give the real weights that train a float32 value, where they are stored in less and mixed precision is on.
+
+    In bfloat16 most steps of fine-tuning are smaller than half of a value's last place and would be lost. A tuner layer
+    does this by itself (`trainable_dtype`); in a plain model the products fit only under autocast.
+
+    Returns:
+        Each such parameter with its dtype as loaded, to round it once when training has ended.
+    """
+    model, args = trainer.model, trainer.args
+    short = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if not short:
+        return []
+    if model.spectrum_plan.options["trainable_dtype"] == "base" or not (args.bf16 or args.fp16):
+        logger.warning("%d tensors train in %s: steps below half of a last place are lost", len(short), short[0].dtype)
+        return []
+    kept = [(p, p.dtype) for p in short]
+    for parameter in short:
+        parameter.data = parameter.data.float()
+    return kept
 
 
 def _defaults(options: argparse.Namespace, row: Task, rate: float, dtype: torch.dtype) -> dict[str, Any]:
@@ -422,8 +447,8 @@ def evaluate_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str]
     print(f"task {task}, {why}", file=sys.stderr)
     if options.quantization not in (None, "none") and adapter is None:
         raise OptionError(
-            f"quantization is {options.quantization!r}, but {options.model} is no adapter: transformers' trainers take a "
-            "quantized model only with one. `train --eval-dataset` judges a quantized base before it trains."
+            f"quantization is {options.quantization!r}, but {options.model} is no adapter: transformers' trainers take "
+            "a quantized model only with one. `train --eval-dataset` judges a quantized base before it trains."
         )
     quantization = options.quantization or (stated.get("quantization") if adapter is not None else None)
     with tempfile.TemporaryDirectory() as scratch:

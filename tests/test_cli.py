@@ -312,6 +312,27 @@ def test_real_weights_are_saved_as_a_plain_checkpoint(
     assert model.dtype == torch.float32
 
 
+def test_real_weights_step_in_float32_and_are_stored_in_the_dtype_they_were_loaded_in(
+    run: Callable[..., str], tiny_llama_folder: Path, texts: str
+) -> None:
+    """Twelve steps that bfloat16 would mostly round away, one by one, add up to a change that it can hold."""
+    line = (
+        f"train --model {tiny_llama_folder} --dataset {texts} --ratio 0.25 {TRAIN_FLAGS} --lr-scheduler-type constant "
+    )
+    line = line.replace("--dtype float32", "--dtype bfloat16").replace("--max-steps 3", "--max-steps 12")
+    run(f"{line} --learning-rate 2e-5 --output-dir master")
+    run(f"{line} --learning-rate 2e-5 --trainable-dtype base --output-dir pure")
+    before = {name: t.bfloat16() for name, t in load_file(tiny_llama_folder / "model.safetensors").items()}
+    moved = {}
+    for name in ("master", "pure"):
+        after = load_file(f"{name}/model.safetensors")
+        assert {t.dtype for t in after.values()} == {torch.bfloat16}
+        trained = Plan.load(f"{name}/spectrum_plan.yaml").trainable_names
+        assert all(torch.equal(before[n], after[n]) for n in before if n not in trained)
+        moved[name] = sum((before[n] != after[n]).sum().item() for n in trained)
+    assert moved["master"] > 1.3 * moved["pure"]
+
+
 def test_a_config_file_trains_as_the_same_flags_do(
     run: Callable[..., str], tiny_llama_folder: Path, texts: str
 ) -> None:
