@@ -24,7 +24,9 @@ _MODULE_OF = {
     "SpectrumError": "errors",
     "SpectrumModel": "tuner",
     "SpectrumScanner": "scanner",
+    "estimate_memory": "memory",
     "export_lora": "export",
+    "fit_to_memory": "memory",
     "load_model_with_spectrum": "loading",
     "make_plan": "plan",
     "merge_into_base": "export",
@@ -33,7 +35,7 @@ _MODULE_OF = {
     "scan_weights": "scan",
 }
 # Modules whose names are of no use while PEFT does not know the method.
-_ON_PEFT = frozenset({"callback", "config", "loading", "tuner"})
+_ON_PEFT = frozenset({"callback", "config", "loading", "memory", "tuner"})
 
 __all__ = sorted(_MODULE_OF)
 
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
     from .errors import SpectrumError
     from .export import export_lora, merge_into_base
     from .loading import load_model_with_spectrum, quantization_config_for
+    from .memory import estimate_memory, fit_to_memory
     from .optim import parameter_groups
     from .plan import make_plan
     from .records import Plan, SnrReport

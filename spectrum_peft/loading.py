@@ -21,6 +21,7 @@ from .policies import MODES
 from .records import Plan
 from .scan import scan_weights
 from .tuner import freeze_to_plan, settle_plan
+from .weights import keep_4bit_differentiable
 
 logger = logging.getLogger(__name__)
 
@@ -125,16 +126,24 @@ def load_model_with_spectrum(
         )
     loader = model_class or class_for(model_name, **revision, **_remote(kwargs))
     model = loader.from_pretrained(model_name, dtype=wanted, device_map=device_map, **kwargs)
+    return made_trainable(model, config), _tokenizer(model_name, **revision, **_remote(kwargs))
+
+
+def made_trainable(model: Any, config: SpectrumConfig, *, peft: bool | None = None) -> Any:
+    """Freeze or wrap a loaded model so that it trains what the config says; the second half of `load_model_with_spectrum`.
+
+    Args:
+        peft: True for a `PeftModel` in every mode, as the trainers' `peft_config` makes; None for one where it is needed.
+    """
     quantized = bool(getattr(model, "is_quantized", False))
-    if MODES[config.mode].plain_model and not quantized:
+    if MODES[config.mode].plain_model and not quantized and not peft:
         model.spectrum_plan = settle_plan(model, config)
         freeze_to_plan(model, model.spectrum_plan)
-    else:
-        if quantized:
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        config.task_type = config.task_type or _task_type(model)
-        model = get_peft_model(model, config)
-    return model, _tokenizer(model_name, **revision, **_remote(kwargs))
+        return model
+    if quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config.task_type = config.task_type or task_type_of(model)
+    return get_peft_model(model, config)
 
 
 def load_trained(
@@ -168,6 +177,7 @@ def load_trained(
     revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
     loader = model_class or class_for(base, **revision, **_remote(kwargs))
     model = loader.from_pretrained(base, dtype=wanted, device_map=device_map, **kwargs)
+    keep_4bit_differentiable(model)  # the products of training, not the faster ones for inference that round otherwise
     if adapter is not None:
         model = PeftModel.from_pretrained(model, model_name)
     tokenizer = _tokenizer(model_name) if adapter is not None else None
@@ -209,7 +219,11 @@ def _plan_before_loading(model_name: str, config: SpectrumConfig, **revision: An
 
 def class_for(model_name: str, **kwargs: Any) -> Any:
     """The transformers class that a checkpoint's config names in `architectures`, else `AutoModelForCausalLM`."""
-    config = AutoConfig.from_pretrained(model_name, **kwargs)
+    return class_of(AutoConfig.from_pretrained(model_name, **kwargs))
+
+
+def class_of(config: Any) -> Any:
+    """The transformers class that a config names in `architectures`, else `AutoModelForCausalLM`."""
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if found is not None and not name.endswith("Model"):
@@ -221,7 +235,7 @@ def _remote(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
 
 
-def _task_type(model: Any) -> str | None:
+def task_type_of(model: Any) -> str | None:
     name = type(model).__name__
     known = {
         "ForCausalLM": "CAUSAL_LM",

@@ -1,0 +1,298 @@
+"""What training a plan needs: the dry run, the same step for real, and the share of one device among several."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .. import names
+from ..config import SpectrumConfig, candidates_of
+from ..errors import MismatchError, OptionError, near_matches
+from ..loading import made_trainable
+from ..plan import make_plan
+from ..policies import MODES
+from ..records import Fingerprint, MemoryReport, Plan, SnrReport
+from ..tuner import settle_plan
+from ..weights import base_module
+from .fakes import config_of, fake_model, kernels_of, model_class_of, on_fake_tensors, quantized_skeleton, skeleton_of
+from .step import DTYPES, EIGHT_BIT_ADAM, OptimizerFactory, Step, by_category, step_report
+
+SHARDINGS = ("none", "data_parallel", "zero1", "zero2", "zero3", "fsdp2")
+
+
+def report_of_config(
+    model: Any,
+    criterion: str = "first",
+    *,
+    seed: int = 0,
+    model_class: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> SnrReport:
+    """A report from the config alone, scored by a criterion that needs no weights: for plans whose size is of interest.
+
+    How much trains at a ratio hardly depends on the scores, since the matrices of one kind are alike in size; which
+    blocks train does, and with it how far backward goes. `last` is therefore a lower bound of the memory, `first` an
+    upper one.
+
+    Args:
+        model: path, hub id, config or model.
+        criterion: `first`, `last` or `random`.
+    Raises:
+        OptionError: a criterion that needs weights.
+    """
+    if criterion not in ("first", "last", "random"):
+        raise OptionError(
+            f"criterion is {criterion!r}; without weights only 'first', 'last' and 'random' can be scored. Scan the "
+            "checkpoint for a report of another one."
+        )
+    config = config_of(model, revision, trust_remote_code)
+    skeleton = skeleton_of(
+        model_class_of(model, config, model_class, trust_remote_code), config, torch.float32, "eager", trust_remote_code
+    )
+    settings = SpectrumConfig(mode="spectrum", criterion=criterion, seed=seed)
+    settle_plan(skeleton, settings)
+    return dataclasses.replace(settings.report, model_id=_name_of(model))
+
+
+def _name_of(model: Any) -> str | None:
+    if isinstance(model, str | os.PathLike):
+        return os.fspath(model)
+    return getattr(getattr(model, "config", model), "_name_or_path", None) or None
+
+
+def estimate_memory(
+    model: Any,
+    plan: Plan | str | os.PathLike[str] | SpectrumConfig,
+    *,
+    batch_size: int = Step.batch_size,
+    max_length: int = Step.max_length,
+    dtype: Any = Step.dtype,
+    optimizer: str = Step.optimizer,
+    gradient_checkpointing: bool = Step.gradient_checkpointing,
+    gradient_accumulation_steps: int = Step.gradient_accumulation_steps,
+    quantization: str | None = Step.quantization,
+    attn_implementation: str = Step.attn_implementation,
+    sharding: str = "none",
+    devices: int = 1,
+    model_class: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **more: Any,
+) -> MemoryReport:
+    """What training a plan needs at its peak, by a dry run: no weights are read, no GPU is used.
+
+    Args:
+        model: path, hub id, `.gguf` file, config or model; only its config is looked at.
+        plan: what trains; or a `SpectrumConfig` with a plan or report, where dropout, DoRA or `modules_to_save` matter.
+        sharding: one of `SHARDINGS`, see `shard`.
+        devices: that the training is spread over; `batch_size` is each one's.
+        model_class: class to train; None for the one that the config names, as `load_model_with_spectrum` takes it.
+        batch_size, ..., attn_implementation, more: fields of `Step`, which explains them; among the rest
+            `device="cuda"`, `trainer="transformers"`, `mixed_precision="auto"`, `padding=True`.
+    Returns:
+        a report; `complete` is False, and a note says why, where the model's code cannot run on fake tensors.
+    Raises:
+        OptionError: a setting outside its range; a config that needs remote code; more positions than the model has.
+        MismatchError: the plan does not fit the model.
+    """
+    run = _step(
+        more, batch_size=batch_size, max_length=max_length, dtype=dtype, optimizer=optimizer,
+        gradient_checkpointing=gradient_checkpointing, gradient_accumulation_steps=gradient_accumulation_steps,
+        quantization=quantization, attn_implementation=attn_implementation,
+    )  # fmt: skip
+    config = config_of(model, revision, trust_remote_code)
+    run = _resolved(run, model, config)
+    asked, first = _asked(plan)
+    if asked.keep_base in ("auto", "file") and isinstance(model, str | os.PathLike) and Path(model).is_dir():
+        asked.keep_base = "none"  # a local checkpoint is read back when needed, nothing is kept
+    if asked.keep_base == "file":
+        asked.keep_base = "host"
+    found = model_class_of(model, config, model_class, trust_remote_code)
+    skeleton = skeleton_of(found, config, DTYPES[run.dtype], run.attn_implementation, trust_remote_code)
+    _check_positions(skeleton, run.max_length)
+    total = first.total_parameters or sum(p.numel() for p in skeleton.parameters())
+    if run.quantization is not None:
+        skeleton = quantized_skeleton(skeleton, first, run.quantization, DTYPES[run.dtype])
+    with on_fake_tensors(), kernels_of(run.device):
+        prepared = made_trainable(fake_model(skeleton, DTYPES[run.dtype]), asked, peft=run.peft)
+        settled = carried_plan(prepared) or first
+        report = step_report(prepared, settled, run, fake=True)
+    notes = (*report.notes, *_remarks(settled, run))
+    return shard(dataclasses.replace(report, total_parameters=total, notes=notes), sharding, devices)
+
+
+def measure_memory(
+    model: Any, plan: Plan | None = None, *, optimizer: str | OptimizerFactory | None = None, **step: Any
+) -> MemoryReport:
+    """The same step on the real tensors of a model that is ready to train: the reference of `estimate_memory`.
+
+    Two optimizer steps are run, with every micro-batch, so the model's weights change. On the CPU, or on a CUDA device,
+    where `torch.cuda.max_memory_allocated` says the same and more.
+
+    Args:
+        model: as `load_model_with_spectrum` or `get_peft_model` returned it.
+        plan: None for the one that the model carries.
+        optimizer: name as in `Step`, or a function of parameter groups that makes the optimizer; for 8-bit ones, such
+            as `bitsandbytes.optim.AdamW8bit`, the latter.
+        step: other fields of `Step`.
+    """
+    run = _step({**step, "device": next(model.parameters()).device.type})
+    found = plan or carried_plan(model)
+    if found is None:
+        raise MismatchError(f"{type(model).__name__} carries no plan, and none was given.")
+    run = _resolved(run, model, getattr(base_module(model), "config", None))
+    name = optimizer if isinstance(optimizer, str) else run.optimizer
+    if not callable(optimizer) and name in EIGHT_BIT_ADAM:
+        raise OptionError(f"optimizer={name!r}: give a function that makes it, such as bitsandbytes.optim.AdamW8bit.")
+    return step_report(model, found, dataclasses.replace(run, optimizer=name), fake=False, optimizer=optimizer)
+
+
+def carried_plan(model: Any) -> Plan | None:
+    """The plan that a model carries: a plain one frozen to it, or the active adapter's."""
+    own = getattr(model, "spectrum_plan", None)
+    return own or getattr(getattr(model, "active_peft_config", None), "plan", None)
+
+
+def _step(more: Mapping[str, Any], **settings: Any) -> Step:
+    fields = {f.name for f in dataclasses.fields(Step)}
+    for name in more:
+        if name not in fields:
+            raise OptionError(f"unknown setting {name!r}." + near_matches(name, fields))
+    return Step(**settings, **more)
+
+
+def _resolved(step: Step, model: Any, config: Any) -> Step:
+    """The same step with what is `auto` in it decided."""
+    dtype = step.dtype
+    if dtype == "auto":
+        own = getattr(model, "dtype", None) if isinstance(model, PreTrainedModel) else getattr(config, "dtype", None)
+        dtype = str(own).removeprefix("torch.")
+        dtype = dtype if dtype in DTYPES else "bfloat16"
+    mixed = step.mixed_precision
+    if mixed == "auto":
+        mixed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no")
+    return dataclasses.replace(step, dtype=dtype, mixed_precision=mixed)
+
+
+def _asked(plan: Any) -> tuple[SpectrumConfig, Plan]:
+    """A config to apply to a model without values, so without a fingerprint, and the plan as known so far."""
+    if isinstance(plan, SpectrumConfig):
+        config = copy.deepcopy(plan)
+        if config.plan is None:
+            report = config.resolved_report()
+            if report is None:
+                raise OptionError("the SpectrumConfig has neither plan nor report, and there are no weights to scan.")
+            first = make_plan(report, candidates=candidates_of(config, report), **config.options())
+            config.report = dataclasses.replace(report, fingerprint=Fingerprint(None, None, "live"))
+            return config, first
+    elif isinstance(plan, Plan | str | os.PathLike):
+        config = SpectrumConfig(plan=plan)
+    else:
+        raise OptionError(f"plan is a {type(plan).__name__}, wanted a Plan, the path of one, or a SpectrumConfig.")
+    first = config.plan
+    config.plan = first.replace(fingerprint=None)
+    return config, first
+
+
+def _check_positions(model: nn.Module, length: int) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and names.module_name(f"{name}.weight").rpartition(".")[2] in _POSITIONS:
+            if module.num_embeddings < length:
+                raise OptionError(f"max_length is {length}, but {name} holds {module.num_embeddings} positions.")
+
+
+_POSITIONS = frozenset({"position_embeddings", "wpe", "embed_positions"})
+
+
+def _remarks(plan: Plan, step: Step) -> Iterator[str]:
+    sixteen = step.dtype in ("bfloat16", "float16")
+    plain = MODES[plan.mode].plain_model and step.quantization is None and not step.peft
+    if plain and sixteen and plan.options.get("trainable_dtype") == "float32" and not MODES[plan.mode].whole_model:
+        yield (
+            f"a plain model trains in its own dtype, here {step.dtype}; trainable_dtype='float32' holds under PEFT "
+            "(peft=True), at 4 bytes an element for weight, gradient and each state"
+        )
+    if step.quantization is not None and sixteen:
+        yield "PEFT's preparation of quantized bases keeps norms, embeddings and the output head in float32"
+    if step.device == "cuda" and step.optimizer in ("adamw_torch", "sgd"):
+        yield f"{step.optimizer} works on lists of all tensors at once (foreach); adamw_torch_fused needs no such lists"
+    if step.optimizer == "paged_adamw_8bit":
+        yield "paged states are counted as if none were paged out"
+    if step.device == "cuda":
+        yield "not counted: CUDA's context (some 0.3 to 0.6 GiB), cuBLAS workspaces, memory the allocator holds unused"
+
+
+# --- several devices -------------------------------------------------------------------------------------------------
+
+
+def shard(report: MemoryReport, sharding: str, devices: int) -> MemoryReport:
+    """One device's share where training is spread over several, by arithmetic on a report of one.
+
+    With N devices, each with a batch of its own, so that activations, logits and inputs stay as they are:
+
+    - `data_parallel`: all of it on each device, and DDP's buckets, as large as the gradients (PyTorch's documentation
+    of
+      `gradient_as_bucket_view`).
+    - `zero1`: optimizer / N. `zero2`: gradients too. `zero3`: weights and adapters too. Source: Rajbhandari et al.
+    (2020),
+      ZeRO, arXiv:1910.02054, section 5 and figure 1: (2 + 2 + K) psi becomes 2 psi + 2 psi + K psi / N for P_os,
+      2 psi + (2 + K) psi / N for P_os+g, (4 + K) psi / N for P_os+g+p; our categories stand for the terms, with what
+      really trains for psi in gradients and optimizer. DeepSpeed keeps float32 copies of 16-bit weights that train (the
+      4 of K = 12 there); they are added, divided by N.
+    - `fsdp2`: as `zero3` without those copies (`fully_shard` trains the sharded parameters themselves).
+
+    `zero3` and `fsdp2` gather one block while the next is fetched, and hold one block's whole gradient before it is
+    scattered: twice `largest_block_bytes` and once `largest_block_gradients` are added.
+
+    Raises:
+        OptionError: an unknown sharding, or fewer than one device.
+    """
+    if sharding not in SHARDINGS:
+        raise OptionError(f"sharding is {sharding!r}." + near_matches(str(sharding), SHARDINGS))
+    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
+        raise OptionError(f"devices is {devices!r}, wanted a whole number of at least 1.")
+    if sharding == "none" or devices == 1:
+        if devices > 1:
+            raise OptionError(f"devices is {devices}, but sharding is 'none'." + near_matches("", SHARDINGS[1:]))
+        return report
+    split = {
+        "data_parallel": (),
+        "zero1": ("optimizer",),
+        "zero2": ("optimizer", "gradients"),
+    }.get(sharding, ("optimizer", "gradients", "weights", "quantized_weights", "adapters"))
+    master = 0
+    if sharding.startswith("zero") and 0 < report.trainable_bytes < 4 * report.trainable_parameters:
+        master = 4 * report.trainable_parameters
+    phases = {}
+    for phase, composition in report.phases.items():
+        share = {name: -(-size // devices) if name in split else size for name, size in composition.items()}
+        if sharding == "data_parallel":
+            share["gradients"] = share.get("gradients", 0) + report.trainable_bytes
+        if master:
+            share["optimizer"] = share.get("optimizer", 0) + -(-master // devices)
+        if "weights" in split and phase in ("forward", "backward"):
+            share["weights"] = share.get("weights", 0) + 2 * report.largest_block_bytes
+            if phase == "backward":
+                share["gradients"] = share.get("gradients", 0) + report.largest_block_gradients
+        phases[phase] = by_category(share)
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    return dataclasses.replace(
+        report,
+        peak_bytes=sum(phases[phase].values()),
+        by_category=phases[phase],
+        phase=phase,
+        where=report.where if phase == report.phase else "",
+        phases=phases,
+        devices=devices,
+        settings={**report.settings, "sharding": sharding, "devices": devices},
+        notes=(*report.notes, f"{sharding} over {devices} devices is arithmetic on the dry run of one device"),
+    )

@@ -1,0 +1,383 @@
+"""The largest plan within a budget, and memory as tables and text."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import OptionError, SpectrumError
+from ..plan import OPTIONS, check_options, format_table, make_plan
+from ..policies import MODES
+from ..records import MemoryReport, Plan, SnrReport
+from .estimate import estimate_memory
+from .step import EIGHT_BIT_ADAM
+
+logger = logging.getLogger(__name__)
+
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def parse_bytes(budget: str, name: str = "budget") -> int:
+    """`24GiB`, `24 GB`, `512MiB` as bytes; GiB is 2**30, GB is 10**9.
+
+    Raises:
+        OptionError: no unit, an unknown one, no number, or nothing above zero.
+    """
+    match = re.fullmatch(r"\s*([-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(budget))
+    if match is None:
+        raise OptionError(f"{name} is {budget!r}, wanted a size such as '24GiB'.")
+    number, unit = float(match[1]), match[2].upper()
+    if not unit:
+        raise OptionError(
+            f"{name} is {budget!r}: the unit is missing, wanted '{match[1]}GiB' (2**30) or '{match[1]}GB' (10**9), say."
+        )
+    if unit not in _UNITS:
+        raise OptionError(f"{name} is {budget!r}: unit {match[2]!r} is not known, wanted GiB, GB, MiB or MB.")
+    if not 0 < number < math.inf:
+        raise OptionError(f"{name} is {budget!r}, wanted more than 0.")
+    return int(number * _UNITS[unit])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits a budget.
+
+    Attributes:
+        plan: the largest that fits.
+        memory: its dry run.
+        step: the settings it was found with, fields of `Step`.
+        next_plan: the next larger one, which does not fit; None where everything fits.
+        tried: (mode, ratio or None, peak bytes) of all dry runs, in their order.
+    """
+
+    plan: Plan
+    memory: MemoryReport
+    step: Mapping[str, Any]
+    next_plan: Plan | None
+    tried: tuple[tuple[str, float | None, int], ...]
+
+
+def fit_to_memory(
+    model: Any,
+    report: SnrReport | str | os.PathLike[str],
+    *,
+    mode: str | Sequence[str] = "spectrum",
+    budget: str = "24GiB",
+    margin: float = 0.05,
+    **options: Any,
+) -> Plan:
+    """The plan with the largest ratio whose predicted peak is within the budget less a margin; see `find_fit`."""
+    return find_fit(model, report, mode=mode, budget=budget, margin=margin, **options).plan
+
+
+def find_fit(
+    model: Any,
+    report: SnrReport | str | os.PathLike[str],
+    *,
+    mode: str | Sequence[str] = "spectrum",
+    budget: str = "24GiB",
+    margin: float = 0.05,
+    **options: Any,
+) -> Fit:
+    """Search the largest plan that fits, with few dry runs.
+
+    The ratios where the plan changes are listed, and searched by interpolation, since the peak grows nearly linearly
+    with what trains. A mode that takes every matrix has one plan, which fits or does not.
+
+    Args:
+        model: as in `estimate_memory`.
+        report: with the scores that a ratio chooses by; `report_of_config` makes one without weights.
+        mode: key of `policies.MODES`, or several, best first: the first of which any plan fits is taken.
+        budget: with a unit, `24GiB` or `24GB`. What CUDA's context takes must be left out of it, or be in the margin.
+        margin: share of the budget that stays free, in [0, 1).
+        options: of `make_plan`, and of `estimate_memory`. `gradient_checkpointing="auto"` tries without and then with,
+            `batch_size="auto"` the largest power of two up to 64 at which the smallest plan fits.
+    Raises:
+        OptionError: the budget has no unit, is not above zero or below the frozen weights alone; nothing fits: the
+        message
+            says the smallest need and what would help.
+    """
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < 1:
+        raise OptionError(f"margin is {margin!r}, wanted a share in [0, 1): 0.05 leaves 5 % of the budget free.")
+    limit = int(parse_bytes(budget) * (1 - margin))
+    if isinstance(report, str | os.PathLike):
+        report = SnrReport.load(report)
+    plan_options = {k: v for k, v in options.items() if k in OPTIONS}
+    settings = {k: v for k, v in options.items() if k not in OPTIONS}
+    modes = [mode] if isinstance(mode, str) else list(mode)
+    search = _Search(model, report, limit)
+    checkpointing = settings.pop("gradient_checkpointing", False)
+    batch = settings.pop("batch_size", 1)
+    for one in modes:
+        for checkpointed in (False, True) if checkpointing == "auto" else (checkpointing,):
+            for size in (64, 32, 16, 8, 4, 2, 1) if batch == "auto" else (batch,):
+                tried = {**settings, "gradient_checkpointing": checkpointed, "batch_size": size}
+                found = search.run({**plan_options, "mode": one}, tried)
+                if found is not None:
+                    return found
+    raise OptionError(search.why_nothing_fits(budget, margin, {**plan_options, "mode": modes[-1]}, tried))
+
+
+class _Search:
+    """Dry runs of plans of one report on one model, each made once."""
+
+    def __init__(self, model: Any, report: SnrReport, limit: int) -> None:
+        self.model, self.report, self.limit = model, report, limit
+        self.tried: list[tuple[str, float | None, int]] = []
+        self._known: dict[tuple[str, str], MemoryReport] = {}
+
+    def memory(self, plan: Plan, settings: Mapping[str, Any]) -> MemoryReport:
+        key = (plan.digest, repr(sorted(settings.items())))
+        if key not in self._known:
+            found = estimate_memory(self.model, plan, **settings)
+            self._known[key] = found
+            self.tried.append((plan.mode, plan.options.get("spectrum_ratio"), found.peak_bytes))
+            logger.info(
+                "mode %s, ratio %s: %s", plan.mode, plan.options.get("spectrum_ratio"), format_bytes(found.peak_bytes)
+            )
+        return self._known[key]
+
+    def run(self, options: Mapping[str, Any], settings: Mapping[str, Any]) -> Fit | None:
+        """The largest plan within the limit, or None where the smallest is above it."""
+        plans = _plans(self.report, options)
+        peaks: dict[int, int] = {}
+
+        def peak(at: int) -> int:
+            peaks[at] = self.memory(plans[at], settings).peak_bytes
+            return peaks[at]
+
+        low, high = 0, len(plans) - 1
+        if peak(low) > self.limit:
+            return None
+        if peak(high) <= self.limit:
+            low = high
+        while high - low > 1:
+            # Where the line through both ends meets the limit, pulled off the ends so that the bracket always shrinks.
+            guess = low + (high - low) * (self.limit - peaks[low]) / max(1, peaks[high] - peaks[low])
+            at = min(max(round(guess), low + 1), high - 1)
+            if peak(at) <= self.limit:
+                low = at
+                if low + 1 < high and peak(low + 1) > self.limit:
+                    high = low + 1
+            else:
+                high = at
+                if high - 1 > low and peak(high - 1) <= self.limit:
+                    low = high - 1
+        note = f"fitted to {format_bytes(self.limit)}: predicted peak {format_bytes(peaks[low])} with " + ", ".join(
+            f"{k}={v}" for k, v in sorted(settings.items())
+        )
+        return Fit(
+            plan=plans[low].replace(notes=(*plans[low].notes, note)),
+            memory=self.memory(plans[low], settings),
+            step=dict(settings),
+            next_plan=plans[low + 1] if low + 1 < len(plans) else None,
+            tried=tuple(self.tried),
+        )
+
+    def why_nothing_fits(
+        self, budget: str, margin: float, options: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> str:
+        smallest = _plans(self.report, options)[0]
+        need = self.memory(smallest, settings)
+        frozen = sum(need.by_category.get(name, 0) for name in ("weights", "quantized_weights"))
+        told = f"nothing fits {budget}" + (f" less {margin:.0%} margin" if margin else "")
+        text = (
+            f"{told}: the smallest plan of mode {smallest.mode!r} needs {format_bytes(need.peak_bytes)} "
+            f"({', '.join(f'{name} {format_bytes(size)}' for name, size in need.by_category.items())})."
+        )
+        if frozen > self.limit:
+            text += f" The weights alone, {format_bytes(frozen)}, are above the budget."
+        helps = []
+        for change in self._changes(settings):
+            other = {**settings, **change}
+            try:
+                size = self.memory(smallest, other).peak_bytes
+            except SpectrumError as error:  # a change that this model or plan does not take is no advice
+                logger.info("%s: %s", change, error)
+                continue
+            if size < need.peak_bytes:
+                fits = "fits" if size <= self.limit else "does not fit alone"
+                helps.append(
+                    f"{', '.join(f'{k}={v!r}' for k, v in change.items())} needs {format_bytes(size)} ({fits})"
+                )
+        return f"{text} What helps: {'; '.join(helps)}." if helps else f"{text} No setting tried needs less."
+
+    @staticmethod
+    def _changes(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        if not settings.get("gradient_checkpointing"):
+            yield {"gradient_checkpointing": True}
+        if settings.get("batch_size", 1) > 1:
+            yield {"batch_size": 1}
+        if settings.get("max_length", 1024) > 256:
+            yield {"max_length": settings.get("max_length", 1024) // 2}
+        if settings.get("trainer", "transformers") != "sft":
+            yield {"trainer": "sft"}
+        if settings.get("optimizer", "adamw_torch") not in EIGHT_BIT_ADAM:
+            yield {"optimizer": "adamw_8bit"}
+        if settings.get("quantization") is None:
+            yield {"quantization": "nf4"}
+
+
+def _plans(report: SnrReport, options: Mapping[str, Any]) -> list[Plan]:
+    """The distinct plans of a mode from the smallest ratio to 1; one plan where no ratio chooses."""
+    checked = check_options(**options)
+    if checked["spectrum_ratio"] is None or "spectrum_ratio" in options or not MODES[checked["mode"]].selective:
+        return [make_plan(report, **options)]
+    whole = make_plan(report, **{**options, "spectrum_ratio": 1.0})
+    sizes: Counter[str] = Counter()
+    for entry in whole.entries:
+        if entry.action != "save":
+            sizes[entry.kind if checked["scope"] == "per_kind" else ""] += 1
+    if checked["measure"] == "count":
+        ratios = sorted({k / n for n in set(sizes.values()) for k in range(1, n + 1)})
+    else:
+        ratios = [k / 200 for k in range(1, 201)]
+    plans: list[Plan] = []
+    for ratio in ratios:
+        plan = make_plan(report, **{**options, "spectrum_ratio": ratio})
+        if not plans or plan.digest != plans[-1].digest:
+            plans.append(plan)
+    return plans
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+# What `spectrum-peft memory` shows: every ratio of the mode with real weights, then the adapter modes.
+RATIOS = (1.0, 0.75, 0.5, 0.35, 0.25)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a memory table."""
+
+    plan: Plan
+    memory: MemoryReport
+
+
+def memory_table(
+    model: Any,
+    report: SnrReport,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    modes: Sequence[str] = ("full", "spectrum", "lora", "spectra_qlora", "alors"),
+    quantization: str | None = "nf4",
+    plan_options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> list[Row]:
+    """Dry runs of a mode at several ratios and of the adapter modes; adapters on a quantized base too.
+
+    Args:
+        ratios: of the modes with real weights; adapter modes take the middle one.
+        quantization: of the bases of adapter modes besides the float one; None for the float one only.
+        plan_options: of `make_plan`, for every row.
+        settings: of `estimate_memory`, for every row.
+    """
+    rows = []
+    options = dict(plan_options or {})
+    for mode in modes:
+        row = MODES[mode]
+        own = {k: v for k, v in options.items() if _applies(k, v, mode)}
+        bases = [settings.get("quantization")]
+        if not row.real_weights and quantization is not None and quantization not in bases:
+            bases.append(quantization)
+        wanted: Sequence[float | None] = [None]
+        if row.selective:
+            wanted = ratios if row.real_weights else [options.get("spectrum_ratio") or sorted(ratios)[len(ratios) // 2]]
+        for base in bases:
+            for ratio in wanted:
+                chosen = {**own, "mode": mode, **({} if ratio is None else {"spectrum_ratio": ratio})}
+                plan = make_plan(report, **chosen)
+                if base is not None and row.whole_model:
+                    continue
+                rows.append(Row(plan, estimate_memory(model, plan, **{**settings, "quantization": base})))
+    return rows
+
+
+def _applies(option: str, value: Any, mode: str) -> bool:
+    if option in ("mode", "spectrum_ratio"):
+        return False
+    try:
+        check_options(**{option: value, "mode": mode})
+    except OptionError:
+        return False
+    return True
+
+
+def describe_table(rows: Sequence[Row]) -> str:
+    """A memory table as text: mode, base, ratio, what trains, and the peak with its largest parts."""
+    header = [
+        "mode",
+        "base",
+        "ratio",
+        "trainable",
+        "share",
+        "peak",
+        "weights",
+        "optimizer",
+        "gradients",
+        "activations",
+        "logits",
+    ]
+    lines = []
+    for row in rows:
+        part = row.memory.by_category
+        ratio = row.plan.options.get("spectrum_ratio") if MODES[row.plan.mode].selective else None
+        trains, total = row.memory.trainable_parameters, row.memory.total_parameters
+        lines.append(
+            [
+                row.plan.mode,
+                str(row.memory.settings.get("quantization") or row.memory.settings.get("dtype")),
+                "-" if ratio is None else f"{ratio:g}",
+                f"{trains:,}",
+                f"{100 * trains / total:.1f} %" if total else "?",
+                format_bytes(row.memory.peak_bytes) + ("" if row.memory.complete else " +?"),
+                format_bytes(sum(part.get(n, 0) for n in ("weights", "quantized_weights", "adapters"))),
+                format_bytes(part.get("optimizer", 0)),
+                format_bytes(part.get("gradients", 0)),
+                format_bytes(part.get("activations", 0) + part.get("temporaries", 0) + part.get("inputs", 0)),
+                format_bytes(part.get("logits", 0)),
+            ]
+        )
+    return format_table(header, lines)
+
+
+def describe_memory(report: MemoryReport) -> str:
+    """A memory report as text: the peak, where it is, what it is made of."""
+    per = f" on each of {report.devices} devices" if report.devices > 1 else ""
+    lines = [
+        f"peak {format_bytes(report.peak_bytes)}{per}, in {report.phase}"
+        + (f" ({report.where})" if report.where else "")
+    ]
+    width = max(len(name) for name in report.by_category)
+    for name, size in report.by_category.items():
+        lines.append(
+            f"  {name.replace('_', ' '):<{width}}  {format_bytes(size):>10}  {100 * size / report.peak_bytes:5.1f} %"
+        )
+    if report.host_bytes and "host_copies" not in report.by_category:
+        lines.append(f"in main memory: {format_bytes(report.host_bytes)} of originals (keep_base)")
+    lines.append(f"trains {report.trainable_parameters:,} of {report.total_parameters:,} parameters")
+    lines += [f"note: {note}" for note in report.notes]
+    return "\n".join(lines)
+
+
+def format_bytes(size: int) -> str:
+    """`14.97 GiB`, `512.0 MiB`."""
+    if abs(size) >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB"
