@@ -147,6 +147,7 @@ def settle_plan(model: nn.Module, config: SpectrumConfig) -> Plan:
         plan = config.plan
         _check_fingerprint(plan.fingerprint, model, "the plan", config.force)
         plan = _with_model_names(plan, present)
+        _settle_tokens(model, config, plan, present)
         return plan.replace(entries=(*plan.entries, *_saved_entries(model, config, plan, present)))
     report = config.resolved_report()
     if report is None:
@@ -159,6 +160,7 @@ def settle_plan(model: nn.Module, config: SpectrumConfig) -> Plan:
     report = _report_with_model_names(report, present)
     plan = make_plan(report, candidates=candidates_of(config, report), **config.options())
     config.report = report
+    _settle_tokens(model, config, plan, present)
     return plan.replace(entries=(*plan.entries, *_saved_entries(model, config, plan, present)))
 
 
@@ -209,6 +211,41 @@ def _is_head_bias(name: str) -> bool:
     return name.endswith(".bias") and names.role(f"{names.module_name(name)}.weight", (0, 0)) == "head"
 
 
+def token_layers(model: nn.Module, config: SpectrumConfig, present: dict[str, Any] | None = None) -> list[str]:
+    """Embeddings of which `trainable_token_indices` trains single rows, as the user calls them (a suffix of the name)."""
+    tokens = config.trainable_token_indices
+    if not tokens:
+        return []
+    return list(tokens) if isinstance(tokens, dict) else [_input_embedding(model, present or base_parameters(model))]
+
+
+def _settle_tokens(model: nn.Module, config: SpectrumConfig, plan: Plan, present: dict[str, Any]) -> None:
+    """Where `trainable_token_indices` meets whole embeddings, or a head tied to them, train each tensor in one way.
+
+    TRL asks for the rows of new chat tokens and for the whole head, whatever the mode and whether or not the two are one
+    tensor. On a tied model PEFT 0.21.2 puts one wrapper into the other then, and the first forward fails.
+    """
+    layers = token_layers(model, config, present)
+    if not layers:
+        return
+    options, saved = plan.options, list(config.modules_to_save or ())
+    rows = {name for name in present if any(f".{names.module_name(name)}".endswith(f".{layer}") for layer in layers)}
+    tied = {other for name, group in _tied_names(model).items() if name in rows for other in group} - rows
+    asked = MODES[plan.mode].whole_model or options.get("train_embeddings") or options.get("preset")
+    if asked or (options.get("train_head") and tied) or any(_lists(saved, name) for name in rows):
+        logger.info("trainable_token_indices of %s left out: the whole embedding trains", ", ".join(layers))
+        config.trainable_token_indices = None
+    doubled = [m for m in saved if any(_lists([m], name) for name in tied)]
+    if doubled:
+        logger.info("modules_to_save: %s left out: it is the embedding, whose rows train", ", ".join(doubled))
+        config.modules_to_save = [m for m in saved if m not in doubled] or None
+
+
+def _lists(modules: list[str], name: str) -> bool:
+    """Whether `modules_to_save` names the module of a parameter."""
+    return any(f".{names.module_name(name)}".endswith(f".{m}") for m in modules)
+
+
 def _saved_entries(
     model: nn.Module, config: SpectrumConfig, plan: Plan, present: dict[str, Any]
 ) -> Iterator[PlanEntry]:
@@ -230,12 +267,10 @@ def _saved_entries(
         below = [part for part in (module, *_parents(module)) if any(part.endswith(w) for w in config.modules_to_save or ())]
         if name not in known and (below or module in heads):
             yield entry(name)
-    tokens = config.trainable_token_indices
-    if tokens:
-        layers = list(tokens) if isinstance(tokens, dict) else [_input_embedding(model, present)]
-        for name in present:
-            if name not in known and any(names.module_name(name).endswith(layer) for layer in layers):
-                yield entry(name)
+    layers = token_layers(model, config, present)
+    for name in present:
+        if name not in known and any(names.module_name(name).endswith(layer) for layer in layers):
+            yield entry(name)
     if config.bias != "none":
         adapted = {names.module_name(e.name) for e in plan.entries if e.trains}
         for name in present:

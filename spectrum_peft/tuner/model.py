@@ -20,7 +20,7 @@ import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from .. import names
@@ -28,7 +28,7 @@ from ..config import SpectrumConfig
 from ..errors import MismatchError, OptionError, TrainingSetupError, near_matches
 from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry
 from ..weights import keep_4bit_differentiable
-from .apply import original_keeper, plan_parameters, settle_plan, trainable_mismatch
+from .apply import original_keeper, plan_parameters, settle_plan, token_layers, trainable_mismatch
 from .layers import SpectrumLayer
 from .ranks import RankChange, allocate, is_sliced, moments, set_rank
 
@@ -71,7 +71,7 @@ class SpectrumModel(LoraModel):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             del self._keep_original
-        self._repair_tied_copies(adapter_name, config)
+        self._repair_tied_modules(adapter_name, config)
         if is_movable(config):
             self._allocate(adapter_name, config)
         _describe(config, config.plan)
@@ -102,7 +102,9 @@ class SpectrumModel(LoraModel):
         self._save_whole_modules(config, model, [e for e in plan.entries if is_saved(e, config)])
 
     def _save_whole_modules(self, config: SpectrumConfig, model: nn.Module, entries: list[PlanEntry]) -> None:
-        if not entries or config.trainable_token_indices:
+        rows = token_layers(model, config)
+        entries = [e for e in entries if not any(names.module_name(e.name).endswith(layer) for layer in rows)]
+        if not entries:
             return
         already = config.modules_to_save or []
         modules = dict.fromkeys(names.module_name(e.name) for e in entries)
@@ -112,7 +114,7 @@ class SpectrumModel(LoraModel):
         if any(model.get_submodule(m) is embedding for m in modules) and self._get_module_names_tied_with_embedding():
             config.ensure_weight_tying = True
 
-    def _repair_tied_copies(self, adapter_name: str, config: SpectrumConfig) -> None:
+    def _repair_tied_modules(self, adapter_name: str, config: SpectrumConfig) -> None:
         """PEFT makes every module that is tied to the embeddings a bare Linear; T5 ties further embeddings to them."""
         for name in getattr(config, "modules_to_tie", None) or ():
             wrapper = self.model.get_submodule(name)
@@ -123,6 +125,11 @@ class SpectrumModel(LoraModel):
                 twin = copy.deepcopy(wrapper.original_module)
                 twin.weight = made.weight
                 wrapper.modules_to_save[adapter_name] = twin
+        # TRL multiplies by the head's weight and adds its bias by itself; of a head that is tied to an embedding with
+        # trainable rows, PEFT's wrapper shows the weight only. Not as a parameter: it is the base layer's.
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if isinstance(head, TrainableTokensWrapper):
+            head.__dict__["bias"] = head.original_module.bias
 
     def _check_tied_modules(self, model: nn.Module, peft_config: SpectrumConfig) -> None:
         """PEFT's own check knows embeddings by two names; here the tie follows the module, whatever it is called."""
