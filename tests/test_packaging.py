@@ -87,7 +87,7 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(wheel: Path) -> None
     assert {name for name in held if ".dist-info/" not in name} == sources
     assert any(name.endswith("licenses/LICENSE") for name in held)
     assert described["Version"] == spectrum_peft.__version__
-    assert described["License-Expression"] == "Apache-2.0"
+    assert described["License"] == "Apache-2.0"
     assert {"plot", "eval", "docs", "dev"} <= set(described.get_all("Provides-Extra"))
 
 
