@@ -290,7 +290,7 @@ def _mean_over_std(values: Tensor) -> float:
 
 
 def _row_norm(matrix: Tensor) -> float:
-    rows = max(1, 2**22 // matrix.shape[1])  # float64 copies of a few rows, not of the matrix
+    rows = max(1, 2**20 // matrix.shape[1])  # float64 copies of a few rows, not of the matrix
     parts = (matrix[top : top + rows].double() for top in range(0, len(matrix), rows))
     norms = torch.cat([torch.linalg.vector_norm(part, dim=1) for part in parts])
     return _mean_over_std(norms.cpu())

@@ -19,15 +19,26 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 
 from . import criteria, names
+from .adapters import AdapterState, Update, Value
 from .criteria import Criterion, MatrixScore
 from .errors import CheckpointError, OptionError, near_matches
-from .records import MatrixStat, SnrReport
-from .weights import TensorInfo, WeightSource, open_weights, split_expert
+from .records import Fingerprint, MatrixStat, SnrReport
+from .weights import (
+    FileWeights,
+    TensorInfo,
+    WeightSource,
+    as_matrix,
+    holds_adapter,
+    locate,
+    open_located,
+    open_weights,
+    split_expert,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +72,7 @@ def scan_weights(
     up again. They are removed when the scan completes.
 
     Args:
-        model_or_path: whatever `weights.open_weights` opens: a model, folder, file, adapter folder or hub id.
+        model_or_path: whatever `open_source` opens: a model, folder, file, adapter folder or hub id.
         criterion: key of `criteria.CRITERIA`.
         jobs: matrices at once; None for one a core, at most 16. Memory grows with it.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` is cuda where there is one.
@@ -79,7 +90,7 @@ def scan_weights(
     roles = _checked_roles(score)
     jobs = _checked_jobs(jobs)
     where = _device(device)
-    source = open_weights(model_or_path, revision)
+    source = open_source(model_or_path, revision)
     tensors = source.tensors()
     wanted = [(name, info) for info in tensors if _scorable(info, roles) for name in _units(info)]
 
@@ -181,6 +192,87 @@ def _report(
     return SnrReport(
         tuple(stats), row.name, fingerprint, source.model_id, source.revision, tied=source.tied, notes=source.notes
     )
+
+
+# --- a trained adapter -----------------------------------------------------------------------------------------------
+
+
+def open_source(model_or_path: Any, revision: str | None = None) -> WeightSource:
+    """`weights.open_weights`, and adapter folders: the weights of the base with the adapter applied.
+
+    Raises:
+        CheckpointError: see `open_weights` and `AdapterState`. MismatchError: the adapter does not fit its base.
+    """
+    if isinstance(model_or_path, str | os.PathLike):
+        path, model_id, found = locate(model_or_path, revision)
+        if path.is_dir() and holds_adapter(path):
+            return AdaptedWeights(path, model_id, found)
+        return open_located(path, model_id, found)
+    return open_weights(model_or_path, revision)
+
+
+class AdaptedWeights:
+    """The weights of a base checkpoint as a trained adapter leaves them: W + dW, or the adapter's own W.
+
+    Args:
+        folder: of the adapter; the base is its `base_model_name_or_path`.
+    """
+
+    kind: Literal["file"] = "file"
+
+    def __init__(self, folder: Path, model_id: str, revision: str | None = None) -> None:
+        self.folder, self.model_id, self.revision = folder, model_id, revision
+        self._adapter = AdapterState.from_folder(folder)
+        if self._adapter.base is None:
+            raise CheckpointError(
+                f"{folder / 'adapter_config.json'}: base_model_name_or_path is empty, wanted the base's folder or hub"
+                " id."
+            )
+        self._base = open_weights(self._adapter.base, self._adapter.config.get("revision"))
+        self.tied = self._base.tied
+        self._infos = {info.name: info for info in self._base.tensors()}
+        self._updates: dict[str, list[Update]] = {}
+        model_type = self._base.config.get("model_type") if isinstance(self._base, FileWeights) else None
+        new = []
+        for update in self._adapter.updates(self._infos.values(), model_type):
+            if isinstance(update, Value) and update.new:
+                new.append(update.name)
+                continue
+            self._updates.setdefault(update.name, []).append(update)
+            if isinstance(update, Value):  # a table may have grown
+                self._infos[update.name] = dataclasses.replace(self._infos[update.name], shape=update.stored.shape)
+        self.notes = (*self._base.notes, f"scores are of the weights with the adapter in {folder} applied")
+        if new:
+            self.notes += (f"the adapter brings {len(new)} tensors that its base lacks, not listed here: {new[0]} ...",)
+
+    def tensors(self) -> list[TensorInfo]:
+        return list(self._infos.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        base, expert = split_expert(name)
+        updates = self._updates.get(base, [])
+        if not any(isinstance(update, Value) for update in updates):
+            weight = self._base.read(name)
+        for update in updates:
+            if isinstance(update, Value):
+                whole = update.stored.whole()
+                weight = whole if expert is None else whole[expert]
+                continue
+            rows, columns = as_matrix(weight.shape)
+            weight = update.change()(weight.reshape(rows, columns), (expert or 0) * rows).reshape(weight.shape)
+        return weight
+
+    def fingerprint(self) -> Fingerprint:
+        structure, content = self._base.fingerprint().structure, self._base.fingerprint().content
+        return Fingerprint(structure, self.identity() if content else None, "file")
+
+    def identity(self) -> str:
+        digest = hashlib.sha256(self._base.identity().encode())
+        for key, stored in self._adapter.tensors.items():
+            digest.update(json.dumps([key, str(stored.dtype), list(stored.shape)]).encode())
+            digest.update(stored.whole().view(torch.uint8).numpy().data)
+        digest.update(json.dumps(self._adapter.config, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
 
 
 # --- several matrices at once ----------------------------------------------------------------------------------------
@@ -307,11 +399,11 @@ def spectrum_of(model_or_path: Any, name: str, revision: str | None = None) -> S
     """All singular values of one matrix of a checkpoint or model.
 
     Args:
-        model_or_path: see `open_weights`. name: full parameter name; a fused parameter needs an expert, `name[3]`.
+        model_or_path: see `open_source`. name: full parameter name; a fused parameter needs an expert, `name[3]`.
     Raises:
         CheckpointError: no such tensor (near names are shown), or not a matrix.
     """
-    source = open_weights(model_or_path, revision)
+    source = open_source(model_or_path, revision)
     base, expert = split_expert(name)
     info = next((t for t in source.tensors() if t.name == base), None)
     if info is not None and info.experts and expert is None:

@@ -1,5 +1,4 @@
-"""The only reader of raw weights: one tensor at a time, from safetensors files, a live model, an adapter or a GGUF
-file.
+"""The only reader of raw weights: one tensor at a time, from safetensors files, a live model or a GGUF file.
 
 Names are those of the live model. Files that keep one tensor per expert where transformers fuses them are presented
 fused, `model.layers.0.mlp.experts.gate_up_proj` of shape (E, 2I, H), and read by expert, `...gate_up_proj[3]`.
@@ -15,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,12 +106,18 @@ class WeightSource(Protocol):
         tied: groups of names that are one tensor, (kept name, other names...).
     """
 
-    model_id: str | None
-    revision: str | None
-    folder: Path | None
-    kind: Literal["file", "live", "gguf"]
-    notes: tuple[str, ...]
-    tied: tuple[tuple[str, ...], ...]
+    @property
+    def model_id(self) -> str | None: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def folder(self) -> Path | None: ...
+    @property
+    def kind(self) -> Literal["file", "live", "gguf"]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def tied(self) -> tuple[tuple[str, ...], ...]: ...
 
     def tensors(self) -> list[TensorInfo]:
         """All parameters in checkpoint order, tied ones once where they are stored once."""
@@ -157,8 +162,7 @@ def open_weights(model_or_path: Any, revision: str | None = None) -> WeightSourc
 
     Args:
         model_or_path: an `nn.Module` (a PeftModel gives W + dW under the base's names); a folder with safetensors
-            files, one such file, an adapter folder, a `.gguf` file; or a hub id, of which safetensors and json files
-            are fetched.
+            files, one such file, a `.gguf` file; or a hub id, of which safetensors and json files are fetched.
         revision: branch, tag or commit of a hub id.
     Raises:
         CheckpointError: not there; empty, truncated or not safetensors; a shard missing; only pickle files; a
@@ -166,37 +170,56 @@ def open_weights(model_or_path: Any, revision: str | None = None) -> WeightSourc
     """
     if isinstance(model_or_path, nn.Module):
         return LiveWeights(model_or_path)
+    return open_located(*locate(model_or_path, revision))
+
+
+def locate(model_or_path: str | os.PathLike[str], revision: str | None = None) -> tuple[Path, str, str | None]:
+    """Where a checkpoint or adapter lies: (file or folder, what it is called, revision); a hub id is fetched.
+
+    Raises:
+        CheckpointError: not there, or it cannot be fetched.
+    """
     if not isinstance(model_or_path, str | os.PathLike):
-        raise CheckpointError(
-            f"weights to open are a {type(model_or_path).__name__}, wanted a model, a path or a hub id."
-        )
+        kind = type(model_or_path).__name__
+        raise CheckpointError(f"the weights to open are a {kind}, wanted a model, a path or a hub id.")
     path = Path(model_or_path).expanduser()
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return GgufWeights(path)
-        if path.suffix in _PICKLES:
-            raise CheckpointError(f"{path}: pickle files are not read, wanted safetensors.{_CONVERT}")
-        return FileWeights([path], model_id=str(path))
-    if path.is_dir():
-        return _open_folder(path, model_id=str(path), revision=None)
+    if path.exists():
+        return path, str(path), None
     text = os.fspath(model_or_path)
     if text.count("/") > 1 or text.startswith((".", "~", "/")) or path.suffix in {".gguf", ".safetensors", *_PICKLES}:
         raise CheckpointError(f"{path}: no such file or folder.")
-    folder = _fetch(text, revision)
+    folder = fetch(text, revision)
     # A snapshot of the hub's cache lies in a folder named by its commit.
-    return _open_folder(folder, model_id=text, revision=folder.name if folder.parent.name == "snapshots" else revision)
+    return folder, text, folder.name if folder.parent.name == "snapshots" else revision
+
+
+def open_located(path: Path, model_id: str, revision: str | None) -> WeightSource:
+    """`open_weights` of a file or folder that is there."""
+    if path.is_dir():
+        if holds_adapter(path):
+            raise CheckpointError(f"{path}: holds an adapter, wanted a model; adapter_config.json names its base.")
+        return FileWeights(find_shards(path), model_id=model_id, revision=revision, folder=path)
+    if path.suffix == ".gguf":
+        return GgufWeights(path)
+    if path.suffix in _PICKLES:
+        raise CheckpointError(f"{path}: pickle files are not read, wanted safetensors.{_CONVERT}")
+    return FileWeights([path], model_id=model_id)
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder is that of a PEFT adapter and not of a model."""
+    return (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors"))
 
 
 _CONVERT = " Convert them: AutoModel.from_pretrained(folder).save_pretrained(new_folder) writes safetensors."
 
 
-def _open_folder(folder: Path, model_id: str, revision: str | None) -> WeightSource:
-    if (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors")):
-        return AdapterWeights(folder, model_id=model_id, revision=revision)
-    return FileWeights(find_shards(folder), model_id=model_id, revision=revision, folder=folder)
+def fetch(model_id: str, revision: str | None, patterns: Sequence[str] = ("*.safetensors", "*.json")) -> Path:
+    """The local snapshot of a hub repository, with the files of its top folder that match the patterns.
 
-
-def _fetch(model_id: str, revision: str | None) -> Path:
+    Raises:
+        CheckpointError: no such repository, or it is not in the cache and the hub cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -205,7 +228,7 @@ def _fetch(model_id: str, revision: str | None) -> Path:
             snapshot_download(
                 model_id,
                 revision=revision,
-                allow_patterns=["*.safetensors", "*.json"],
+                allow_patterns=list(patterns),
                 ignore_patterns=["*/*", "consolidated*.safetensors"],
             )
         )
@@ -384,7 +407,13 @@ class _Logical:
 
 
 class FileWeights:
-    """A checkpoint in safetensors files."""
+    """A checkpoint in safetensors files.
+
+    Args:
+        files: all of its files; `config.json` is read beside the first.
+        model_id, revision: what it is called.
+        folder: that the files make up, None for a file that was given alone.
+    """
 
     kind: Literal["file"] = "file"
 
@@ -406,13 +435,13 @@ class FileWeights:
                         f"{path}: tensor {name!r} is also in {self._spans[name][0].name}, wanted it once."
                     )
                 self._spans[name] = (path, span)
-        index = folder / "model.safetensors.index.json" if folder else None
-        if index and index.is_file() and not (folder / "model.safetensors").is_file():  # type: ignore[operator]
+        index = self.files[0].with_name("model.safetensors.index.json")
+        if folder and index.is_file() and self.files[0].name != "model.safetensors":
             for name, file in read_mapping(index)["weight_map"].items():
                 if name not in self._spans:
                     raise CheckpointError(f"{index}: tensor {name!r} should be in {file}, and is not.")
-        config = folder / "config.json" if folder else None
-        self.config: dict[str, Any] = read_mapping(config) if config and config.is_file() else {}
+        config = self.files[0].with_name("config.json")
+        self.config: dict[str, Any] = read_mapping(config) if config.is_file() else {}
         self._quantization = self._quantization_method()
         if self._quantization:
             self.notes += (f"weights are stored {self._quantization}; they were dequantized one matrix at a time",)
@@ -430,7 +459,7 @@ class FileWeights:
         method = str(settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else "unknown"))
         if method != "bitsandbytes":
             raise CheckpointError(
-                f"{self.folder}: weights are quantized by {method!r}, wanted float or bitsandbytes weights; use the"
+                f"{self.files[0].parent}: weights are quantized by {method!r}, wanted float or bitsandbytes weights; use the"
                 " checkpoint they were quantized from."
             )
         return f"in bitsandbytes {'4-bit' if settings.get('load_in_4bit') else '8-bit'}"
@@ -499,9 +528,7 @@ class FileWeights:
                     )
                 stored = tuple(experts[e][part] for part in recipe)
                 spans = [self._spans[name][1] for name in stored]
-                shapes.add(
-                    (sum(s.shape[0] for s in spans), spans[0].shape[1]) if len(spans[0].shape) == 2 else spans[0].shape
-                )
+                shapes.add((sum(span.shape[0] for span in spans), *spans[0].shape[1:]))
                 parts.append(stored)
             if len(shapes) > 1:
                 raise CheckpointError(
@@ -576,9 +603,7 @@ class FileWeights:
 
     def _matrix(self, stored: str, info: TensorInfo) -> Tensor:
         if info.dtype == "int8":
-            # bitsandbytes, LLM.int8: absmax of each row over 127
-            scale = self._stored(stored.removesuffix("weight") + "SCB").float()
-            return self._stored(stored).float() * (scale / 127.0).unsqueeze(1)
+            return _int8_values(self._stored(stored), self._stored(stored.removesuffix("weight") + "SCB"))
         if info.dtype in {"nf4", "fp4"}:
             parts = {n: self._stored(n) for n in self._spans if n.startswith(f"{stored}.")}
             return _dequantize_4bit(self._stored(stored), parts)
@@ -591,6 +616,14 @@ class FileWeights:
             size = (end - begin) // shape[0]
             begin, end, shape = begin + slab * size, begin + (slab + 1) * size, shape[1:]
         return read_bytes(path, begin, end).view(DTYPES[span.dtype]).reshape(shape)
+
+    def place_of(self, stored: str) -> tuple[Path, Span]:
+        """The file and the byte range of a stored tensor, by its name in the file."""
+        return self._spans[stored]
+
+    def spans(self, path: Path) -> dict[str, Span]:
+        """{stored tensor: Span} of one of the files, in the order of the bytes."""
+        return {name: span for name, (where, span) in self._spans.items() if where == path}
 
     def ends(self, name: str, size: int) -> tuple[Tensor, Tensor]:
         """The first and the last `size` bytes of a tensor stored as such, as flat values."""
@@ -635,7 +668,7 @@ def read_bytes(path: str | os.PathLike[str], begin: int, end: int) -> Tensor:
     buffer = torch.empty(end - begin, dtype=torch.uint8)
     if begin == end:
         return buffer
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     try:
         with Path(path).open("rb", buffering=0) as file:
             done = 0
@@ -653,214 +686,29 @@ def read_bytes(path: str | os.PathLike[str], begin: int, end: int) -> Tensor:
 
 def _sample_file(digest: Any, path: Path, begin: int, end: int) -> None:
     if end - begin <= 2 * _SAMPLE:
-        digest.update(read_bytes(path, begin, end).numpy())
+        digest.update(read_bytes(path, begin, end).numpy().data)
     else:
-        digest.update(read_bytes(path, begin, begin + _SAMPLE).numpy())
-        digest.update(read_bytes(path, end - _SAMPLE, end).numpy())
+        digest.update(read_bytes(path, begin, begin + _SAMPLE).numpy().data)
+        digest.update(read_bytes(path, end - _SAMPLE, end).numpy().data)
 
 
 def _dequantize_4bit(packed: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     """bitsandbytes' packed 4-bit values and the statistics beside them, as one (out, in) matrix."""
     import bitsandbytes.functional as bnb
 
-    return bnb.dequantize_4bit(packed, bnb.QuantState.from_dict(dict(parts), device=packed.device))
+    values: Tensor = bnb.dequantize_4bit(packed, bnb.QuantState.from_dict(dict(parts), device=packed.device))
+    return values
 
 
-# --- adapter folders -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Change:
-    """What an adapter file holds for one parameter: a replacement, or the two factors of a difference."""
-
-    replaced: str | None = None
-    a: str | None = None
-    b: str | None = None
-    magnitude: str | None = None
-    module: str = ""
-
-
-class AdapterWeights:
-    """The weights of a base checkpoint with a trained adapter from a folder applied: W + dW, or the adapter's own W.
-
-    Reads plain LoRA files (rank and alpha patterns, rsLoRA, DoRA, fan_in_fan_out, target_parameters, modules_to_save)
-    and real weights (`...lora_spectrum.weight`), without peft.
+def expert_product(a: Tensor, b: Tensor, experts: int, expert: int) -> Tensor:
+    """(out, in) float32: the product B A of one expert of a fused parameter.
 
     Args:
-        folder: with adapter_config.json and adapter_model.safetensors; the base is its base_model_name_or_path.
-    Raises:
-        CheckpointError: another kind of adapter; no base named; a tensor that fits nothing in the base.
+        a: (experts * rank, in). b: (out, rank * experts), the experts innermost.
+    Source: peft 0.21 tuners/lora/layer.py, `ParamWrapper.get_delta_weight`.
     """
-
-    kind: Literal["file"] = "file"
-
-    def __init__(self, folder: Path, model_id: str | None = None, revision: str | None = None) -> None:
-        self.model_id, self.revision, self.folder = model_id or str(folder), revision, folder
-        where = folder / "adapter_config.json"
-        self.config = read_mapping(where)
-        if self.config.get("peft_type") not in {"LORA", "SPECTRUM"}:
-            raise CheckpointError(f"{where}: peft_type is {self.config.get('peft_type')!r}, wanted LORA or SPECTRUM.")
-        base = self.config.get("base_model_name_or_path")
-        if not base:
-            raise CheckpointError(f"{where}: base_model_name_or_path is {base!r}, wanted the base's folder or hub id.")
-        self.file = folder / "adapter_model.safetensors"
-        if not self.file.is_file() and any(folder.glob("adapter_model.*")):
-            raise CheckpointError(
-                f"{folder}: the adapter is a pickle file, which is not read, wanted {self.file.name}."
-            )
-        self._spans = read_header(self.file)
-        self.base = open_weights(base, self.config.get("revision"))
-        self.tied = self.base.tied
-        self._infos = {t.name: t for t in self.base.tensors()}
-        self._changes: dict[str, list[_Change]] = {}
-        new = self._understand()
-        self.notes = (*self.base.notes, f"scores are of the weights with the adapter in {folder} applied")
-        if new:
-            self.notes += (
-                f"the adapter brings {len(new)} tensors that the base lacks ({new[0]}); they are not scanned",
-            )
-
-    def _understand(self) -> list[str]:
-        """Sort the file's tensors to the base's parameters; returns names of saved modules that the base lacks."""
-        lora: dict[str, _Change] = {}
-        new = []
-        for key in self._spans:
-            name = key.removeprefix("base_model.model.")
-            match = re.fullmatch(
-                r"(?P<module>.+)\.(?:(?P<ab>lora_A|lora_B)\.weight|lora_embedding_(?P<e>[AB])"
-                r"|(?P<m>lora_magnitude_vector)(?:\.weight)?|lora_spectrum\.(?P<own>.+))",
-                name,
-            )
-            if match is None:
-                known = self._known(name)
-                if known:
-                    self._changes.setdefault(known, []).append(_Change(replaced=key))
-                elif self._saved(name):
-                    new.append(name)
-                elif not name.endswith(".lora_B.bias"):
-                    raise CheckpointError(
-                        f"{self.file}: tensor {key!r} is neither a LoRA factor nor a parameter of the base; merge the"
-                        " adapter first, or scan the loaded model."
-                    )
-                continue
-            module = match["module"]
-            if match["own"]:
-                known = self._known(f"{module}.{match['own']}")
-                if known is None:
-                    raise self._misfit(key, f"{module}.{match['own']}")
-                self._changes.setdefault(known, []).append(_Change(replaced=key))
-                continue
-            change = lora.setdefault(module, _Change(module=module))
-            if match["m"]:
-                change.magnitude = key
-            elif (match["ab"] or match["e"]).endswith("A"):
-                change.a = key
-            else:
-                change.b = key
-        for module, change in lora.items():
-            if change.a is None or change.b is None:
-                raise CheckpointError(
-                    f"{self.file}: {module} has {change.a or change.b!r} alone, wanted both LoRA factors."
-                )
-            self._changes.setdefault(self._target(module, change), []).append(change)
-        return new
-
-    def _known(self, name: str) -> str | None:
-        return names.align([name], self._infos).get(name)
-
-    def _saved(self, name: str) -> bool:
-        saved = self.config.get("modules_to_save") or ()
-        return any(part in saved for part in name.split("."))
-
-    def _misfit(self, key: str, name: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.file}: tensor {key!r} fits no parameter of the base.{near_matches(name, self._infos)}"
-        )
-
-    def _target(self, module: str, change: _Change) -> str:
-        """The parameter that a pair of factors changes: `module.weight`, or fused experts of fitting shape."""
-        assert change.a
-        assert change.b
-        known = self._known(f"{module}.weight")
-        rows, columns = self._spans[change.b].shape[0], self._spans[change.a].shape[-1]
-        if known is None:
-            owner = module.replace(".base_layer", "")
-            fitting = [
-                t.name
-                for t in self._infos.values()
-                if t.experts and names.module_name(t.name) == owner and sorted(t.shape[1:]) == sorted((rows, columns))
-            ]
-            if len(fitting) != 1:
-                raise self._misfit(change.a, f"{module}.weight")
-            known = fitting[0]
-        info = self._infos[known]
-        # A LoRA on an embedding holds A as (rank, rows of the table) and B as (width, rank).
-        if sorted(info.shape[-2:]) != sorted((rows, columns)):
-            raise CheckpointError(
-                f"{self.file}: {change.b!r} times {change.a!r} gives ({rows}, {columns}), wanted {info.shape} for"
-                f" {known}."
-            )
-        return known
-
-    def tensors(self) -> list[TensorInfo]:
-        return list(self._infos.values())
-
-    def read(self, name: str) -> Tensor:
-        base, expert = split_expert(name)
-        weight = self.base.read(name)
-        for change in self._changes.get(base, ()):
-            if change.replaced:
-                weight = self._stored(change.replaced)
-                weight = weight if expert is None else weight[expert]
-                continue
-            info = self._infos[base]
-            if info.experts and expert is None:
-                weight = torch.stack([self._changed(weight[e], change, info, e) for e in range(info.experts)])
-            else:
-                weight = self._changed(weight, change, info, expert)
-        return weight
-
-    def _changed(self, weight: Tensor, change: _Change, info: TensorInfo, expert: int | None) -> Tensor:
-        """W + scale * B A in float32, with DoRA's rescaling where the file has magnitudes."""
-        assert change.a
-        assert change.b
-        a, b = self._stored(change.a).float(), self._stored(change.b).float()
-        rank = a.shape[0]
-        if (
-            info.experts
-        ):  # PEFT's ParamWrapper: A is (experts * rank, in), B (out, rank * experts) with the experts innermost
-            rank //= info.experts
-            a, b = a.view(info.experts, rank, -1)[expert], b.view(b.shape[0], rank, info.experts)[:, :, expert]
-        delta = (b @ a) * self._scale(change.module, rank)
-        turned = info.transposed or (delta.shape[0] == delta.shape[1] and bool(self.config.get("fan_in_fan_out")))
-        delta = delta.T if delta.shape != weight.shape or turned else delta
-        magnitude = self._stored(change.magnitude).float() if change.magnitude else None
-        return apply_delta(weight, delta, magnitude, transposed=turned)
-
-    def _scale(self, module: str, rank: int) -> float:
-        """alpha / rank, or alpha / sqrt(rank) for rsLoRA. Source: peft 0.21 tuners/lora/layer.py, `update_layer`."""
-        alpha = self.config.get("lora_alpha", 8)
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = value
-                break
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank) if rank else 0.0
-
-    def _stored(self, key: str) -> Tensor:
-        span = self._spans[key]
-        return read_bytes(self.file, span.begin, span.end).view(DTYPES[span.dtype]).reshape(span.shape)
-
-    def fingerprint(self) -> Fingerprint:
-        base = self.base.fingerprint()
-        return Fingerprint(base.structure, self.identity() if base.content else None, "file")
-
-    def identity(self) -> str:
-        digest = hashlib.sha256(self.base.identity().encode())
-        for key, span in self._spans.items():
-            digest.update(json.dumps([key, span.dtype, list(span.shape)]).encode())
-            digest.update(read_bytes(self.file, span.begin, span.end).numpy())
-        digest.update(json.dumps(self.config, sort_keys=True).encode())
-        return digest.hexdigest()
+    rank = a.shape[0] // experts
+    return b.view(b.shape[0], rank, experts)[:, :, expert].float() @ a.view(experts, rank, -1)[expert].float()
 
 
 def apply_delta(weight: Tensor, delta: Tensor, magnitude: Tensor | None, transposed: bool = False) -> Tensor:
@@ -875,7 +723,8 @@ def apply_delta(weight: Tensor, delta: Tensor, magnitude: Tensor | None, transpo
         return changed
     along = 0 if transposed else 1
     length = torch.linalg.vector_norm(changed, dim=along, keepdim=True)
-    return changed * (magnitude.flatten().to(changed).reshape(length.shape) / length)
+    rescaled: Tensor = changed * (magnitude.flatten().to(changed).reshape(length.shape) / length)
+    return rescaled
 
 
 # --- live models -----------------------------------------------------------------------------------------------------
@@ -1010,12 +859,20 @@ class LiveWeights:
             weight = self._files.read(self._file_name[base])
         else:
             weight = _dequantized(item)
+        if expert is not None:
+            weight = weight[expert]
         for layer, adapter in _changes(item):
-            delta = layer.get_delta_weight(adapter)
+            if expert is None:
+                delta = layer.get_delta_weight(adapter)
+                delta = delta.T if item.quantized and item.info.transposed else delta
+            else:
+                a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                delta = expert_product(a, b, layer.num_experts, expert) * layer.scaling[adapter]
+                delta = delta if layer._did_swap_in_out_features else delta.T
             magnitudes = getattr(layer, "lora_magnitude_vector", {})
             magnitude = magnitudes[adapter].weight.detach() if adapter in magnitudes else None
             weight = apply_delta(weight, delta.detach(), magnitude, transposed=item.info.transposed)
-        return weight if expert is None else weight[expert]
+        return weight
 
     def fingerprint(self) -> Fingerprint:
         return Fingerprint(structure_of(self.tensors()), self._content, "live")
@@ -1047,7 +904,7 @@ class LiveWeights:
             flat = parameter.detach().reshape(-1)
             count = max(1, _SAMPLE // flat.element_size())
             for part in (flat[:count], flat[-count:]):
-                digest.update(part.contiguous().cpu().view(torch.uint8).numpy())
+                digest.update(part.contiguous().cpu().view(torch.uint8).numpy().data)
         for item in self._live.values():  # switching adapters on and off leaves every parameter as it is
             digest.update(json.dumps([item.info.name, [adapter for _, adapter in _changes(item)]]).encode())
         return digest.hexdigest()
@@ -1058,20 +915,17 @@ def _walk(module: nn.Module, prefix: str, layers: tuple[nn.Module, ...]) -> Iter
     children = module._modules
     wrapped = children.get("base_layer")
     if wrapped is not None:
-        inner: dict[str, _Live] = {i.info.name: i for i in _walk(wrapped, prefix, (*layers, module))}
-        if "lora_spectrum" in children:  # the adapter's own values stand for the parameter
-            layer: Any = module
-            current: Mapping[str, Tensor] = {} if layer.merged else layer.current()
-            for parameter, value in current.items():
-                yield _live(wrapped, prefix, parameter, value, (*layers, module))
-                inner.pop(prefix + parameter, None)
-        yield from inner.values()
+        layer: Any = module
+        if "lora_spectrum" in children and not layer.merged:  # the base holds None where the layer has its own value
+            for own, value in layer.current().items():
+                yield _live(wrapped, prefix, own, value, (*layers, module))
+        yield from _walk(wrapped, prefix, (*layers, module))
         return
     saved, original = children.get("modules_to_save"), children.get("original_module")
-    if saved is not None and original is not None:
-        active = [a for a in module.active_adapters if a in saved]  # type: ignore[union-attr, operator]
-        use = original if module.disable_adapters or not active else saved.get_submodule(active[0])
-        yield from _walk(use, prefix, layers)
+    if isinstance(saved, nn.ModuleDict) and original is not None:
+        wrapper: Any = module
+        active = [] if wrapper.disable_adapters else [a for a in wrapper.active_adapters if a in saved]
+        yield from _walk(saved[active[0]] if active else original, prefix, layers)
         return
     for name, parameter in module._parameters.items():
         if parameter is not None and (parameter.is_floating_point() or _quantization_of(parameter)):
@@ -1090,7 +944,10 @@ def _live(owner: nn.Module, prefix: str, name: str, parameter: Tensor, layers: t
         shape = tuple(parameter.quant_state.shape)  # type: ignore[attr-defined]
     role = names.role(full, shape)
     experts = shape[0] if role == "linear" and len(shape) == 3 else None
-    turned = type(owner).__name__ == "Conv1D" and len(shape) == 2
+    # transformers turns a Conv1D's matrix before bitsandbytes quantizes it; its name here means the matrix as stored.
+    kind = getattr(owner, "source_cls", type(owner)) if dtype else type(owner)
+    turned = kind.__name__ == "Conv1D" and len(shape) == 2
+    shape = shape[::-1] if turned and dtype else shape
     return _Live(
         TensorInfo(full, shape, dtype or _dtype_name(parameter.dtype), role, experts, turned), owner, parameter, layers
     )
@@ -1137,8 +994,7 @@ def give_storage_without_values(layer: nn.Module, dtype: torch.dtype) -> None:
     """Fill a bitsandbytes layer made on the meta device with weights that have bitsandbytes' storage and no values.
 
     For a dry run: call it under `FakeTensorMode`, where bitsandbytes' own parameter types cannot be made. The layer's
-        own
-    forward then runs on a plain parameter that carries what it looks for: packed 4-bit values with block maxima of 64
+    own forward then runs on a plain parameter that carries what it looks for: packed 4-bit values with block maxima of 64
     values, these in 8 bit in blocks of 256 with their offset and two code books; or int8 rows with one scale each.
 
     Args:
@@ -1199,23 +1055,36 @@ def int8_products_as_on(device: str) -> Iterator[None]:
         functions.logger.disabled = silent
 
 
+def _int8_values(values: Tensor, scale: Tensor) -> Tensor:
+    """LLM.int8: whole numbers times the largest absolute value of each row over 127."""
+    return values.float() * (scale.float() / 127.0).unsqueeze(1)
+
+
 def _dequantized(item: _Live) -> Tensor:
-    parameter: Any = item.parameter.detach()
+    values = _layer_values(item)
+    return values.T if item.quantized and item.info.transposed else values
+
+
+def _layer_values(item: _Live) -> Tensor:
+    """The matrix that the layer multiplies with."""
     if item.info.dtype in {"nf4", "fp4"}:
         import bitsandbytes.functional as bnb
 
-        return bnb.dequantize_4bit(*_unpacked_4bit(item.parameter))
+        values: Tensor = bnb.dequantize_4bit(*_unpacked_4bit(item.parameter))
+        return values
     if item.info.dtype == "int8":
         # After the first forward the scales have moved from the parameter to the module's state.
+        owner: Any = item.owner
         scale = getattr(item.parameter, "SCB", None)
-        scale = item.owner.state.SCB if scale is None else scale  # type: ignore[union-attr]
-        return parameter.float() * (scale.float() / 127.0).unsqueeze(1).to(parameter.device)
-    return parameter
+        scale = owner.state.SCB if scale is None else scale
+        return _int8_values(item.parameter.detach(), scale.to(item.parameter.device))
+    return item.parameter.detach()
 
 
 def _changes(item: _Live) -> list[tuple[Any, str]]:
     """(PEFT layer, adapter) pairs whose product is added to this parameter now."""
-    found = []
+    found: list[tuple[Any, str]] = []
+    layer: Any
     for layer in reversed(item.layers):
         if not hasattr(layer, "get_delta_weight") or layer.disable_adapters or layer.merged:
             continue
@@ -1495,6 +1364,42 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, _GgufSpan]]:
             raise CheckpointError(f"{path}: tensor {name!r} ends at byte {end}, the file has {total}: it is truncated.")
         spans[name] = _GgufSpan(kind, shape, begin, end)
     return metadata, spans
+
+
+# --- what a quantized base computes with -----------------------------------------------------------------------------
+
+
+def through_quantization(weight: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    """dequantize(quantize(weight)): the float weight that a bitsandbytes layer of this matrix computes with.
+
+    Args:
+        weight: (out, in), in the dtype that the base was loaded in.
+        settings: fields of `transformers.BitsAndBytesConfig`.
+    Returns:
+        (out, in); of 4 bit in the dtype of `weight`, of 8 bit in float32.
+    Source: bitsandbytes 0.50.2, nn/modules.py `Params4bit._quantize`, `Int8Params._quantize`.
+    """
+    import bitsandbytes.functional as bnb
+
+    if settings.get("load_in_8bit"):
+        values, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        return _int8_values(values, scale)
+    packed, state = bnb.quantize_4bit(
+        weight.contiguous(),
+        blocksize=64,
+        compress_statistics=bool(settings.get("bnb_4bit_use_double_quant", False)),
+        quant_type=str(settings.get("bnb_4bit_quant_type", "fp4")),
+    )
+    return bnb.dequantize_4bit(packed, state)
+
+
+def dequantized_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """{parameter: reads the float weight that its quantized layer computes with}, on the CPU; empty for a float model."""
+
+    def reader(item: _Live) -> Callable[[], Tensor]:
+        return lambda: _dequantized(item).cpu()
+
+    return {item.info.name: reader(item) for item in _walk(base_module(model), "", ()) if item.quantized}
 
 
 # --- where stored tensors lie in the model ---------------------------------------------------------------------------
