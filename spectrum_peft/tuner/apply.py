@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,16 +133,35 @@ def plan_parameters(model: nn.Module, adapter_name: str | None = None) -> dict[s
 # --- the plan for this model -----------------------------------------------------------------------------------------
 
 
-def settle_plan(model: nn.Module, config: SpectrumConfig) -> Plan:
-    """The plan that `config` means for `model`, with the model's own parameter names.
+@contextmanager
+def _adapters_off(model: nn.Module) -> Iterator[None]:
+    """Every layer computes, and is read, as the base; `requires_grad` stays as it is."""
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, off in zip(layers, before, strict=True):
+            layer._disable_adapters = off
 
-    The plan wins, the report comes next, else the model is scanned (a finished scan of the same weights is used again,
+
+def settle_plan(model: nn.Module, config: SpectrumConfig) -> Plan:
+    """The plan that `config` means for the base model, with the model's own parameter names.
+
+    Adapters that are on it already are of no consequence. The plan wins, the report comes next, else the model is scanned (a finished scan of the same weights is used again,
     and said so). What `modules_to_save`, `trainable_token_indices`, `bias` and a new task head add has action `save`.
 
     Raises:
         MismatchError: report or plan of another checkpoint; an entry that matches nothing.
         OptionError: the config leaves nothing to choose from.
     """
+    with _adapters_off(model):
+        return _settled(model, config)
+
+
+def _settled(model: nn.Module, config: SpectrumConfig) -> Plan:
     present = base_parameters(model)
     if config.plan is not None:
         plan = config.plan

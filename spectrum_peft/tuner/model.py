@@ -176,20 +176,34 @@ class SpectrumModel(LoraModel):
             setattr(parent, target_name, layer)
 
     def _refuse_mixtures(self, config: SpectrumConfig, model: nn.Module, adapter_name: str) -> None:
-        """One module holds real weights or low-rank products, not both. Asked before anything is put in."""
+        """One module holds real weights or low-rank products, not both. Asked before anything is put in.
+
+        Raises:
+            MismatchError: another adapter holds the other kind there.
+        """
         held = {names.module_name(e.name) for e in config.plan.entries if is_held(e, config)}
         placed = {names.module_name(e.name) for e in config.plan.entries if is_placed(e, config)}
+        empty: dict[str, nn.Module] = {}
         for name, module in model.named_modules():
             for wanted, other, wants, has in (
-                (held, LoraLayer, "its real weights", "an adapter"),
-                (placed, SpectrumLayer, "an adapter", "real weights"),
+                (held, LoraLayer, "its real weights", "low-rank factors"),
+                (placed, SpectrumLayer, "low-rank factors", "real weights"),
             ):
-                if name in wanted and isinstance(module, other):
-                    owner = sorted(module._all_available_adapter_names())[0]
+                if name not in wanted or not isinstance(module, other):
+                    continue
+                owners = sorted(module._all_available_adapter_names())
+                if owners:
                     raise MismatchError(
-                        f"{name} carries {has} of adapter {owner!r}, and adapter {adapter_name!r} wants {wants} there. One "
-                        "module holds one kind; delete the other adapter, load it on a base of its own, or exclude the module."
+                        f"{name} carries {has} of adapter {owners[0]!r}, and adapter {adapter_name!r} wants {wants} there. "
+                        "One module holds one kind; delete the other adapter, load it on a base of its own, or exclude the "
+                        "module."
                     )
+                empty[name] = module
+        for name, module in empty.items():  # PEFT leaves a layer behind when its last adapter is deleted
+            parent, _, leaf = name.rpartition(".")
+            real = isinstance(module, SpectrumLayer)
+            base = module.unload_and_optionally_merge_module(merge=False) if real else module.get_base_layer()
+            setattr(model.get_submodule(parent), leaf, base)
 
     def _check_injected(self, model: nn.Module, adapter_name: str, config: SpectrumConfig) -> None:
         plan: Plan = config.plan
