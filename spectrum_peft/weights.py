@@ -459,8 +459,8 @@ class FileWeights:
         method = str(settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else "unknown"))
         if method != "bitsandbytes":
             raise CheckpointError(
-                f"{self.files[0].parent}: weights are quantized by {method!r}, wanted float or bitsandbytes weights; use the"
-                " checkpoint they were quantized from."
+                f"{self.files[0].parent}: weights are quantized by {method!r}, wanted float or bitsandbytes weights; use"
+                " the checkpoint they were quantized from."
             )
         return f"in bitsandbytes {'4-bit' if settings.get('load_in_4bit') else '8-bit'}"
 

@@ -252,7 +252,7 @@ def test_the_score_is_the_energy_above_over_the_energy_below(seeded: torch.Gener
 
 @pytest.mark.parametrize("beta", [0.01, 0.25, 0.7, 1.0])
 def test_the_median_of_the_law_is_that_of_large_noise(beta: float, seeded: torch.Generator) -> None:
-    m = 1500
+    m = 800
     matrix = noise((round(beta * m), m), seeded)
     eigenvalues = torch.linalg.svdvals(matrix).square() / m
     assert criteria._mp_median(beta) == pytest.approx(float(eigenvalues.median()), rel=0.02)

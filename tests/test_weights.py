@@ -786,6 +786,12 @@ def test_a_gguf_file_is_read_under_the_names_of_transformers(tmp_path: Path, kin
     assert torch.equal(source.read("model.layers.0.mlp.down_proj.weight").float(), exact)
 
 
+def test_a_gguf_file_with_a_head_is_not_tied(tmp_path: Path) -> None:
+    source = open_weights(gguf_file(tmp_path / "m.gguf", gguf_tensors() | {"output.weight": torch.randn(40, WIDTH)}))
+    assert source.tied == ()
+    assert {t.name: t.role for t in source.tensors()}["lm_head.weight"] == "head"
+
+
 def test_the_rows_of_q_and_k_are_put_back(tmp_path: Path) -> None:
     stored = gguf_tensors()
     for architecture, turned in (("llama", True), ("qwen2", False)):
