@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import names
 from .errors import CheckpointError, MismatchError, near_matches
-from .records import Plan, read_mapping
+from .records import Plan, PlanEntry, read_mapping
 from .weights import DTYPES, Span, TensorInfo, read_bytes, read_header
 
 # Inits that rewrite the base when the adapter is made: such an adapter belongs to a base that is in no file.
@@ -54,7 +54,7 @@ class Stored:
 
     Attributes:
         shape, dtype: of the tensor.
-        read: (begin, end) -> those elements of the flattened tensor, on the CPU, in its dtype.
+        read: (begin, end) -> those elements of the flattened tensor, in fresh memory on the CPU, in its dtype.
     """
 
     shape: tuple[int, ...]
@@ -74,7 +74,8 @@ class Stored:
 
     @classmethod
     def in_memory(cls, tensor: Tensor) -> Stored:
-        return cls(tuple(tensor.shape), tensor.dtype, lambda b, e: tensor.detach().reshape(-1)[b:e].cpu())
+        flat = tensor.detach().reshape(-1)
+        return cls(tuple(tensor.shape), tensor.dtype, lambda b, e: flat[b:e].to("cpu", copy=True))
 
 
 # How an update changes rows of a parameter seen as a matrix (fused experts one below the other, a vector as a column):
@@ -285,7 +286,8 @@ class AdapterState:
 
     def planned(self) -> list[TensorInfo]:
         """The base's parameters as far as the plan knows them."""
-        entries = self.plan.entries if self.plan else ()
+        planned = self.plan.entries if self.plan else ()
+        entries = [dataclasses.replace(e, shape=e.shape or self._shape_of(e)) for e in planned]
         return [
             TensorInfo(
                 e.name, e.shape, "unknown", names.role(e.name, e.shape), e.shape[0] if len(e.shape) == 3 else None
@@ -293,6 +295,12 @@ class AdapterState:
             for e in entries
             if e.shape is not None
         ]
+
+    def _shape_of(self, entry: PlanEntry) -> tuple[int, ...] | None:
+        """(out, in) of a matrix that a plan made from published scores says no shape of, from the factors beside it."""
+        module = PEFT_PREFIX + names.module_name(entry.name)
+        a, b = (self.tensors.get(f"{module}.lora_{x}.weight") for x in "AB")
+        return None if a is None or b is None else (b.shape[0], a.shape[-1])
 
     def updates(self, base: Iterable[TensorInfo], model_type: str | None = None) -> list[Update]:
         """What the adapter does to a base, names as the base has them.

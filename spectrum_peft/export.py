@@ -26,27 +26,20 @@ import torch
 from torch import Tensor, nn
 
 from . import names
-from .adapters import PEFT_PREFIX, AdapterState, Added, LowRank, RowChange, Rows, Stored, Update, Value, may_grow
+from .adapters import PEFT_PREFIX, AdapterState, Added, LowRank, Rows, Stored, Update, Value, may_grow
 from .errors import CheckpointError, MismatchError, OptionError, near_matches
 from .records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry, read_mapping, write_text
-from .safetensors_io import SafetensorsWriter, header_bytes, read_raw_header
+from .rewrite import QUANTIZED, layout, main_dtype, write_index, write_shards
+from .safetensors_io import SafetensorsWriter, header_bytes
 from .weights import (
     DTYPES,
     FileWeights,
-    Place,
-    Span,
     TensorInfo,
-    as_matrix,
     base_module,
     open_weights,
-    places,
-    read_bytes,
 )
 
 ONTO = ("original", "dequantized")
-INDEX = "model.safetensors.index.json"
-_OPEN = 8  # updates whose factors are kept in memory at a time
-_CHUNK = 1 << 20  # elements computed at a time: 4 MiB in float32, which stays in the cache
 _TOKENIZER = re.compile(
     r"tokenizer.*|vocab\..*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model|.*\.tiktoken|.*\.spm"
     r"|chat_template\..*|additional_chat_templates"
@@ -167,13 +160,11 @@ def merge_into_base(
     if onto == "dequantized":
         starts = source.dequantized(files, quantization)
         notes.append(f"{len(starts)} matrices are dequantized: their frozen values are not the original checkpoint's")
-    shards = _layout(files, changes, starts, cast)
+    shards = layout(files, changes, starts, cast)
     config = _config(files, source, changes, untied, cast)
     with _whole_folder(target) as folder:
-        tally = _Tally()
-        for shard in shards:
-            shard.write(folder, tally)
-        _write_index(files, shards, folder)
+        tally = write_shards(shards, folder)
+        write_index(files, shards, folder)
         _copy_beside(files, source, folder)
         # Last: a folder without a config is no checkpoint, should everything else be there when the process dies.
         _write_config(files, config, folder)
@@ -209,21 +200,27 @@ class _Adapter:
         """New values that the adapter's own tensors do not hold; a folder has none."""
         return []
 
-    def quantization(self) -> Any:
-        """What the training run wrote down about its base, or None."""
+    @property
+    def noted(self) -> Mapping[str, Any]:
+        """What the training run wrote down: `quantization` and `dtype` of its base among others."""
         results = self.state.folder / "train_results.json" if self.state.folder else None
-        return read_mapping(results).get("quantization") if results is not None and results.is_file() else None
+        return read_mapping(results) if results is not None and results.is_file() else {}
+
+    def quantization(self) -> Any:
+        """How the base was quantized in training, a word or a config; None if nobody knows."""
+        return self.noted.get("quantization")
 
     def dequantized(self, files: FileWeights, quantization: Any) -> dict[str, Callable[[], Tensor]]:
         """{parameter: reads the float weight that the quantized base computed with}, in its stored shape."""
         from .weights import through_quantization
 
-        stored = [t for t in files.tensors() if t.dtype in {"nf4", "fp4", "int8"}]
+        stored = [t for t in files.tensors() if t.dtype in QUANTIZED]
         if stored:
             return {t.name: _reader(files, t.name) for t in stored}
         settings = _quantization_settings(
             self.quantization() if quantization is None else quantization, self.state.plan
         )
+        dtype = _dtype_of(self.noted.get("dtype"))  # the base was cast to it before it was quantized
         infos = {t.name: t for t in files.tensors()}
 
         def reader(name: str) -> Callable[[], Tensor]:
@@ -231,6 +228,7 @@ class _Adapter:
 
             def read() -> Tensor:
                 weight = files.read(name)
+                weight = weight if dtype is None else weight.to(dtype)
                 seen = through_quantization(weight.T if turned else weight, settings)
                 return seen.T if turned else seen
 
@@ -336,7 +334,7 @@ def _open_base(base: str | os.PathLike[str] | None, source: _Adapter) -> FileWei
             f"AutoModelForCausalLM.from_pretrained({str(Path(base).parent)!r}, gguf_file={Path(base).name!r}), then "
             "put its state_dict into a model made from its config without quantization_config, and save that."
         )
-    revision = source.state.config.get("revision")
+    revision = source.state.config.get("revision") if str(base) == source.state.base else None
     try:
         files = open_weights(base, revision)
     except CheckpointError as error:
@@ -355,7 +353,7 @@ def _open_base(base: str | os.PathLike[str] | None, source: _Adapter) -> FileWei
 
 
 def _stored_bits(files: FileWeights) -> str:
-    kinds = sorted({t.dtype for t in files.tensors()} & {"nf4", "fp4", "int8"})
+    kinds = sorted({t.dtype for t in files.tensors()} & QUANTIZED)
     return "8 bit" if kinds == ["int8"] else f"4 bit ({', '.join(kinds)})"
 
 
@@ -510,271 +508,6 @@ def _still_equal(mine: Sequence[Update], theirs: Sequence[Update], files: FileWe
     return first.shape == second.shape and torch.equal(first, second.to(first.dtype))
 
 
-# --- layout ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Tally:
-    """What has been written so far."""
-
-    changed: list[str] = field(default_factory=list)
-    added: list[str] = field(default_factory=list)
-    copied: list[str] = field(default_factory=list)
-    rounding: float = 0.0
-    rounding_at: str | None = None
-
-    def note(self, name: str, rounding: float) -> None:
-        if rounding > self.rounding:
-            self.rounding, self.rounding_at = rounding, name
-
-
-@dataclass
-class _Tensor:
-    """One tensor of the output.
-
-    Attributes:
-        source: file and place of the base's bytes, None where the base has none of this name.
-        place: of its rows in the parameter that they belong to; None for what is no parameter.
-        changes: of that parameter.
-        start: reads the whole parameter as it is before the changes, where that is not the base's stored tensor.
-        new: the base's files have no tensor of this name.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    source: tuple[Path, Span] | None
-    place: Place | None
-    changes: Sequence[Update] = ()
-    start: Callable[[], Tensor] | None = None
-    new: bool = False
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def frozen(self) -> bool:
-        return (
-            not self.changes
-            and self.start is None
-            and self.source is not None
-            and self.dtype == DTYPES[self.source[1].dtype]
-        )
-
-    def write(self, writer: SafetensorsWriter, opened: Mapping[int, RowChange]) -> float:
-        """Compute and write the tensor a few rows at a time.
-
-        Args:
-            opened: {id(update): its change}, read once for the tensors that share it.
-        Returns:
-            largest rounding.
-        """
-        rows, columns = as_matrix(self.shape) if self.place is None else (self.place.rows, self.place.columns)
-        if self.place is not None and self.changes and isinstance(self.changes[0], Value):
-            rows = as_matrix(self.shape)[0]  # a table may have grown
-        first = 0 if self.place is None else self.place.first
-        read = self._reader(first, columns)
-        rest = [opened[id(u)] for u in self.changes if not isinstance(u, Value)]
-        step = rows if any(isinstance(u, LowRank) and u.by_columns for u in self.changes) else max(1, _CHUNK // columns)
-        block = self._block(rows)
-        worst = 0.0
-        for begin in _steps(rows, step, block):
-            count = min(step, rows - begin, block - begin % block)
-            values = read(begin, count)
-            for change in rest:
-                values = change(values, first + begin)
-            stored = values.to(self.dtype)
-            worst = max(worst, self._check(values, stored))
-            writer.write(stored)
-        return worst
-
-    def _block(self, rows: int) -> int:
-        """Rows that one chunk may not go beyond: those of one expert, where the tensor holds several."""
-        experts = next((u.experts for u in self.changes if isinstance(u, LowRank) and u.experts), None)
-        return rows // experts if experts and len(self.shape) == 3 else rows
-
-    def _reader(self, first: int, columns: int) -> Callable[[int, int], Tensor]:
-        value = self.changes[0] if self.changes and isinstance(self.changes[0], Value) else None
-        if value is not None:
-            return lambda begin, count: value.rows(first + begin, count, columns)
-        if self.start is not None:
-            whole = self.start().reshape(-1, columns)
-            return lambda begin, count: whole[first + begin : first + begin + count]
-        assert self.source is not None
-        path, span = self.source
-        kind = DTYPES[span.dtype]
-        width = columns * kind.itemsize
-
-        def stored(begin: int, count: int) -> Tensor:
-            raw = read_bytes(path, span.begin + begin * width, span.begin + (begin + count) * width)
-            return raw.view(kind).reshape(count, columns)
-
-        return stored
-
-    def _check(self, values: Tensor, stored: Tensor) -> float:
-        """The largest rounding of a chunk.
-
-        Raises:
-            CheckpointError: NaN or Inf, from the adapter or because the dtype cannot hold the value.
-        """
-        if values.dtype == stored.dtype:
-            worst, finite = 0.0, bool(torch.isfinite(values.sum(dtype=torch.float64)))
-        else:
-            wide = torch.promote_types(values.dtype, torch.float32)
-            worst = float((values.to(wide) - stored.to(wide)).abs_().max()) if stored.numel() else 0.0
-            finite = math.isfinite(worst)
-        if not finite:
-            raise CheckpointError(
-                f"{self.name}: the merged values are not finite in {str(self.dtype).removeprefix('torch.')}."
-            )
-        return worst
-
-
-def _steps(rows: int, step: int, block: int) -> Iterator[int]:
-    begin = 0
-    while begin < rows:
-        yield begin
-        begin += min(step, rows - begin, block - begin % block)
-
-
-@dataclass
-class _Shard:
-    """One file of the output.
-
-    Attributes:
-        name: file name.
-        tensors: in the order of the data.
-        header: first bytes of the file, up to the data.
-    """
-
-    name: str
-    tensors: list[_Tensor]
-    header: bytes
-
-    @property
-    def size(self) -> int:
-        return sum(t.size for t in self.tensors)
-
-    def write(self, folder: Path, tally: _Tally) -> None:
-        opened: dict[int, RowChange] = {}
-        with SafetensorsWriter(folder / self.name, self.header, self.size) as writer:
-            for tensor in self.tensors:
-                if tensor.frozen:
-                    assert tensor.source is not None
-                    path, span = tensor.source
-                    writer.copy(path, span.begin, span.end)
-                else:
-                    _open_changes(tensor, opened)
-                    tally.note(tensor.name, tensor.write(writer, opened))
-                (tally.added if tensor.new else tally.copied if tensor.frozen else tally.changed).append(tensor.name)
-
-
-def _open_changes(tensor: _Tensor, opened: dict[int, RowChange]) -> None:
-    """Read the factors that a tensor needs. The experts of a fused parameter lie in many stored tensors, those of two
-    parameters in turns, so the last few that were used stay open."""
-    kinds = {tensor.dtype, None if tensor.source is None else DTYPES[tensor.source[1].dtype]}
-    wide = torch.float64 if torch.float64 in kinds else torch.float32
-    for update in tensor.changes:
-        if not isinstance(update, Value):
-            key = id(update)
-            opened[key] = opened.pop(key) if key in opened else update.change(wide)
-    while len(opened) > max(_OPEN, len(tensor.changes)):
-        opened.pop(next(iter(opened)))
-
-
-def _layout(
-    files: FileWeights,
-    changes: Mapping[str, Sequence[Update]],
-    starts: Mapping[str, Callable[[], Tensor]],
-    cast: torch.dtype | None,
-) -> list[_Shard]:
-    """Every file of the output with its tensors, before anything is written."""
-    known = places(files)
-    quantized = {t.name: t for t in files.tensors() if t.dtype in {"nf4", "fp4", "int8"}}
-    usual = _main_dtype(files)
-    parts = Counter(place.name for place in known.values())
-    shards = []
-    for path in files.files:
-        spans, rows = files.spans(path), []
-        for name, span in spans.items():
-            place = known.get(name)
-            if place is None and quantized and any(name.startswith(q.removesuffix("weight")) for q in quantized):
-                continue  # the statistics of a quantized matrix that becomes a float one
-            stored = DTYPES[span.dtype]
-            mine = changes.get(place.name, ()) if place else ()
-            start = starts.get(place.name) if place else None
-            dtype, shape = stored, span.shape
-            if place and place.name in quantized:
-                dtype, shape = usual, quantized[place.name].shape
-            if place and mine and isinstance(mine[0], Value) and parts[place.name] == 1:
-                shape = mine[0].stored.shape
-            if cast is not None and dtype.is_floating_point:
-                dtype = cast
-            rows.append(_Tensor(name, dtype, shape, (path, span), place, mine, start))
-        shards.append((path, rows))
-    present = {place.name for place in known.values()}
-    last = shards[-1][1]
-    for name, mine in changes.items():
-        if name in present:
-            continue
-        last.append(_added(name, mine, files, known, changes, cast or usual, cast))
-    return [_shard(path, rows, len(files.files) == 1) for path, rows in shards]
-
-
-def _parts(known: Mapping[str, Place], name: str) -> list[str]:
-    return [stored for stored, place in known.items() if place.name == name]
-
-
-def _added(
-    name: str,
-    mine: Sequence[Update],
-    files: FileWeights,
-    known: Mapping[str, Place],
-    changes: Mapping[str, Sequence[Update]],
-    usual: torch.dtype,
-    cast: torch.dtype | None,
-) -> _Tensor:
-    """A tensor that the base's files lack: a new head, or one that was tied and is not any more."""
-    if mine and isinstance(mine[0], Value):
-        shape = mine[0].stored.shape
-        return _Tensor(name, usual, shape, None, Place(name, 0, *as_matrix(shape)), mine, new=True)
-    kept = next(group[0] for group in files.tied if name in group)
-    stored = _parts(known, kept)[0]
-    path, span = files.place_of(stored)
-    dtype = cast or DTYPES[span.dtype]
-    return _Tensor(name, dtype, span.shape, (path, span), Place(name, 0, *as_matrix(span.shape)), mine, new=True)
-
-
-def _shard(path: Path, rows: list[_Tensor], alone: bool) -> _Shard:
-    header, raw = read_raw_header(path)
-    listed = [name for name in header if name != "__metadata__"]
-    same = [t.name for t in rows] == sorted(listed, key=lambda n: header[n]["data_offsets"]) and all(
-        not t.new and t.source is not None and t.shape == t.source[1].shape and t.dtype == DTYPES[t.source[1].dtype]
-        for t in rows
-    )
-    if not same:
-        # By falling width, as safetensors itself orders them, so that every tensor stays aligned to its own width.
-        rows = sorted(rows, key=lambda t: -t.dtype.itemsize)
-        have = {t.name for t in rows}
-        order = [n for n in listed if n in have] + [t.name for t in rows if t.name not in header]
-        raw = header_bytes({t.name: (t.dtype, t.shape) for t in rows}, header.get("__metadata__"), order)
-    return _Shard("model.safetensors" if alone else path.name, rows, raw)
-
-
-def _main_dtype(files: FileWeights) -> torch.dtype:
-    """The dtype of most of the checkpoint's float elements; what the config says where they are quantized."""
-    if any(t.dtype in {"nf4", "fp4", "int8"} for t in files.tensors()):
-        said = files.config.get("dtype") or files.config.get("torch_dtype")
-        return _dtype_of(said) or torch.bfloat16
-    numel: dict[str, int] = {}
-    for info in files.tensors():
-        numel[info.dtype] = numel.get(info.dtype, 0) + info.numel
-    found = _dtype_of(max(numel, key=lambda name: numel[name]))
-    assert found is not None
-    return found
-
-
 # --- configs and other files -----------------------------------------------------------------------------------------
 
 
@@ -800,7 +533,7 @@ def _config(
                 scope["tie_word_embeddings"] = False
     quantized = bool(config.pop("quantization_config", None))
     if cast is not None or quantized:
-        said = str(cast or _main_dtype(files)).removeprefix("torch.")
+        said = str(cast or main_dtype(files)).removeprefix("torch.")
         for scope in scopes:
             for key in ("dtype", "torch_dtype"):
                 if key in scope:
@@ -860,11 +593,12 @@ def _describe_head(
     for key in _HEAD_FIELDS:
         if described.get(key) is not None:
             config[key] = described[key]
-    if "architectures" not in described:
+    named = described.get("architectures")
+    if named in (None, files.config.get("architectures")):  # a config saved without its model keeps the body's class
         mapping = adapter.get("auto_mapping") or {}
-        named = mapping.get("base_model_class") or _class_of_task(config.get("model_type"), adapter.get("task_type"))
-        if named:
-            config["architectures"] = [named]
+        found = mapping.get("base_model_class") or _class_of_task(config.get("model_type"), adapter.get("task_type"))
+        if found:
+            config["architectures"] = [found]
     labels = [_shape(mine)[0] for name, mine in heads.items() if len(_shape(mine)) == 2]
     if labels and "id2label" not in described and adapter.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
         last = labels[-1]
@@ -887,25 +621,6 @@ def _write_config(files: FileWeights, config: Mapping[str, Any], folder: Path) -
         shutil.copyfile(files.folder / "config.json", folder / "config.json")
     else:
         write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_index(files: FileWeights, shards: Sequence[_Shard], folder: Path) -> None:
-    assert files.folder is not None
-    if len(shards) == 1:
-        return
-    where = {t.name: shard.name for shard in shards for t in shard.tensors}
-    size = sum(shard.size for shard in shards)
-    index = files.folder / INDEX
-    old = read_mapping(index) if index.is_file() else {"metadata": {}}
-    metadata = dict(old.get("metadata") or {})
-    if where == old.get("weight_map") and metadata.get("total_size", size) == size:
-        shutil.copyfile(index, folder / INDEX)
-        return
-    metadata["total_size"] = size
-    if "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(math.prod(t.shape) for shard in shards for t in shard.tensors)
-    new = {"metadata": metadata, "weight_map": dict(sorted(where.items()))}
-    write_text(folder / INDEX, json.dumps(new, indent=2, ensure_ascii=False) + "\n")
 
 
 def _copy_beside(files: FileWeights, source: _Adapter, folder: Path) -> None:
@@ -1010,14 +725,14 @@ def export_lora(adapter_or_model: Any, out: str | os.PathLike[str], *, adapter_n
     else:
         config, tensors = _as_lora(state)
     with _whole_folder(target) as folder:
-        layout = {
-            key: (t.dtype, tuple(t.shape)) for key, t in sorted(tensors.items(), key=lambda kv: -kv[1].dtype.itemsize)
-        }
-        header = header_bytes(layout, {"format": "pt"}, layout)
-        size = sum(t.numel() * t.dtype.itemsize for t in tensors.values())
+        order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
+        header = header_bytes({k: (tensors[k].dtype, tuple(tensors[k].shape)) for k in order}, {"format": "pt"}, order)
+        size = sum(tensor.nbytes for tensor in tensors.values())
         with SafetensorsWriter(folder / "adapter_model.safetensors", header, size) as writer:
-            for key in layout:
-                writer.write(tensors[key])
+            at = 0
+            for key in order:
+                writer.write(tensors[key], at)
+                at += tensors[key].nbytes
         if state.folder is not None:
             for entry in sorted(state.folder.iterdir()):
                 if _TOKENIZER.fullmatch(entry.name):

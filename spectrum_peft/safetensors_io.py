@@ -1,4 +1,4 @@
-"""Writing safetensors files: front to back, frozen byte ranges copied by the kernel, one tensor in memory at a time.
+"""Writing safetensors files: tensors to their places in the file, byte ranges of other files copied by the kernel.
 
 Source of the format: https://github.com/huggingface/safetensors#format
 """
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,20 @@ _TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file from front to back; what is given must add up to what the header says.
+    """Writes one safetensors file: the header, then tensors and byte ranges to their places, from any thread.
 
     Args:
         path: of the new file.
-        header: the file's first bytes, of `header_bytes` or of another file.
-        size: bytes of data that follow.
+        header: the file's bytes up to the data, of `header_bytes` or of another file.
+        size: bytes of data; on leaving the block, that much must have been written.
     """
 
     def __init__(self, path: Path, header: bytes, size: int) -> None:
-        self.path, self._left = path, size
+        self.path, self._start, self._left = path, len(header), size
+        self._lock = threading.Lock()
         self._file = path.open("wb", buffering=0)
         self._file.write(header)
+        self._file.truncate(len(header) + size)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -43,24 +46,31 @@ class SafetensorsWriter:
     def __exit__(self, kind: Any, *_: Any) -> None:
         self._file.close()
         if kind is None and self._left:
-            raise AssertionError(f"{self.path}: {self._left} bytes are missing")
+            raise AssertionError(f"{self.path}: {self._left} bytes were not written")
 
-    def write(self, tensor: Tensor) -> None:
-        """The tensor's bytes, row-major."""
+    def write(self, tensor: Tensor, at: int) -> None:
+        """The tensor's bytes, row-major, from byte `at` of the data on."""
         view = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        self._left -= len(view)
-        while view:  # one call writes at most 2 GiB
-            view = view[self._file.write(view) :]
+        done = 0
+        while done < len(view):  # one call writes at most 2 GiB
+            done += os.pwrite(self._file.fileno(), view[done:], self._start + at + done)
+        self._note(done)
 
-    def copy(self, source: Path, begin: int, end: int) -> None:
+    def copy(self, source: Path, begin: int, end: int, at: int) -> None:
         """Bytes [begin, end) of another file, by the kernel where it can: they never come into this process."""
-        self._left -= end - begin
-        with source.open("rb", buffering=0) as file:
+        self._note(end - begin)
+        # An own position in the file for each call, which `sendfile` needs.
+        with source.open("rb", buffering=0) as file, self.path.open("r+b", buffering=0) as target:
+            target.seek(self._start + at)
             while begin < end:
-                done = _copy_some(file.fileno(), self._file.fileno(), begin, end - begin)
+                done = _copy_some(file.fileno(), target.fileno(), begin, end - begin)
                 if done == 0:
                     raise CheckpointError(f"{source}: ends at byte {begin}, wanted bytes up to {end}: it is truncated.")
                 begin += done
+
+    def _note(self, count: int) -> None:
+        with self._lock:
+            self._left -= count
 
 
 def _copy_some(source: int, target: int, begin: int, count: int) -> int:

@@ -397,7 +397,9 @@ def test_a_head_that_the_base_lacks_is_added_and_named(kind: str, base_of: Calla
     assert transformers.AutoConfig.from_pretrained(tmp_path / "live").id2label == labels
     model.config.save_pretrained(adapter)  # as the verb `train` does
     merge_into_base(adapter, base, tmp_path / "named")
-    assert transformers.AutoConfig.from_pretrained(tmp_path / "named").id2label == labels
+    named = transformers.AutoConfig.from_pretrained(tmp_path / "named")
+    assert named.id2label == labels
+    assert named.architectures == ["BertForSequenceClassification"]
     before, after = tensors_of(base), tensors_of(tmp_path / "named")
     frozen = [n for n in before if n not in report.changed]
     assert len(frozen) > 20
@@ -419,6 +421,59 @@ def test_a_language_model_becomes_a_classifier(base_of: Callable[..., Path], tmp
     assert type(plain).__name__ == "LlamaForSequenceClassification"
     with torch.no_grad():
         assert (plain(input_ids=ids).logits - wanted).abs().max() < ROUNDING
+
+
+# --- several adapters, ranks that move -------------------------------------------------------------------------------
+
+
+def test_one_of_several_adapters(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["llama"]
+    model = moved(loaded("llama", base_of("llama")), config_for("peft", architecture))
+    model.add_adapter("second", config_for("peft", architecture, target_modules=["up_proj"]))
+    model.set_adapter("second")
+    model.base_model.model.model.layers[0].mlp.up_proj.lora_B["second"].weight.data.normal_(std=0.1)
+    wanted = logits(model, architecture)
+    merge_into_base(model, out=tmp_path / "active")
+    assert (logits(loaded("llama", tmp_path / "active"), architecture) - wanted).abs().max() < ROUNDING
+    model.set_adapter("default")
+    wanted = logits(model, architecture)
+    model.set_adapter("second")
+    merge_into_base(model, out=tmp_path / "named", adapter_name="default")
+    assert (logits(loaded("llama", tmp_path / "named"), architecture) - wanted).abs().max() < ROUNDING
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(OptionError, match=r"adapters \['default', 'second'\] are active, wanted one"):
+        merge_into_base(model, out=tmp_path / "both")
+
+
+def test_live_rows_only_where_ranks_move(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["llama"]
+    config = config_for("alors", architecture, rescore_every=5, r_high=8, r_medium=2, spectrum_ratio=1.0)
+    model = loaded("llama", base_of("llama"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"peft\.")
+        model = get_peft_model(model, config)
+    for module in model.modules():
+        if hasattr(module, "lora_B") and "default" in module.lora_B:
+            rank = module.r["default"]
+            module.lora_B["default"].weight.data[:, :rank].normal_(std=0.05)
+    wanted = logits(model, architecture)
+    assert {u[2].shape[0] for u in factors(model)} == {2, 8}
+    merge_into_base(model, out=tmp_path / "merged")
+    assert (logits(loaded("llama", tmp_path / "merged"), architecture) - wanted).abs().max() < ROUNDING
+    out = export_lora(model, tmp_path / "lora")
+    plain = PeftModel.from_pretrained(loaded("llama", base_of("llama")), out)
+    assert (logits(plain, architecture) - wanted).abs().max() < ROUNDING
+
+
+def test_a_merge_leaves_the_model_in_memory_as_it_was(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    model = loaded("llama", base_of("llama"))
+    model.resize_token_embeddings(270, mean_resizing=False)
+    changes = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    model = moved(model, config_for("peft", ARCHITECTURES["llama"], **changes))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    merge_into_base(model, out=tmp_path / "merged", dtype="bfloat16")
+    export_lora(model, tmp_path / "lora")
+    assert all(same(before[n], p.detach()) for n, p in model.named_parameters())
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------
@@ -539,6 +594,24 @@ def test_metadata_and_header_order_stay_when_a_tensor_grows(base_of: Callable[..
         assert same(file.get_tensor("model.counts"), extra["model.counts"])
         assert same(file.get_tensor("odd.bias"), extra["odd.bias"])
         assert file.get_tensor("model.embed_tokens.weight").shape == (266, 64)
+
+
+def test_a_hub_id_is_read_from_the_cache(
+    tiny_llama_folder: Path, tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    cached = tmp_path / "cache" / "models--some--llama"
+    shutil.copytree(tiny_llama_folder, cached / "snapshots" / ("a" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = saved(moved(tiny_llama, config_for("peft", ARCHITECTURES["llama"])), tmp_path / "adapter")
+    merge_into_base(folder, "some/llama", tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    assert (tmp_path / "merged" / "chat_template.jinja").is_file()
+    with pytest.raises(CheckpointError, match=r"'some/other'.*not in the hub's cache"):
+        merge_into_base(folder, "some/other", tmp_path / "again")
 
 
 # --- a merge that dies -----------------------------------------------------------------------------------------------
@@ -761,7 +834,7 @@ def quantized(name: str, base: Path, config: Any, quantization: str = "nf4", **k
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"peft\.|bitsandbytes")
         model, _ = load_model_with_spectrum(
-            str(base), config, dtype="float32", quantization=quantization, model_class=kind, **kwargs
+            str(base), config, **{"dtype": "float32", **kwargs}, quantization=quantization, model_class=kind
         )
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
@@ -788,6 +861,22 @@ def test_onto_dequantized_is_what_the_quantized_model_computes(
     assert again.changed == report.changed
     for path in (tmp_path / "live").iterdir():  # the same codes from the file as from the model in memory
         assert path.read_bytes() == (tmp_path / "folder" / path.name).read_bytes(), path.name
+
+
+def test_the_dtype_that_was_quantized_is_the_one_that_training_noted(
+    base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = config_for("spectra_qlora", ARCHITECTURES["llama"])
+    model = quantized("llama", base_of("llama"), config, dtype="bfloat16")
+    adapter = saved(model, tmp_path / "adapter")
+    (adapter / "train_results.json").write_text(json.dumps({"quantization": "nf4", "dtype": "bfloat16"}))
+    merge_into_base(model, out=tmp_path / "live", onto="dequantized")
+    merge_into_base(adapter, out=tmp_path / "noted", onto="dequantized")
+    (adapter / "train_results.json").unlink()
+    merge_into_base(adapter, out=tmp_path / "said", onto="dequantized", quantization="nf4")  # of the file's float32
+    live, noted, said = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("live", "noted", "said"))
+    assert live == noted
+    assert live != said
 
 
 def test_eight_bit_bases_go_the_same_way(base_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ ARROWS = {
     "tuner": "adapters config criteria plan policies probe scan weights",
     "loading": "config plan policies scan tuner weights",
     "memory": "config loading plan policies tuner weights",
-    "export": "adapters safetensors_io tuner weights",
+    "rewrite": "adapters safetensors_io weights",
+    "export": "adapters rewrite safetensors_io tuner weights",
     # training
     "optim": "tuner",
     "callback": "config optim plan policies scan tuner",
