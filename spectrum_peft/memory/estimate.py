@@ -23,7 +23,7 @@ from ..records import Fingerprint, MemoryReport, Plan, SnrReport
 from ..tuner import settle_plan
 from ..weights import base_module
 from .fakes import config_of, fake_model, kernels_of, model_class_of, on_fake_tensors, quantized_skeleton, skeleton_of
-from .step import DTYPES, EIGHT_BIT_ADAM, OptimizerFactory, Step, by_category, step_report
+from .step import DTYPES, EIGHT_BIT_ADAM, OptimizerFactory, Step, by_category, step_report, steps_in_float32
 
 SHARDINGS = ("none", "data_parallel", "zero1", "zero2", "zero3", "fsdp2")
 
@@ -215,12 +215,10 @@ _POSITIONS = frozenset({"position_embeddings", "wpe", "embed_positions"})
 
 def _remarks(plan: Plan, step: Step) -> Iterator[str]:
     sixteen = step.dtype in ("bfloat16", "float16")
-    plain = MODES[plan.mode].plain_model and step.quantization is None and not step.peft
-    if plain and sixteen and plan.options.get("trainable_dtype") == "float32" and not MODES[plan.mode].whole_model:
-        yield (
-            f"a plain model trains in its own dtype, here {step.dtype}; trainable_dtype='float32' holds under PEFT "
-            "(peft=True), at 4 bytes an element for weight, gradient and each state"
-        )
+    if sixteen and steps_in_float32(plan, step):
+        yield f"what trains is held in float32 (trainable_dtype); the rest stays in {step.dtype}"
+    elif sixteen and MODES[plan.mode].plain_model and step.quantization is None and not step.peft:
+        yield f"without autocast a plain model trains in {step.dtype}, where most steps round to nothing"
     if step.quantization is not None and sixteen:
         yield "PEFT's preparation of quantized bases keeps norms, embeddings and the output head in float32"
     if step.device == "cuda" and step.optimizer in ("adamw_torch", "sgd"):
@@ -240,14 +238,12 @@ def shard(report: MemoryReport, sharding: str, devices: int) -> MemoryReport:
     With N devices, each with a batch of its own, so that activations, logits and inputs stay as they are:
 
     - `data_parallel`: all of it on each device, and DDP's buckets, as large as the gradients (PyTorch's documentation
-    of
-      `gradient_as_bucket_view`).
-    - `zero1`: optimizer / N. `zero2`: gradients too. `zero3`: weights and adapters too. Source: Rajbhandari et al.
-    (2020),
-      ZeRO, arXiv:1910.02054, section 5 and figure 1: (2 + 2 + K) psi becomes 2 psi + 2 psi + K psi / N for P_os,
-      2 psi + (2 + K) psi / N for P_os+g, (4 + K) psi / N for P_os+g+p; our categories stand for the terms, with what
-      really trains for psi in gradients and optimizer. DeepSpeed keeps float32 copies of 16-bit weights that train (the
-      4 of K = 12 there); they are added, divided by N.
+      of `gradient_as_bucket_view`).
+    - `zero1`: optimizer / N, and what its step makes on the way. `zero2`: gradients too. `zero3`: weights and adapters
+      too. Source: Rajbhandari et al. (2020), ZeRO, arXiv:1910.02054, section 5 and figure 1: (2 + 2 + K) psi becomes
+      2 psi + 2 psi + K psi / N for P_os, 2 psi + (2 + K) psi / N for P_os+g, (4 + K) psi / N for P_os+g+p; our
+      categories stand for the terms, with what really trains for psi in gradients and optimizer. DeepSpeed keeps
+      float32 copies of 16-bit weights that train (the 4 of K = 12 there); they are added, divided by N.
     - `fsdp2`: as `zero3` without those copies (`fully_shard` trains the sharded parameters themselves).
 
     `zero3` and `fsdp2` gather one block while the next is fetched, and hold one block's whole gradient before it is
@@ -274,7 +270,8 @@ def shard(report: MemoryReport, sharding: str, devices: int) -> MemoryReport:
         master = 4 * report.trainable_parameters
     phases = {}
     for phase, composition in report.phases.items():
-        share = {name: -(-size // devices) if name in split else size for name, size in composition.items()}
+        local = {*split, "temporaries"} if split and phase == "optimizer" else set(split)
+        share = {name: -(-size // devices) if name in local else size for name, size in composition.items()}
         if sharding == "data_parallel":
             share["gradients"] = share.get("gradients", 0) + report.trainable_bytes
         if master:

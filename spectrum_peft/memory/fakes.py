@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 
 def _apply_to_fakes(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply`, which `.to()` calls, by new parameters: torch swaps fake ones, but not weakly referenced ones."""
+    """`nn.Module._apply`, the inside of `.to()`, by new parameters: torch swaps fakes, which weak references forbid."""
     if recurse:
         for module in self.children():
             module._apply(fn)
@@ -136,7 +137,9 @@ def on_fake_tensors() -> Iterator[None]:
     before = nn.Module._apply
     nn.Module._apply = _apply_to_fakes  # type: ignore[assignment, method-assign]
     try:
-        with _OneFakeMode():
+        with warnings.catch_warnings(), _OneFakeMode():
+            # `copy.deepcopy` of a parameter asks for its address.
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor", category=UserWarning)
             yield
     finally:
         nn.Module._apply = before  # type: ignore[method-assign]

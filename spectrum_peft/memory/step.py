@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 from .. import names
 from ..errors import OptionError, near_matches
 from ..loading import QUANTIZATIONS, task_type_of
+from ..policies import MODES
 from ..records import MemoryReport, Plan
 from ..tuner import SpectrumLayer, SpectrumModel
 from ..weights import base_module
@@ -214,6 +215,10 @@ def _ready_for_the_trainer(model: Any, plan: Plan, step: Step) -> None:
     tuner = getattr(model, "base_model", None)
     if isinstance(tuner, SpectrumModel):
         tuner.attended()
+    if steps_in_float32(plan, step):
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
     if step.gradient_checkpointing:
         try:
             base.activation_checkpointing_enable({"use_reentrant": False})
@@ -235,6 +240,15 @@ def _ready_for_the_trainer(model: Any, plan: Plan, step: Step) -> None:
         from trl.trainer.utils import add_fused_lm_head
 
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+
+
+def steps_in_float32(plan: Plan, step: Step) -> bool:
+    """Whether `spectrum-peft train` holds what trains of a plain 16-bit model in float32: under autocast it does.
+
+    A tuner layer does so by itself, autocast or not.
+    """
+    plain = MODES[plan.mode].plain_model and step.quantization is None and not step.peft
+    return plain and step.mixed_precision != "no" and plan.options.get("trainable_dtype", "float32") == "float32"
 
 
 def _statistics(parameter: Any, module: nn.Module) -> Iterator[Tensor]:
@@ -300,20 +314,20 @@ def _run_step(
     """`micro` micro-batches, then clipping and the optimizer's step, as transformers' Trainer does them."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for _ in range(micro):
-        tracker.phase = "forward"
+        tracker.enter("forward")
         batch = _batch(model, task, step, device)
         tracker.adopt(batch.values(), "inputs")
         loss = _loss(model, batch, step, _autocast(step, torch.device(device).type))
         del batch
         loss = loss / step.gradient_accumulation_steps
-        tracker.phase = "backward"
+        tracker.enter("backward")
         loss.backward()
         del loss
     tracker.where = ""
-    tracker.phase = "clip"
+    tracker.enter("clip")
     if step.max_grad_norm:
         torch.nn.utils.clip_grad_norm_(trained, step.max_grad_norm, foreach=step.device == "cuda" or None)
-    tracker.phase = "optimizer"
+    tracker.enter("optimizer")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -357,7 +371,7 @@ def step_report(
         if fake:
             # The steady state at the price of one step: states are made from empty gradients; with accumulation, the
             # gradients of the earlier micro-batches are there when the last one comes.
-            tracker.phase = "optimizer"
+            tracker.enter("optimizer")
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
                 tracker.adopt([parameter.grad], "gradients")

@@ -58,6 +58,11 @@ class StorageTracker(TorchDispatchMode):
             self._note_peak(func, workspace(args))
         return result
 
+    def enter(self, phase: str) -> None:
+        """From here on it is another phase, which begins with what is alive."""
+        self.phase = phase
+        self._note_peak(None, 0)
+
     def adopt(self, tensors: Iterable[Tensor], category: str) -> None:
         """Count tensors made before the tracker was on, or move those it has seen to a category."""
         for tensor in tensors:
