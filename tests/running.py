@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ datasets.disable_progress_bars()
 # Warnings of the libraries about each other; nothing that is done here could avoid them.
 LIBRARIES = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # asked by peft of transformers
-    "ignore:`gradient_checkpointing(_enable)?` is deprecated:FutureWarning",  # set by TRL, called by peft
+    "ignore:`gradient_checkpointing(_enable|_disable)?` is deprecated:FutureWarning",  # set and called by TRL, peft
 )
 IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(3))
 QUIET = {
@@ -32,6 +33,16 @@ QUANTIZABLE = [name for name, mode in MODES.items() if not mode.whole_model]
 def options_of(mode: str) -> dict[str, Any]:
     """Options that fit a mode: half of the matrices where it chooses."""
     return {"spectrum_ratio": 0.5} if MODES[mode].selective else {}
+
+
+def only_fast(params: Iterable[Any], fast: Iterable[Any]) -> list[Any]:
+    """Parameters of a test, those that are not in `fast` marked slow: the default run takes a sample."""
+    fast = list(fast)
+    marked = []
+    for value in params:
+        cells = value if isinstance(value, tuple) else (value,)
+        marked.append(pytest.param(*cells, marks=[] if value in fast else [pytest.mark.slow]))
+    return marked
 
 
 def token_rows(count: int = 32, length: int = 10, seed: int = 0) -> Dataset:
