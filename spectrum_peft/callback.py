@@ -155,6 +155,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         self._check_optimizer(args, model, optimizer)
         self._resume(state, tuner)
         plan = self.plan
+        _check_ranks_agree(plan)
         self._stop_backward_early(args, model)
         ratios = ratios_by_parameter(model, plan, plan_parameters(model))
         rescoring = plan.options.get("rescore_every") is not None and tuner is not None
@@ -370,6 +371,19 @@ class SpectrumCallback(TrainerCallback, ExportableState):
 def _places(plan: Plan) -> list[list[Any]]:
     """(name, rank, alpha, learning-rate ratio, active, score) of every adapter entry: what re-evaluation moves."""
     return [[e.name, e.rank, e.alpha, e.lr_ratio, e.active, e.score] for e in plan.entries if e.action in ADAPTER_ACTIONS]
+
+
+def _check_ranks_agree(plan: Plan) -> None:
+    """Every process makes its plan by itself; a tie that is broken otherwise would let their weights drift apart."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    digests: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, plan.digest)
+    if len(set(digests)) > 1:
+        raise TrainingSetupError(
+            f"the processes have {len(set(digests))} different plans: {[d[:12] for d in digests]}. Make the plan once "
+            "(spectrum-peft plan) and give its file to every process, plan='plan.yaml'."
+        )
 
 
 def _from_rank_0(value: Any) -> Any:
