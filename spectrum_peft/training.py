@@ -301,9 +301,8 @@ def train(
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         if hasattr(trainer.model, "peft_config") and "id2label" in kwargs:
-            trainer.model.config.save_pretrained(
-                output
-            )  # the classes' names: an adapter's files have no place for them
+            # The names of the classes: an adapter's own files have no place for them.
+            trainer.model.config.save_pretrained(output)
         callback.write_records(output)
         write_text(output / RESULTS, json.dumps(_finite(results), indent=1) + "\n")
     return results
