@@ -199,14 +199,15 @@ def scan_process(model: Path, jobs: int | None = None) -> dict[str, Any]:
         if child.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{child.stderr}")
         stats = json.loads(report.read_text())["stats"]
+        scored = [s["numel"] for s in stats if s["score"] is not None]
     return {
         "seconds": child.seconds,
         "cpu_seconds": child.cpu_seconds,
         "peak_bytes": child.peak_bytes,
         "cores_busy_with_other_work": load.cores(child.cpu_seconds),
-        "matrices": sum("score" in s for s in stats),
+        "matrices": len(scored),
         "parameters": sum(s["numel"] for s in stats),
-        "parameters_scanned": sum(s["numel"] for s in stats if "score" in s),
+        "parameters_scanned": sum(scored),
     }
 
 

@@ -319,11 +319,8 @@ class AdapterState:
         wanted = {key: _parameter(key, match) for key, match in keys.items()}
         found = names.align(wanted.values(), infos)
         # With a resized vocabulary PEFT writes saved tables once more, with the wrapper in the name.
-        spare = {
-            k
-            for k in keys
-            if ".original_module." in k or k.replace(".modules_to_save.", ".") in self.tensors.keys() - {k}
-        }
+        bare = {key: key.replace(".modules_to_save.", ".") for key in keys}
+        spare = {key for key in keys if ".original_module." in key or (bare[key] != key and bare[key] in keys)}
         result: list[Update] = []
         for key, match in keys.items():
             if key not in spare and (match is None or match["held"]):
@@ -419,7 +416,7 @@ class AdapterState:
             raise MismatchError(f"{self.where}: {b_key!r} times {a_key!r} gives {made}, which fits {which}.")
         info = info or fitting[0]
         rank, experts = a.shape[0], info.experts
-        if b.shape[1] != rank or (experts and rank % experts) or sorted(info.shape[-2:]) != sorted(made):
+        if rank == 0 or b.shape[1] != rank or (experts and rank % experts) or sorted(info.shape[-2:]) != sorted(made):
             raise MismatchError(
                 f"{self.where}: {b_key!r} {b.shape} times {a_key!r} {a.shape} gives {made}, wanted {info.shape} for "
                 f"{info.name}."
@@ -467,11 +464,17 @@ class AdapterState:
 
     def _scale(self, target: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rsLoRA. Source: peft 0.21 tuners/lora/layer.py, `update_layer`."""
-        alpha: float = self.config.get("lora_alpha", 8)
+        alpha = self.config.get("lora_alpha", 8)
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", target):  # peft 0.21 utils/other.py, `get_pattern_key`
+            try:
+                fits = re.match(rf"(.*\.)?({pattern})$", target)  # peft 0.21 utils/other.py, `get_pattern_key`
+            except re.error as error:
+                raise CheckpointError(f"{self.where}: alpha_pattern {pattern!r} is no regex ({error}).") from error
+            if fits:
                 alpha = value
                 break
+        if not isinstance(alpha, int | float):
+            raise CheckpointError(f"{self.where}: alpha of {target} is {alpha!r}, wanted a number.")
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _check_complete(self, updates: Iterable[Update]) -> None:

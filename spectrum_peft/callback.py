@@ -100,7 +100,9 @@ class SpectrumCallback(TrainerCallback, ExportableState):
             tuner.attended()
             restored = tuner.restore_dtypes()
             if restored:
-                logger.info("adapter %s: float32 values given back, the trainer had rounded them to bfloat16", restored[0])
+                logger.info(
+                    "adapter %s: float32 values given back, the trainer had rounded them to bfloat16", restored[0]
+                )
         self._stop_backward_early(args, model)
         default = MODES[self.plan.mode].default_lr
         if args.learning_rate and not 1 / _RATE_FACTOR <= args.learning_rate / default <= _RATE_FACTOR:
@@ -151,7 +153,9 @@ class SpectrumCallback(TrainerCallback, ExportableState):
             tuner.restore_dtypes()  # a resume has loaded the adapter again
         problem = trainable_mismatch(model, plan)
         if problem:
-            raise TrainingSetupError(f"when training began, {problem}. Something changed requires_grad after the plan did.")
+            raise TrainingSetupError(
+                f"when training began, {problem}. Something changed requires_grad after the plan did."
+            )
         self._check_optimizer(args, model, optimizer)
         self._resume(state, tuner)
         plan = self.plan
@@ -226,7 +230,9 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         if self.plan.options.get("backward_depth", 1.0) == 1.0 or below:
             return
         if reentrant:
-            logger.warning("backward_depth saves no backward with reentrant gradient checkpointing; set use_reentrant=False")
+            logger.warning(
+                "backward_depth saves no backward with reentrant gradient checkpointing; set use_reentrant=False"
+            )
             return
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.disable_input_require_grads()
@@ -370,7 +376,9 @@ class SpectrumCallback(TrainerCallback, ExportableState):
 
 def _places(plan: Plan) -> list[list[Any]]:
     """(name, rank, alpha, learning-rate ratio, active, score) of every adapter entry: what re-evaluation moves."""
-    return [[e.name, e.rank, e.alpha, e.lr_ratio, e.active, e.score] for e in plan.entries if e.action in ADAPTER_ACTIONS]
+    return [
+        [e.name, e.rank, e.alpha, e.lr_ratio, e.active, e.score] for e in plan.entries if e.action in ADAPTER_ACTIONS
+    ]
 
 
 def _check_ranks_agree(plan: Plan) -> None:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .arguments import Parser, Rest, dashed, flags_of, keys_of, set_defaults_from, steps, switch, take_config
+from .arguments import Parser, Rest, boolean, dashed, flags_of, keys_of, set_defaults_from, steps, switch, take_config
 from .errors import CheckpointError, OptionError, SpectrumError, near_matches
-from .records import Plan, SnrReport, write_text
+from .records import MemoryReport, Plan, SnrReport, write_text
 from .tasks import COLUMNS
 
 PROG = "spectrum-peft"
@@ -172,6 +172,96 @@ def _plan(options: argparse.Namespace, rest: Rest) -> None:
     plan = make_plan(report, **given_plan_options(options))
     print(explain(plan, report))
     _write(plan, options.output)
+
+
+def _memory_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", nargs="?", help="hub id or folder; only its config is read")
+    add("--plan", metavar="FILE", help="of `plan`: the memory of this one")
+    add("--fit", metavar="SIZE", help="the largest ratio that fits into it, say 24GiB; -o writes its plan")
+    add("--margin", type=float, metavar="SHARE", help="of the size that stays free; default 0.05")
+    add("--report", metavar="FILE", help="of `scan`; without it the plans take the first blocks, the most expensive choice")
+    add("-o", "--output", metavar="FILE", help="with --fit the plan, else the memory report, or the table as JSON")
+    group = parser.add_argument_group("the step (defaults: what `train` does without flags, on one GPU)")
+    add = group.add_argument
+    add("--batch-size", type=_number_or_auto, metavar="N|auto", help="sequences at a time, on one device")
+    add("--max-length", type=int, metavar="TOKENS", help="of a sequence")
+    add("--optimizer", help="adamw_torch_fused, adamw_torch, adafactor, sgd or adamw_8bit")
+    add(
+        "--gradient-checkpointing", type=_boolean_or_auto, nargs="?", const=True, metavar="BOOL|auto",
+        help="auto, with --fit: where nothing fits without",
+    )  # fmt: skip
+    add("--gradient-accumulation-steps", type=int, metavar="N")
+    add("--device", help="whose kernels and allocator: cuda or cpu")
+    add("--trainer", help="sft (TRL: the loss in chunks) or transformers (all logits at once)")
+    add("--mixed-precision", help="auto (that of a 16-bit dtype), no, bf16 or fp16")
+    switch(group, "--padding", help="batches hold padding, so that attention has a mask; default true")
+    switch(group, "--peft", help="wrap by PEFT in every mode, as the trainers' peft_config does")
+    add("--sharding", help="data_parallel, zero1, zero2, zero3 or fsdp2")
+    add("--devices", type=int, metavar="N", help="that the training is sharded over")
+    _load_options(parser)
+    _plan_options(parser)
+
+
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _boolean_or_auto(text: str) -> bool | str:
+    return text if text == "auto" else boolean(text)
+
+
+_number_or_auto.__name__ = "number, or 'auto',"
+# Flags of `memory` that describe the step, under the names of `memory.Step` and `estimate_memory`.
+_STEP = (
+    "batch_size", "max_length", "dtype", "optimizer", "gradient_checkpointing", "gradient_accumulation_steps",
+    "quantization", "attn_implementation", "device", "trainer", "mixed_precision", "padding", "peft", "sharding", "devices",
+)  # fmt: skip
+
+
+def _memory(options: argparse.Namespace, rest: Rest) -> None:
+    from . import memory
+
+    model = _required(options, "model", "MODEL")
+    if options.plan and options.fit:
+        raise OptionError("--plan and --fit are both given: a plan is fixed, and a fit makes one. Give one of them.")
+    if options.fit and options.output and not options.report:
+        raise OptionError("--fit with -o writes a plan to train by, which needs the scores of a scan: give --report.")
+    check_writable(options.output)
+    where: dict[str, Any] = {"revision": options.revision, "trust_remote_code": bool(options.trust_remote_code)}
+    given = {name: value for name in _STEP if (value := getattr(options, name)) is not None}
+    for name in ("batch_size", "gradient_checkpointing"):
+        if given.get(name) == "auto" and not options.fit:
+            raise OptionError(f"--{name.replace('_', '-')} auto is for --fit, which looks for what fits.")
+    settings = {**memory.usual_step(model, **where), **given, **where}
+    print("each step: " + ", ".join(f"{k}={v}" for k, v in settings.items() if k not in where))
+    if options.plan:
+        found = memory.estimate_memory(model, Plan.load(options.plan), **settings)
+        print(memory.describe_memory(found))
+        _write(found, options.output)
+        return
+    chosen = given_plan_options(options)
+    if options.report:
+        report = SnrReport.load(options.report)
+    else:
+        report = memory.report_of_config(model, chosen.get("criterion", "first"), seed=chosen.get("seed", 0), **where)
+    mode = chosen.pop("mode", None)
+    if options.fit:
+        margin = {} if options.margin is None else {"margin": options.margin}
+        fit = memory.find_fit(model, report, mode=mode or "spectrum", budget=options.fit, **margin, **chosen, **settings)
+        print(fit.plan.notes[-1])
+        print(memory.describe_memory(fit.memory))
+        _write(fit.plan, options.output)
+        return
+    rows = memory.memory_table(
+        model, report, plan_options=chosen, **({} if mode is None else {"modes": [mode]}), **settings
+    )
+    print(memory.describe_table(rows))
+    for note in dict.fromkeys(note for row in rows for note in row.memory.notes):
+        print(f"note: {note}")
+    if options.output:
+        write_text(options.output, json.dumps([row.memory.to_dict() for row in rows], indent=1) + "\n")
+        print(f"wrote {options.output}")
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
@@ -376,6 +466,13 @@ VERBS: dict[str, Verb] = {
         _export_arguments,
         _export,
     ),
+    "memory": Verb(
+        "memory MODEL [--plan FILE | --fit SIZE] [-o FILE] [flags]",
+        "what training needs at its peak, by a dry run; the largest ratio that fits a card; a table of modes and ratios",
+        "memory meta-llama/Llama-3.1-8B --fit 24GiB --batch-size 2 --max-length 1024",
+        _memory_arguments,
+        _memory,
+    ),
     "plot": Verb(
         "plot REPORT -o FILE [--plan PLAN]   |   plot --matrix NAME --model MODEL -o FILE",
         "draw the scores of a report by layer and kind, or the spectrum of one matrix",
@@ -496,7 +593,7 @@ def check_writable(path: str | os.PathLike[str] | None) -> None:
         raise CheckpointError(f"{path}: cannot be written, {folder} refuses ({error.strerror}).") from error
 
 
-def _write(record: SnrReport | Plan, output: str | None) -> None:
+def _write(record: SnrReport | Plan | MemoryReport, output: str | None) -> None:
     if output is not None:
         record.save(output)
         print(f"wrote {output}")

@@ -126,7 +126,7 @@ def merge_into_base(
         base: folder or hub id; None for the one that the adapter names.
         out: folder to write; must not exist, or be empty. It appears whole or not at all.
         onto: `original` or `dequantized`.
-        dtype: of every floating tensor; None keeps each tensor's own. With it frozen tensors are cast too, so their
+        dtype: of every floating parameter; None keeps each tensor's own. With it frozen tensors are cast too, so their
             bytes are no longer the base's, and the config says the new dtype.
         force: merge although the base is not the one that the plan was made for.
         quantization: how the base was loaded, for `onto="dequantized"` from a folder: `nf4`, `fp4`, `int8` (as
@@ -418,11 +418,11 @@ def _quantized_names(files: FileWeights, settings: Mapping[str, Any]) -> list[st
 
     assert files.folder is not None
     config = transformers.AutoConfig.from_pretrained(files.folder)
-    architecture = (config.architectures or ["AutoModel"])[0]
-    kind = getattr(transformers, architecture, None)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
     if kind is None:
         raise CheckpointError(
-            f"{files.folder}: config.json names the class {architecture!r}, which transformers lacks."
+            f"{files.folder}: architectures in config.json is {config.architectures!r}, wanted a class of "
+            "transformers, which says what was quantized; merge from the model in memory instead."
         )
     with torch.device("meta"):
         model = kind._from_config(config)
@@ -573,10 +573,11 @@ def _table_rows(files: FileWeights, changes: Mapping[str, Sequence[Update]]) -> 
         if (table and info.shape[0] == files.config.get("vocab_size")) or _is_language_head(info.name):
             ends[info.name] = grown
         for update in mine:
-            if isinstance(update, Rows) and max(update.indices) >= grown:
+            outside = [row for row in getattr(update, "indices", ()) if not 0 <= row < grown]
+            if outside:
                 raise MismatchError(
-                    f"{update.key!r} holds row {max(update.indices)} of {info.name}, which has {grown}: the adapter "
-                    "was trained on a larger vocabulary. Save it with save_embedding_layers=True."
+                    f"{update.key!r} holds row {outside[0]} of {info.name}, which has {grown}: the adapter was trained on "
+                    "a larger vocabulary. Save it with save_embedding_layers=True."
                 )
     if len(set(ends.values())) > 1:
         (a, rows_a), (b, rows_b) = list(ends.items())[:2]

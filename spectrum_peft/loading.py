@@ -193,7 +193,9 @@ def _one_dtype(dtype: Any, torch_dtype: Any) -> Any:
         if isinstance(value, str) and value != "auto":
             resolved = getattr(torch, value.removeprefix("torch."), None)
             if not isinstance(resolved, torch.dtype):
-                raise OptionError(f"dtype is {value!r}." + near_matches(value, ("float32", "bfloat16", "float16", "auto")))
+                raise OptionError(
+                    f"dtype is {value!r}." + near_matches(value, ("float32", "bfloat16", "float16", "auto"))
+                )
             value = resolved
         values.append(value)
     if len(values) == 2 and values[0] != values[1]:

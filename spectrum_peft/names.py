@@ -90,8 +90,7 @@ def kinds(names: Iterable[str]) -> dict[str, str]:
         kept = [
             part
             for i, part in enumerate(tail)
-            if not part.isdigit()
-            and not (part in _STACK_WORDS and i + 1 < len(tail) and tail[i + 1].isdigit())
+            if not part.isdigit() and not (part in _STACK_WORDS and i + 1 < len(tail) and tail[i + 1].isdigit())
         ]
         result[name] = ".".join([label, *kept] if (label := labels[where]) else kept)
     return result

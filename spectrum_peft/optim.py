@@ -28,7 +28,9 @@ def ratios_by_parameter(model: Any, plan: Plan, entry_of: Mapping[str, str]) -> 
     }
 
 
-def parameter_groups(model: Any, plan: Plan | None = None, lr: float = 2e-4, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: Any, plan: Plan | None = None, lr: float = 2e-4, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer: one group for each learning-rate ratio and weight decay of the plan.
 
     Args:
@@ -65,7 +67,7 @@ def parameter_groups(model: Any, plan: Plan | None = None, lr: float = 2e-4, wei
         if parameter.requires_grad:
             key = (ratios.get(id(parameter), 1.0), weight_decay if parameter.ndim > 1 else 0.0)
             groups.setdefault(key, []).append(parameter)
-    tuner = getattr(model, "base_model", None)
+    tuner: Any = getattr(model, "base_model", None)
     if hasattr(tuner, "attended"):
         tuner.attended()
     return [

@@ -297,9 +297,7 @@ def _draft(
     return Draft(tuple(entries), tuple(notes))
 
 
-def importance_rates(
-    chosen: Mapping[str, Sequence[Candidate]], bounds: tuple[float, float]
-) -> dict[str, float]:
+def importance_rates(chosen: Mapping[str, Sequence[Candidate]], bounds: tuple[float, float]) -> dict[str, float]:
     """Learning-rate ratios that grow with importance, {name: ratio}.
 
     Within each group the chosen ones are put in order of score; position t, 0 for the worst and 1 for the best, gives

@@ -59,15 +59,17 @@ class Fingerprint:
             if mine is None or theirs is None:
                 continue
             if mine != theirs:
-                message = (
-                    f"{this} does not belong to {that}: fingerprint {part} is {mine[:12]}, wanted {theirs[:12]}."
-                )
+                message = f"{this} does not belong to {that}: fingerprint {part} is {mine[:12]}, wanted {theirs[:12]}."
                 if not force:
                     raise MismatchError(message + " Make it anew from this checkpoint, or pass force=True (--force).")
                 return message + " Used all the same (force)."
             if part == "content":
                 return None
-        known = "only names and shapes could be compared" if self.structure and other.structure else "nothing could be compared"
+        known = (
+            "only names and shapes could be compared"
+            if self.structure and other.structure
+            else "nothing could be compared"
+        )
         return f"{this} and {that}: {known}, the stored bytes of one of them are not at hand."
 
 
@@ -145,7 +147,9 @@ class _Record:
         if kind != cls._kind:
             raise CheckpointError(f"{source}: field 'record' is {kind!r}, wanted {cls._kind!r}.")
         if not isinstance(version, int) or version > SCHEMA_VERSION:
-            raise CheckpointError(f"{source}: schema_version is {version!r}, this version reads up to {SCHEMA_VERSION}.")
+            raise CheckpointError(
+                f"{source}: schema_version is {version!r}, this version reads up to {SCHEMA_VERSION}."
+            )
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,9 @@ def published_report(data: Mapping[str, Any], source: str = "published scan") ->
     """
     rows = _published_rows(data)
     if not rows:
-        raise CheckpointError(f"{source}: no published scan: wanted {{module: {{snr, type}}}} or {{kind: {{module: snr}}}}.")
+        raise CheckpointError(
+            f"{source}: no published scan: wanted {{module: {{snr, type}}}} or {{kind: {{module: snr}}}}."
+        )
     scores: dict[str, float] = {}
     for module, value in rows:
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
@@ -570,7 +576,7 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
 
             loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
             try:
-                data = yaml.load(text, Loader=loader)  # noqa: S506 - a safe loader, in C where it is built
+                data = yaml.load(text, Loader=loader)
             except yaml.YAMLError as error:
                 raise CheckpointError(f"{path}: not plain YAML: {_one_line(error)}.") from error
         else:
@@ -603,8 +609,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
             file.write(text)
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -140,7 +140,7 @@ def layout(
     Args:
         changes: {parameter: its updates, a new value first}; a parameter that no file holds is added to the last one.
         starts: {parameter: reads it as it is before its changes}, where that is not the base's stored tensor.
-        cast: dtype of every floating tensor; None for each tensor's own.
+        cast: dtype of every floating parameter; None for each tensor's own. What is no parameter keeps its own.
     """
     known = places(files)
     parts = Counter(place.name for place in known.values())
@@ -154,7 +154,7 @@ def layout(
             if place is None:
                 # The statistics of a quantized matrix are left out: it becomes a float one.
                 if not any(name.startswith(q.removesuffix("weight")) for q in quantized):
-                    rows.append(NewTensor(name, _cast(DTYPES[span.dtype], cast), span.shape, (path, span), None))
+                    rows.append(NewTensor(name, DTYPES[span.dtype], span.shape, (path, span), None))
                 continue
             mine = changes.get(place.name, ())
             dtype, shape = DTYPES[span.dtype], span.shape

@@ -8,12 +8,10 @@ from typing import Any
 
 from .errors import OptionError, near_matches
 from .plan import check_options, make_plan
-from .records import REAL_WEIGHT_ACTIONS, Plan, SnrReport
+from .records import Plan, SnrReport
 from .scan import scan_weights
 
-# Bytes of one element as loaded for training. Quantized files are dequantized by the loader, to float32 by default.
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_ADAMW_STATES = 2  # running mean of the gradient and of its square
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class SpectrumScanner:
@@ -23,8 +21,8 @@ class SpectrumScanner:
         model_name: hub id, folder, `.safetensors` or `.gguf` file.
         spectrum_ratio: share of the matrices of each kind that are chosen; None for 0.5, unless another option
             chooses.
-        dtype: that the model will be loaded in, for the memory estimate: `float32`, `bfloat16`, `float16`, a torch
-            dtype, or None for the checkpoint's.
+        dtype: that the model will be loaded in, for the memory estimate: `float32`, `bfloat16`, `float16` or a torch
+            dtype; None for bfloat16.
         report: an earlier scan of this model; without it the first need of one scans.
         revision: of a hub model.
         jobs, device: of the scan.
@@ -49,8 +47,8 @@ class SpectrumScanner:
             options["spectrum_ratio"] = spectrum_ratio
         checked = check_options(**options)
         name = None if dtype is None else str(dtype).removeprefix("torch.")
-        if name is not None and name not in _BYTES:
-            raise OptionError(f"dtype is {dtype!r}." + near_matches(name, _BYTES))
+        if name is not None and name not in _DTYPES:
+            raise OptionError(f"dtype is {dtype!r}." + near_matches(name, _DTYPES))
         self.model_name = str(model_name)
         self.options = options
         self.dtype = name
@@ -87,52 +85,48 @@ class SpectrumScanner:
         return self.plan.save(path)
 
     def summary(self) -> str:
-        """Four lines: what was scanned, what is chosen, what trains, what that saves against full fine-tuning."""
+        """Four lines: what was scanned, what is chosen, what trains, what that saves against full fine-tuning.
+
+        The saving comes from two dry runs of a training step, seconds for a model of some billion parameters.
+        """
         plan = self.plan
         scored = [s for s in self.report.stats if s.score is not None]
         candidates = [e for e in plan.entries if e.action != "save"]
         chosen = [e for e in candidates if e.trains]
         total, trained = self.report.total_parameters, plan.trainable_parameters
-        full, ours = self._bytes(full=True), self._bytes(full=False)
         return "\n".join(
             [
                 f"Parameter groups scanned: {len({s.kind for s in scored})} ({len(scored)} matrices)",
                 f"Training: {len(chosen)} / {len(candidates)} matrices ({_share(len(chosen), len(candidates))})",
                 f"Trainable parameters: {trained:,} / {total:,} ({_share(trained, total)})",
-                f"Estimated memory saving against full fine-tuning: {_share(full - ours, full)} "
-                f"({_gib(full)} to {_gib(ours)}: weights + gradients + AdamW, without activations)",
+                self._saving(),
             ]
         )
 
-    def _bytes(self, full: bool) -> int:
-        """Weights, gradients and AdamW states of a training run; activations and logits are not in it.
+    def _saving(self) -> str:
+        """The peaks of two dry runs, of the plan and of full fine-tuning, as `spectrum-peft train` would run them."""
+        folder = Path(self.model_name).expanduser()
+        if folder.is_file() and folder.suffix == ".safetensors":
+            folder = folder.parent
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            return f"Estimated memory saving: not known, {folder} holds no config.json"
+        # What trains costs nothing to say; this imports torch's and transformers' modelling side.
+        from .memory import describe_step, estimate_memory, format_bytes, usual_step
 
-        A frozen element takes its dtype's bytes. One that trains takes weight, gradient and two AdamW states, each in
-        the dtype it trains in; an adapter's are float32 and come on top of the frozen base.
-        """
-        plan = self.plan
-        base = _BYTES[self.dtype or self._stored_dtype()]
-        trains = base if plan.options["trainable_dtype"] == "base" else _BYTES["float32"]
-        total = self.report.total_parameters
-        if full:
-            return total * trains * (2 + _ADAMW_STATES)
-        real = sum(e.trainable_numel for e in plan.entries if e.action in REAL_WEIGHT_ACTIONS)
-        adapters = plan.trainable_parameters - real
-        frozen = total - real
-        return frozen * base + real * trains * (2 + _ADAMW_STATES) + adapters * _BYTES["float32"] * (2 + _ADAMW_STATES)
-
-    def _stored_dtype(self) -> str:
-        """The dtype that holds most elements of the checkpoint; float32 where the file is quantized."""
-        numel: dict[str, int] = {}
-        for stat in self.report.stats:
-            numel[stat.dtype] = numel.get(stat.dtype, 0) + stat.numel
-        most = max(numel, key=lambda name: numel[name])
-        return most if most in _BYTES else "float32"
+        source = str(folder) if folder.exists() else self.model_name
+        revision = self._scan_options["revision"]
+        step = {**usual_step(source, revision=revision), **({} if self.dtype is None else {"dtype": self.dtype})}
+        everything = make_plan(self.report, mode="full", trainable_dtype=self.plan.options["trainable_dtype"])
+        ours, full = (
+            estimate_memory(source, plan, revision=revision, **step) for plan in (self.plan, everything)
+        )
+        less = full.peak_bytes - ours.peak_bytes
+        return (
+            f"Estimated memory saving against full fine-tuning: {_share(less, full.peak_bytes)} "
+            f"({format_bytes(full.peak_bytes)} to {format_bytes(ours.peak_bytes)} at the peak of a step; {describe_step(full)})"
+        )
 
 
 def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -850,10 +850,7 @@ class LiveWeights:
             raise CheckpointError(
                 f"{self.model_id or type(self.model).__name__}: no parameter {base!r}.{near_matches(base, self._live)}"
             )
-        if item.parameter.device.type == "meta":
-            raise CheckpointError(
-                f"{base}: lies on the meta device and has no values; give the checkpoint's folder instead."
-            )
+        _refuse_meta(base, item.parameter)
         if item.quantized and base in self._file_name:
             assert self._files is not None
             weight = self._files.read(self._file_name[base])
@@ -900,6 +897,7 @@ class LiveWeights:
     def identity(self) -> str:
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
+            _refuse_meta(name, parameter)
             digest.update(json.dumps([name, str(parameter.dtype), list(parameter.shape)]).encode())
             flat = parameter.detach().reshape(-1)
             count = max(1, _SAMPLE // flat.element_size())
@@ -1024,7 +1022,10 @@ def give_storage_without_values(layer: nn.Module, dtype: torch.dtype) -> None:
             )
             state.nested = True
         stored = nn.Parameter(torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
-        carried = {k: v for k, v in weight.__dict__.items() if k != "quant_state"} | {"quant_state": state, "bnb_quantized": True}
+        carried = {k: v for k, v in weight.__dict__.items() if k != "quant_state"} | {
+            "quant_state": state,
+            "bnb_quantized": True,
+        }
         layer.quant_state = state  # type: ignore[assignment]
     else:
         stored = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
@@ -1094,6 +1095,13 @@ def _changes(item: _Live) -> list[tuple[Any, str]]:
         have = {*layer.lora_A, *layer.lora_embedding_A}
         found += [(layer, adapter) for adapter in layer.active_adapters if adapter in have]
     return found
+
+
+def _refuse_meta(name: str, parameter: Tensor) -> None:
+    if parameter.device.type == "meta":
+        raise CheckpointError(
+            f"{name}: lies on the meta device and has no values; give the checkpoint's folder instead."
+        )
 
 
 def _starts_alike(parameter: Tensor, files: FileWeights, name: str) -> bool:

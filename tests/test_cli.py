@@ -20,7 +20,7 @@ from architectures import ARCHITECTURES
 from conftest import byte_tokenizer
 from safetensors.torch import load_file, save_file
 
-from spectrum_peft import Plan, SnrReport, SpectrumConfig, SpectrumScanner, __version__
+from spectrum_peft import Plan, SnrReport, SpectrumConfig, SpectrumScanner, __version__, make_plan, memory
 from spectrum_peft.arguments import keys_of
 from spectrum_peft.cli import VERBS, main, verb_parser
 from spectrum_peft.errors import OptionError
@@ -193,7 +193,7 @@ def test_plot_draws_a_report_and_one_matrix(
 
 
 def test_the_scanner_saves_the_plan_and_sums_it_up(
-    tiny_llama_folder: Path, tiny_report: Path, run: Callable[..., str]
+    tiny_llama_folder: Path, tiny_report: Path, run: Callable[..., str], tmp_path: Path
 ) -> None:
     scanner = SpectrumScanner(model_name=str(tiny_llama_folder), spectrum_ratio=0.5, dtype="bfloat16")
     run(f"plan {tiny_report} --ratio 0.5 -o plan.yaml")
@@ -204,10 +204,16 @@ def test_the_scanner_saves_the_plan_and_sums_it_up(
     total = sum(t.numel() for t in load_file(tiny_llama_folder / "model.safetensors").values())
     trained = scanner.plan.trainable_parameters
     assert lines[2] == f"Trainable parameters: {trained:,} / {total:,} ({100 * trained / total:.1f} %)"
-    # Everything in float32 with two AdamW states, against a frozen rest in bfloat16.
-    saving = 1 - (trained * 16 + (total - trained) * 2) / (total * 16)
-    assert f"{100 * saving:.1f} %" in lines[3]
-    assert "without activations" in lines[3]
+    full, ours = (
+        memory.estimate_memory(tiny_llama_folder, plan, **memory.usual_step(tiny_llama_folder)).peak_bytes
+        for plan in (make_plan(scanner.report, mode="full"), scanner.plan)
+    )
+    assert f"full fine-tuning: {100 * (1 - ours / full):.1f} % ({full / 2**20:.1f} MiB to {ours / 2**20:.1f} MiB" in lines[3]
+    assert "batch 8 of 256 tokens, bfloat16" in lines[3]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(tiny_llama_folder / "model.safetensors", alone)
+    assert "not known" in SpectrumScanner(str(alone / "model.safetensors")).summary().splitlines()[3]
 
 
 def test_the_scanner_takes_every_option_of_a_plan(tiny_llama_folder: Path) -> None:

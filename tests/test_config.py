@@ -78,7 +78,7 @@ def test_fused_experts_are_narrowed_by_parameter_name(llama_report: Any) -> None
 
 
 def test_a_target_that_matches_nothing_is_an_error_with_near_matches(llama_report: Any) -> None:
-    with pytest.raises(OptionError, match="'q_prj' matches no Linear.*'q_proj'"):
+    with pytest.raises(OptionError, match=r"'q_prj' matches no Linear.*'q_proj'"):
         candidates_of(SpectrumConfig(target_modules=["q_prj"]), llama_report())
 
 

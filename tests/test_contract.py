@@ -74,7 +74,9 @@ class Run:
     def logits(self, model: Any) -> torch.Tensor:
         model.eval()
         with torch.no_grad():
-            return model(**{k: v for k, v in self.batch.items() if k != "labels" or self.architecture.task_type != "SEQ_CLS"}).logits
+            return model(
+                **{k: v for k, v in self.batch.items() if k != "labels" or self.architecture.task_type != "SEQ_CLS"}
+            ).logits
 
     def train(self, model: Any, steps: int = 3) -> None:
         # Each tensor moves by about lr a step under Adam, whatever the size of the gradient.

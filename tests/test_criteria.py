@@ -91,9 +91,7 @@ def test_a_value_that_float32_cannot_place_is_placed_in_float64() -> None:
 @pytest.mark.parametrize("factor", [1e-25, 1e-12, 1e12, 1e25])
 def test_tiny_and_huge_weights_neither_vanish_nor_overflow(factor: float, seeded: torch.Generator) -> None:
     matrix = noise((20, 30), seeded).float()
-    torch.testing.assert_close(
-        singular_values(matrix * factor) / factor, singular_values(matrix), rtol=1e-5, atol=0.0
-    )
+    torch.testing.assert_close(singular_values(matrix * factor) / factor, singular_values(matrix), rtol=1e-5, atol=0.0)
 
 
 def test_the_smallest_value_is_right_where_the_gram_matrix_cannot_show_it(seeded: torch.Generator) -> None:
@@ -153,9 +151,7 @@ def test_the_matrix_is_left_as_it_was(criterion: str, seeded: torch.Generator) -
 
 @pytest.mark.parametrize("criterion", OF_MATRICES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_refused_by_name_and_place(
-    criterion: str, value: float, seeded: torch.Generator
-) -> None:
+def test_what_is_not_finite_is_refused_by_name_and_place(criterion: str, value: float, seeded: torch.Generator) -> None:
     matrix = noise((6, 9), seeded).float()
     matrix[2, 5] = value
     matrix[4, 1] = math.nan

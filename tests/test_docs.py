@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +76,10 @@ def test_the_command_lines_of_the_readme_run_in_order(
             assert main(words[1:]) == 0, line
             ran.append(words[1])
     assert {"scan", "plan", "train", "evaluate"} <= set(ran)
+
+
+def test_every_measured_table_is_what_the_results_say() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -614,6 +614,36 @@ def test_a_hub_id_is_read_from_the_cache(
         merge_into_base(folder, "some/other", tmp_path / "again")
 
 
+def test_buffers_are_no_parameters_and_keep_their_dtype(
+    base_of: Callable[..., Path], adapter_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    base = shutil.copytree(base_of("llama"), tmp_path / "base")
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file(load_file(base / "model.safetensors") | {buffer: torch.ones(8)}, base / "model.safetensors")
+    merge_into_base(adapter_of("llama", "peft")[0], base, tmp_path / "merged", dtype="bfloat16")
+    dtypes = {n: t.dtype for n, t in tensors_of(tmp_path / "merged").items()}
+    assert dtypes.pop(buffer) == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_a_real_model_says_the_same_after_the_merge(smollm2: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model = moved(model, SpectrumConfig(mode="alors", spectrum_ratio=0.5, r=8, task_type="CAUSAL_LM"), size=0.005)
+    ids = torch.tensor([[504, 3575, 282, 4649, 314]])
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        said = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+    report = merge_into_base(saved(model, tmp_path / "adapter"), smollm2, tmp_path / "merged")
+    assert len(report.changed) == 105
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = plain(input_ids=ids).logits
+        assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+        assert torch.equal(plain.generate(input_ids=ids, max_new_tokens=12, do_sample=False), said)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template is not None
+
+
 # --- a merge that dies -----------------------------------------------------------------------------------------------
 
 
@@ -708,6 +738,7 @@ WRONG_FILES = [
     ("peft", without_first("layers.0.self_attn.q_proj.lora_A"), r"q_proj\.lora_A\.weight' \(3, 64\)"),
     ("peft", add(NORM + "wait", 64), r"norm\.wait.*Did you mean 'model\.norm\.weight'"),
     ("peft", add(NORM + "weight", 63), r"norm\.weight' has the shape \(63,\), wanted \(64,\)"),
+    ("peft", add(Q0, 0, 64), r"q_proj\.lora_A\.weight' \(0, 64\)"),
     ("spectrum", lambda t: t.pop(next(iter(t))), r"lacks 1 of 7 planned tensors, first 'model\.layers"),
     ("spectrum", without_first("down_proj"), r"down_proj.*\(63, 96\), wanted \(64, 96\)"),
     ("spectrum", add(UP7, 96, 64), r"layers\.7\.mlp\.up_proj\.lora_spectrum\.weight' fits no parameter"),
@@ -727,6 +758,8 @@ def test_a_tensor_that_does_not_fit_is_named(
 WRONG_CONFIGS = [
     ({"init_lora_weights": "pissa_niter_4"}, CheckpointError, "init_lora_weights is 'pissa_niter_4'"),
     ({"use_qalora": True}, CheckpointError, "use_qalora"),
+    ({"alpha_pattern": {"q_proj(": 3}}, CheckpointError, r"alpha_pattern 'q_proj\(' is no regex"),
+    ({"lora_alpha": "much"}, CheckpointError, r"alpha of .*q_proj is 'much', wanted a number"),
     ({"peft_type": "IA3"}, CheckpointError, "peft_type is 'IA3', wanted LORA or SPECTRUM"),
     ({"base_model_name_or_path": None}, OptionError, "base_model_name_or_path is empty"),
     ({"base_model_name_or_path": "/nowhere/model"}, CheckpointError, r"/nowhere/model.*another place with base"),
@@ -815,6 +848,15 @@ def test_options_are_checked_before_anything_is_written(
     (tmp_path / "empty").mkdir()
     merge_into_base(adapter, out=tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("row", [264, -1])
+def test_a_row_that_the_table_lacks_is_named(row: int, base_of: Callable[..., Path], tmp_path: Path) -> None:
+    config = config_for("peft", ARCHITECTURES["llama"], target_modules=["q_proj"], trainable_token_indices=[3, 7])
+    folder = saved(moved(loaded("llama", base_of("llama")), config), tmp_path / "adapter")
+    folder = edited(folder, tmp_path / "edited", trainable_token_indices=[3, row])
+    with pytest.raises(MismatchError, match=rf"holds row {row} of model\.embed_tokens\.weight, which has 264"):
+        merge_into_base(folder, out=tmp_path / "merged")
 
 
 def test_a_value_that_the_dtype_cannot_hold_is_refused(adapter_of: Callable[..., Any], tmp_path: Path) -> None:

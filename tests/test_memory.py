@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -687,6 +689,65 @@ def test_a_real_8_bit_optimizer_is_given_as_a_function(tiny_llama_folder: Path, 
         measure_memory(model, optimizer="adamw_8bit", batch_size=1, max_length=8)
 
 
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run `spectrum-peft memory`; returns what it printed, or the line of the error with exit code 2."""
+    from spectrum_peft.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> str:
+        capsys.readouterr()
+        code = main(["memory", *map(str, words)])
+        out, err = capsys.readouterr()
+        assert code in (0, 2), err
+        return err if code else out
+
+    return run
+
+
+def test_the_command_prints_a_plan_s_memory_a_fit_and_a_table(
+    tiny_llama_folder: Path, report: SnrReport, command: Callable[..., str]
+) -> None:
+    plan = make_plan(report, spectrum_ratio=0.5)
+    plan.save("plan.yaml")
+    report.save("report.json")
+    small = ("--batch-size", 2, "--max-length", 32)
+    out = command(tiny_llama_folder, "--plan", "plan.yaml", *small, "-o", "memory.json")
+    found = MemoryReport.load("memory.json")
+    usual = {"dtype": "bfloat16", "optimizer": "adamw_torch_fused", "trainer": "sft", "gradient_checkpointing": True}
+    assert found == estimate_memory(tiny_llama_folder, plan, batch_size=2, max_length=32, **usual)
+    assert "trainer=sft" in out
+    assert describe_memory(found) in out
+    fit = ("--fit", f"{found.peak_bytes}B", "--margin", 0, "--report", "report.json", *small)
+    assert "fitted to" in command(tiny_llama_folder, *fit, "-o", "fitted.yaml")
+    fitted = Plan.load("fitted.yaml")
+    assert fitted.digest == plan.digest
+    out = command(tiny_llama_folder, "--mode", "spectrum", "--trainer", "transformers", *small, "-o", "table.json")
+    assert out.count("\nspectrum ") == len(RATIOS)
+    assert len(json.loads(Path("table.json").read_text())) == len(RATIOS)
+
+
+@pytest.mark.parametrize(("words", "text"), [
+    (("--fit", "24"), "budget is '24': the unit is missing"),
+    (("--fit", "24GiB", "-o", "plan.yaml"), "needs the scores of a scan: give --report"),
+    (("--fit", "24GiB", "--plan", "plan.yaml"), "--plan and --fit are both given"),
+    (("--batch-size", "auto"), "--batch-size auto is for --fit"),
+    (("--batch-size", "many"), "invalid number, or 'auto', value: 'many'"),
+    (("--device", "tpu"), "device is 'tpu'"),
+    (("--criterion", "spectrum"), "without weights only"),
+])  # fmt: skip
+def test_a_wrong_command_ends_in_one_line(
+    tiny_llama_folder: Path, command: Callable[..., str], words: tuple[str, ...], text: str
+) -> None:
+    line = command(tiny_llama_folder, *words)
+    assert text in line
+    assert line.count("\n") == 1
+
+
 @pytest.fixture
 def smollm2() -> Path:
     from spectrum_peft.demo import smollm2_folder
@@ -699,5 +760,3 @@ def test_the_dry_run_is_the_real_step_on_a_real_model(smollm2: Path) -> None:
     report = report_of_config(smollm2, "random")
     plan = make_plan(report, mode="spectrum", spectrum_ratio=0.25)
     agree(predicted(smollm2, plan, max_length=64), measured(smollm2, plan, max_length=64))
-
-

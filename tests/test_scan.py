@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -166,6 +167,26 @@ def test_a_report_saved_and_loaded_is_the_same(tiny_llama_folder: Path, tmp_path
         assert SnrReport.load(report.save(tmp_path / file)) == report
 
 
+class Screen(io.StringIO):
+    """Standard error as a terminal, or as a file."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+def test_a_bar_is_drawn_on_a_terminal_only(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal in (True, False):
+        screen = Screen(terminal)
+        monkeypatch.setattr(sys, "stderr", screen)
+        scan_weights(tiny_llama_folder, "row_norm")
+        assert ("28/28" in screen.getvalue()) == terminal
+        assert bool(screen.getvalue()) == terminal
+
+
 def test_torch_gets_its_threads_back(tiny_llama_folder: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     try:
@@ -261,9 +282,7 @@ def test_a_killed_scan_goes_on_where_it_stopped(
     assert left_over(cache) == []
 
 
-def test_a_line_that_the_kill_cut_is_scored_again(
-    stopped: tuple[Path, Path], cache: Path, reads: list[str]
-) -> None:
+def test_a_line_that_the_kill_cut_is_scored_again(stopped: tuple[Path, Path], cache: Path, reads: list[str]) -> None:
     folder, left = stopped
     fresh = scan_weights(folder)
     shutil.copytree(left, cache, dirs_exist_ok=True)

@@ -194,9 +194,7 @@ def test_sft_with_new_chat_tokens(folders: dict[str, Path], tmp_path: Path, mode
     # TRL adds tokens, asks PEFT to train their rows of the embedding, and the whole head: on a tied model one tensor.
     source = byte_tokenizer()
     source.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    source.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
-    )
+    source.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
     source.save_pretrained(tmp_path / "source")
     chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}."}] for i in range(16)]
     run = sft(
@@ -559,3 +557,57 @@ def example(name: str, *arguments: str) -> str:
     done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def examples_of(mode: str) -> list[str]:
+    return ["none", *(["nf4"] if mode in QUANTIZABLE else [])]
+
+
+RUNS = [(mode, quantization) for mode in MODES for quantization in examples_of(mode)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "quantization"), RUNS)
+def test_the_example_that_swaps_modes(folders: dict[str, Path], tmp_path: Path, mode: str, quantization: str) -> None:
+    out = example(
+        "swap_modes.py", "--model", str(folders["llama"]), "--mode", mode, "--quantization", quantization,
+        "--dtype", "float32", "--steps", "2", "--max-length", "32", "--learning-rate", "1e-3", "--output", str(tmp_path),
+    )  # fmt: skip
+    line = out.strip().splitlines()[-1]
+    assert line.startswith(f"{mode} (base {quantization}): ")
+    before, after = (float(part) for part in line.split("held-out loss ")[1].split(",")[0].split(" -> "))
+    assert after < before
+    plain = MODES[mode].plain_model and quantization == "none"
+    assert (tmp_path / ("model.safetensors" if plain else "adapter_model.safetensors")).is_file()
+
+
+@pytest.mark.slow
+def test_the_example_says_what_cannot_be_done(folders: dict[str, Path], tmp_path: Path) -> None:
+    script = [sys.executable, str(TESTS.parent / "examples" / "swap_modes.py"), "--model", str(folders["llama"])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path])}
+    done = subprocess.run(
+        [*script, "--mode", "full", "--quantization", "nf4", "--output", str(tmp_path)],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "error: mode 'full' trains every weight, so none can be quantized" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_the_example_with_a_loop_of_its_own(folders: dict[str, Path], tmp_path: Path, mode: str) -> None:
+    out = example("plain_loop.py", "--model", str(folders["llama"]), "--mode", mode, "--steps", "3", "--output", str(tmp_path))
+    losses = [float(line.split("loss ")[1]) for line in out.splitlines() if line.startswith("step ")]
+    assert len(losses) == 3
+    plain = MODES[mode].plain_model
+    assert (tmp_path / ("model.safetensors" if plain else "adapter_model.safetensors")).is_file()
+    base = load(folders["llama"])
+    again = load(tmp_path) if plain else PeftModel.from_pretrained(base, tmp_path)
+    assert not torch.equal(logits(again), logits(load(folders["llama"])))
+
+
+def test_the_examples_are_as_short_as_they_claim() -> None:
+    length = {p.name: len(p.read_text().splitlines()) for p in (TESTS.parent / "examples").glob("*.py")}
+    assert length["swap_modes.py"] < 80
+    assert length["plain_loop.py"] <= 40

@@ -119,8 +119,9 @@ def test_a_meta_model_is_refused() -> None:
         model = nn.Sequential(nn.Linear(4, 4))
     source = open_weights(model)
     assert source.tensors()[0].shape == (4, 4)
-    with pytest.raises(CheckpointError, match=r"0\.weight: lies on the meta device"):
-        source.read("0.weight")
+    for touch in (lambda: source.read("0.weight"), source.identity):
+        with pytest.raises(CheckpointError, match=r"0\.weight: lies on the meta device"):
+            touch()
 
 
 def test_an_unknown_name_shows_near_ones(saved: Callable[[str], Path]) -> None:
@@ -674,6 +675,7 @@ def test_a_quantized_model_is_read_from_its_float_folder(kind: str, saved: Calla
     assert same(live.read(Q_PROJ), base.read(Q_PROJ))
     assert any(f"read from the float checkpoint {folder}" in note for note in live.notes)
     assert live.fingerprint() == dataclasses.replace(base.fingerprint(), source="live")
+    assert live.identity() not in (base.identity(), open_weights(loaded("llama", folder)).identity())
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)

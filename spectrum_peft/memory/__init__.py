@@ -15,12 +15,13 @@ products, blocks of 512 bytes. Not modelled: CUDA's context, cuBLAS workspaces, 
 not use.
 """
 
-from .estimate import SHARDINGS, estimate_memory, measure_memory, report_of_config, shard
+from .estimate import SHARDINGS, estimate_memory, measure_memory, report_of_config, shard, usual_step
 from .fit import (
     RATIOS,
     Fit,
     Row,
     describe_memory,
+    describe_step,
     describe_table,
     find_fit,
     fit_to_memory,
@@ -46,6 +47,7 @@ __all__ = [
     "Step",
     "StorageTracker",
     "describe_memory",
+    "describe_step",
     "describe_table",
     "estimate_memory",
     "find_fit",
@@ -56,4 +58,5 @@ __all__ = [
     "parse_bytes",
     "report_of_config",
     "shard",
+    "usual_step",
 ]

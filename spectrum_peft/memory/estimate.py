@@ -130,6 +130,23 @@ def estimate_memory(
     return shard(dataclasses.replace(report, total_parameters=total, notes=notes), sharding, devices)
 
 
+def usual_step(
+    model: Any, *, model_class: Any = None, revision: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Fields of `Step` as `spectrum-peft train` has them on a GPU without flags: TRL's trainer for causal models."""
+    config = config_of(model, revision, trust_remote_code)
+    found = model_class_of(model, config, model_class, trust_remote_code).__name__
+    causal = found.endswith(("ForCausalLM", "LMHeadModel"))
+    return {
+        "batch_size": 8,
+        "max_length": min(Step.max_length, getattr(config, "max_position_embeddings", None) or Step.max_length),
+        "dtype": "bfloat16",
+        "optimizer": "adamw_torch_fused",
+        "trainer": "sft" if causal else "transformers",
+        "gradient_checkpointing": causal,
+    }
+
+
 def measure_memory(
     model: Any, plan: Plan | None = None, *, optimizer: str | OptimizerFactory | None = None, **step: Any
 ) -> MemoryReport:

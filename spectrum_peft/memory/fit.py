@@ -109,9 +109,8 @@ def find_fit(
         options: of `make_plan`, and of `estimate_memory`. `gradient_checkpointing="auto"` tries without and then with,
             `batch_size="auto"` the largest power of two up to 64 at which the smallest plan fits.
     Raises:
-        OptionError: the budget has no unit, is not above zero or below the frozen weights alone; nothing fits: the
-        message
-            says the smallest need and what would help.
+        OptionError: the budget has no unit, or is not above zero; nothing fits: the message says the smallest need,
+            whether the weights alone are above the budget, and what would help.
     """
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < 1:
         raise OptionError(f"margin is {margin!r}, wanted a share in [0, 1): 0.05 leaves 5 % of the budget free.")
@@ -121,7 +120,8 @@ def find_fit(
     plan_options = {k: v for k, v in options.items() if k in OPTIONS}
     settings = {k: v for k, v in options.items() if k not in OPTIONS}
     modes = [mode] if isinstance(mode, str) else list(mode)
-    search = _Search(model, report, limit)
+    where = {k: settings.pop(k) for k in ("model_class", "revision", "trust_remote_code") if k in settings}
+    search = _Search(model, report, limit, where)
     checkpointing = settings.pop("gradient_checkpointing", False)
     batch = settings.pop("batch_size", 1)
     for one in modes:
@@ -137,15 +137,15 @@ def find_fit(
 class _Search:
     """Dry runs of plans of one report on one model, each made once."""
 
-    def __init__(self, model: Any, report: SnrReport, limit: int) -> None:
-        self.model, self.report, self.limit = model, report, limit
+    def __init__(self, model: Any, report: SnrReport, limit: int, where: Mapping[str, Any]) -> None:
+        self.model, self.report, self.limit, self.where = model, report, limit, where
         self.tried: list[tuple[str, float | None, int]] = []
         self._known: dict[tuple[str, str], MemoryReport] = {}
 
     def memory(self, plan: Plan, settings: Mapping[str, Any]) -> MemoryReport:
         key = (plan.digest, repr(sorted(settings.items())))
         if key not in self._known:
-            found = estimate_memory(self.model, plan, **settings)
+            found = estimate_memory(self.model, plan, **settings, **self.where)
             self._known[key] = found
             self.tried.append((plan.mode, plan.options.get("spectrum_ratio"), found.peak_bytes))
             logger.info(
@@ -355,6 +355,15 @@ def describe_table(rows: Sequence[Row]) -> str:
             ]
         )
     return format_table(header, lines)
+
+
+def describe_step(report: MemoryReport) -> str:
+    """How the step of a report was run: `batch 8 of 1024 tokens, bfloat16, adamw_torch_fused, checkpointing`."""
+    step = report.settings
+    words = [f"batch {step['batch_size']} of {step['max_length']} tokens", str(step["dtype"]), str(step["optimizer"])]
+    words += ["checkpointing"] if step["gradient_checkpointing"] else []
+    words += [f"{step['quantization']} base"] if step["quantization"] else []
+    return ", ".join(words)
 
 
 def describe_memory(report: MemoryReport) -> str:

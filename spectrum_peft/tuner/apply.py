@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -33,7 +33,12 @@ from .layers import Original, SpectrumLayer
 logger = logging.getLogger(__name__)
 
 _TASKS_WITH_A_NEW_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_CLASSES_WITH_A_NEW_HEAD = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+_CLASSES_WITH_A_NEW_HEAD = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -150,9 +155,9 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
 def settle_plan(model: nn.Module, config: SpectrumConfig) -> Plan:
     """The plan that `config` means for the base model, with the model's own parameter names.
 
-    Adapters that are on it already are of no consequence. The plan wins, the report comes next, else the model is scanned (a finished scan of the same weights is used again,
-    and said so). What `modules_to_save`, `trainable_token_indices`, `bias` and a new task head add has action `save`.
-
+    Adapters that are on it already are of no consequence. The plan wins, the report comes next, else the model is scanned
+    (a finished scan of the same weights is used again, and said so). What `modules_to_save`,
+    `trainable_token_indices`, `bias` and a new task head add has action `save`.
     Raises:
         MismatchError: report or plan of another checkpoint; an entry that matches nothing.
         OptionError: the config leaves nothing to choose from.
@@ -215,7 +220,9 @@ def _with_model_names(plan: Plan, present: dict[str, Any]) -> Plan:
         if entry.name in found:
             entries.append(dataclasses.replace(entry, name=found[entry.name]))
         elif entry.trains:
-            raise MismatchError(f"the plan trains {entry.name}, which the model lacks." + near_matches(entry.name, present))
+            raise MismatchError(
+                f"the plan trains {entry.name}, which the model lacks." + near_matches(entry.name, present)
+            )
     return plan.replace(entries=tuple(entries))
 
 
@@ -270,7 +277,11 @@ def _saved_entries(
     model: nn.Module, config: SpectrumConfig, plan: Plan, present: dict[str, Any]
 ) -> Iterator[PlanEntry]:
     known = {e.name for e in plan.entries if e.action != "freeze"}
-    shapes = {name: tuple(getattr(owner, leaf).shape) for name, (owner, leaf) in present.items() if getattr(owner, leaf) is not None}
+    shapes = {
+        name: tuple(getattr(owner, leaf).shape)
+        for name, (owner, leaf) in present.items()
+        if getattr(owner, leaf) is not None
+    }
 
     def entry(name: str) -> PlanEntry:
         known.add(name)
@@ -280,11 +291,15 @@ def _saved_entries(
     for wanted in asked:
         if not any(names.module_name(n).endswith(wanted) for n in present):
             modules = {names.module_name(n).rpartition(".")[2] for n in present}
-            raise OptionError(f"modules_to_save: {wanted!r} matches no module of the model." + near_matches(wanted, modules))
+            raise OptionError(
+                f"modules_to_save: {wanted!r} matches no module of the model." + near_matches(wanted, modules)
+            )
     heads = head_modules(model, present) if config.task_type in (None, *_TASKS_WITH_A_NEW_HEAD) else []
     for name in present:
         module = names.module_name(name)
-        below = [part for part in (module, *_parents(module)) if any(part.endswith(w) for w in config.modules_to_save or ())]
+        below = [
+            part for part in (module, *_parents(module)) if any(part.endswith(w) for w in config.modules_to_save or ())
+        ]
         if name not in known and (below or module in heads):
             yield entry(name)
     layers = token_layers(model, config, present)
@@ -294,7 +309,11 @@ def _saved_entries(
     if config.bias != "none":
         adapted = {names.module_name(e.name) for e in plan.entries if e.trains}
         for name in present:
-            if name not in known and name.endswith("bias") and (config.bias == "all" or names.module_name(name) in adapted):
+            if (
+                name not in known
+                and name.endswith("bias")
+                and (config.bias == "all" or names.module_name(name) in adapted)
+            ):
                 yield entry(name)
 
 
@@ -374,7 +393,8 @@ def freeze_to_plan(model: nn.Module, plan: Plan) -> None:
         raise OptionError(
             f"mode {plan.mode!r} puts adapters into the model; use get_peft_model(model, SpectrumConfig(mode={plan.mode!r}, "
             "...)) or the trainer's peft_config. A callback on a plain model takes "
-            + ", ".join(repr(name) for name, mode in MODES.items() if mode.plain_model) + "."
+            + ", ".join(repr(name) for name, mode in MODES.items() if mode.plain_model)
+            + "."
         )
     present = base_parameters(model)
     wanted = set(plan.trainable_names)

@@ -42,7 +42,9 @@ class Original:
         name: full parameter name, for messages.
     """
 
-    def __init__(self, name: str, tensor: Tensor, *, reader: Callable[[], Tensor] | None = None, lost: bool = False) -> None:
+    def __init__(
+        self, name: str, tensor: Tensor, *, reader: Callable[[], Tensor] | None = None, lost: bool = False
+    ) -> None:
         self.name, self.dtype, self.shape, self.lost, self.reader = name, tensor.dtype, tensor.shape, lost, reader
         self._copy = None if reader or lost else tensor.detach().to("cpu", copy=True)
 

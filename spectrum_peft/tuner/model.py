@@ -7,7 +7,6 @@ added here is that the plan says what goes where, that it is checked afterwards,
 from __future__ import annotations
 
 import copy
-import copy
 import dataclasses
 import logging
 import math
@@ -235,9 +234,7 @@ class SpectrumModel(LoraModel):
         for name, layer in self._adapter_layers(config).items():
             allocate(layer, adapter_name, by_name[name].rank or 0)
 
-    def move_ranks(
-        self, adapter_name: str, wanted: Plan, *, step: int, optimizer: Any = None
-    ) -> list[RankChange]:
+    def move_ranks(self, adapter_name: str, wanted: Plan, *, step: int, optimizer: Any = None) -> list[RankChange]:
         """Carry out another plan of the same candidates: ranks, learning rates, which adapters train.
 
         An adapter that `wanted` deactivates keeps its factors, so the function stays, and stops training; activated again,

@@ -95,7 +95,9 @@ class RankChange:
 
 
 @torch.no_grad()
-def set_rank(layer: LoraLayer, adapter: str, rank: int, *, name: str, step: int, seed: int, optimizer: Any = None) -> RankChange:
+def set_rank(
+    layer: LoraLayer, adapter: str, rank: int, *, name: str, step: int, seed: int, optimizer: Any = None
+) -> RankChange:
     """Move a layer to another live rank.
 
     Growth adds directions with B = 0 and leaves the function as it was. Shrinking keeps the best approximation of B A of
@@ -135,9 +137,7 @@ def _new_rows(A: Tensor, count: int, seed: str) -> Tensor:
     return rows.to(device=A.device, dtype=A.dtype)
 
 
-def _shrink(
-    A: Tensor, B: Tensor, before: int, rank: int, scale: float, optimizer: Any, name: str
-) -> tuple[int, float]:
+def _shrink(A: Tensor, B: Tensor, before: int, rank: int, scale: float, optimizer: Any, name: str) -> tuple[int, float]:
     """Write the best rank-`rank` factors of B A into the first slots, zero the rest.
 
     Returns:

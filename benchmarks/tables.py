@@ -1,0 +1,166 @@
+"""Write the measured tables of README.md and docs/ from the JSON in benchmarks/results/: python benchmarks/tables.py
+
+Between `<!-- table: NAME -->` and `<!-- end -->` stands what this script writes; `--check` fails where it would change a file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+WHEN = {
+    "full": "you have the memory and want the reference to compare with",
+    "spectrum": "you want real weights, a plain checkpoint, and a fraction of the optimizer's memory",
+    "lora": "the usual baseline; on a 4-bit base this is QLoRA",
+    "spectra_qlora": "QLoRA with half of the adapter memory",
+    "alors": "one budget, spent where the scores are high; ranks may move during training",
+}
+# Which contestant of benchmarks/modes.py stands for a mode; "4-bit" rows are compared with full training in float32, too.
+CONTESTANT = {
+    "full": "full", "spectrum": "spectrum 0.25", "lora": "lora", "spectra_qlora": "spectra_qlora 0.5", "alors": "alors 0.5",
+}  # fmt: skip
+
+_ON_NF4 = {"spectra_qlora 0.5", "alors 0.5"}
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def machine(data: Mapping[str, Any]) -> str:
+    facts = data["machine"]
+    return f"{facts['cpu']}, {facts['cores']} cores, {data['written'][:10]}"
+
+
+def modes() -> str:
+    """What each mode trains, costs and is for."""
+    sys.path.insert(0, str(ROOT))
+    from spectrum_peft.policies import MODES
+
+    data = result("modes")
+    contestants = data["models"]["smollm2-135m"]["contestants"]
+    rows = []
+    for name, mode in MODES.items():
+        found = contestants[CONTESTANT[name]]
+        state = sum(found[k] for k in ("weight_bytes", "gradient_bytes", "optimizer_bytes"))
+        base = "4-bit" if CONTESTANT[name] in _ON_NF4 else "float32"
+        rows.append(
+            [
+                f"`{name}`", mode.summary, base, f"{found['trainable_parameters'] / 1e6:.1f} M",
+                f"{found['step']['median']:.2f} s", f"{state / 2**20:,.0f} MiB", f"{mode.default_lr:g}", WHEN[name],
+            ]
+        )  # fmt: skip
+    heads = [
+        "mode",
+        "what trains",
+        "base here",
+        "trained",
+        "step",
+        "weights + gradients + AdamW",
+        "learning rate",
+        "when",
+    ]
+    settings = data["settings"]
+    return table(heads, rows) + (
+        f"\nSmolLM2-135M, batch {settings['batch']} x {settings['length']} tokens, median of {settings['repeats']} repeats "
+        f"(`python benchmarks/modes.py`; {machine(data)}). `spectrum` at ratio 0.25, `spectra_qlora` and `alors` at 0.5.\n"
+    )
+
+
+def claims() -> str:
+    """The stated goals of the modes beside what was seen."""
+    data = result("modes")
+    rows = [
+        [c["model"], c["claim"], str(c["wanted"]), _short(c["seen"]), "yes" if c["pass"] else "no"]
+        for c in data["claims"]
+    ]
+    return table(["model", "compared", "goal", "seen", "holds"], rows)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def scan() -> str:
+    """Speed and memory of the scan."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import scan as benchmark
+
+    data = result("scan")
+    rows = [
+        [what, measured, goal, {True: "yes", False: "no", None: ""}[reached]]
+        for what, measured, goal, reached in benchmark.rows(data["parts"])
+    ]
+    return table(["measured", "", "goal", "reached"], rows) + f"\n(`python benchmarks/scan.py`; {machine(data)})\n"
+
+
+def onto() -> str:
+    """Held-out loss after merging onto the original and onto the dequantized weights."""
+    data = result("onto")
+    rows = [
+        [f"`{mode}`" if mode != "base" else "untrained base", what, f"{metrics['loss']:.4f}", f"{metrics['token_accuracy']:.4f}"]
+        for mode, row in data["held_out_loss"].items() for what, metrics in row.items()
+    ]  # fmt: skip
+    return table(["trained", "judged as", "held-out loss", "token accuracy"], rows) + (
+        f"\nSmolLM2-135M, {data['steps']} steps on the documentation topics (`python benchmarks/onto.py`; {machine(data)}).\n"
+    )
+
+
+def merge() -> str:
+    """Memory and time of a merge."""
+    data = result("merge")
+    made = data["checkpoint"]
+    rows = [
+        [
+            name.replace("_", " "), _short(row["seconds"]["median"]) if "seconds" in row else "",
+            _short(row.get("seconds_over_copy", "")), f"{row['above_interpreter_bytes'] / 2**20:,.0f} MiB",
+        ]
+        for name, row in data["runs"].items()
+    ]  # fmt: skip
+    return table(["run", "seconds", "over a copy of the files", "peak above the interpreter's"], rows) + (
+        f"\n{made['parameters'] / 1e9:.2f} billion parameters in bfloat16 (`python benchmarks/merge.py`; {machine(data)}).\n"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"modes": modes, "claims": claims, "scan": scan, "onto": onto, "merge": merge}
+
+
+def written(text: str) -> str:
+    """The page with every table made anew; a table without a result file stays empty."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[2]
+        there = (RESULTS / f"{'modes' if name == 'claims' else name}.json").exists()
+        return f"{match[1]}{TABLES[name]() if there else ''}{match[4]}"
+
+    return PLACE.sub(fill, text)
+
+
+def main() -> int:
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = written(text)
+        if new != text:
+            stale.append(page.name)
+            if "--check" not in sys.argv:
+                page.write_text(new, encoding="utf-8")
+    print(f"{'differ from the results' if '--check' in sys.argv else 'written'}: {', '.join(stale) or 'none'}")
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

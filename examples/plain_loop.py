@@ -1,0 +1,33 @@
+"""Training in a loop of your own, in any mode: no Trainer, any torch optimizer.
+
+    python examples/plain_loop.py --model MODEL_FOLDER --mode alors
+"""
+
+import argparse
+from pydoc_data.topics import topics  # 79 pages about Python that come with it
+
+import torch
+
+from spectrum_peft import SpectrumConfig, load_model_with_spectrum, parameter_groups
+from spectrum_peft.policies import MODES
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", required=True, help="hub id or folder")
+parser.add_argument("--mode", default="spectrum", choices=list(MODES))
+parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--output", default="plain_loop_output")
+options = parser.parse_args()
+
+model, tokenizer = load_model_with_spectrum(options.model, SpectrumConfig(mode=options.mode), dtype="float32")
+optimizer = torch.optim.AdamW(parameter_groups(model, lr=MODES[options.mode].default_lr, weight_decay=0.01))
+texts = sorted(topics.values())
+model.train()
+for step in range(options.steps):
+    batch = tokenizer(texts[step % len(texts)], return_tensors="pt", truncation=True, max_length=128).to(model.device)
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    print(f"step {step + 1}: loss {loss.item():.4f}")
+model.save_pretrained(options.output)  # a plain checkpoint where the weights themselves train, else an adapter
+tokenizer.save_pretrained(options.output)
