@@ -1,6 +1,6 @@
 """Training in a loop of your own, in any mode: no Trainer, any torch optimizer.
 
-    python examples/plain_loop.py --model MODEL_FOLDER --mode alors
+python examples/plain_loop.py MODEL_FOLDER --mode alors
 """
 
 import argparse
@@ -12,10 +12,10 @@ from spectrum_peft import SpectrumConfig, load_model_with_spectrum, parameter_gr
 from spectrum_peft.policies import MODES
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", required=True, help="hub id or folder")
+parser.add_argument("model", help="hub id or folder")
 parser.add_argument("--mode", default="spectrum", choices=list(MODES))
 parser.add_argument("--steps", type=int, default=20)
-parser.add_argument("--output", default="plain_loop_output")
+parser.add_argument("--out", help="where to save: a plain checkpoint if the weights themselves train, else an adapter")
 options = parser.parse_args()
 
 model, tokenizer = load_model_with_spectrum(options.model, SpectrumConfig(mode=options.mode), dtype="float32")
@@ -29,5 +29,6 @@ for step in range(options.steps):
     optimizer.step()
     optimizer.zero_grad()
     print(f"step {step + 1}: loss {loss.item():.4f}")
-model.save_pretrained(options.output)  # a plain checkpoint where the weights themselves train, else an adapter
-tokenizer.save_pretrained(options.output)
+if options.out:
+    model.save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)

@@ -180,7 +180,11 @@ def _memory_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plan", metavar="FILE", help="of `plan`: the memory of this one")
     add("--fit", metavar="SIZE", help="the largest ratio that fits into it, say 24GiB; -o writes its plan")
     add("--margin", type=float, metavar="SHARE", help="of the size that stays free; default 0.05")
-    add("--report", metavar="FILE", help="of `scan`; without it the plans take the first blocks, the most expensive choice")
+    add(
+        "--report",
+        metavar="FILE",
+        help="of `scan`; without it the plans take the first blocks, the most expensive choice",
+    )
     add("-o", "--output", metavar="FILE", help="with --fit the plan, else the memory report, or the table as JSON")
     group = parser.add_argument_group("the step (defaults: what `train` does without flags, on one GPU)")
     add = group.add_argument
@@ -248,7 +252,9 @@ def _memory(options: argparse.Namespace, rest: Rest) -> None:
     mode = chosen.pop("mode", None)
     if options.fit:
         margin = {} if options.margin is None else {"margin": options.margin}
-        fit = memory.find_fit(model, report, mode=mode or "spectrum", budget=options.fit, **margin, **chosen, **settings)
+        fit = memory.find_fit(
+            model, report, mode=mode or "spectrum", budget=options.fit, **margin, **chosen, **settings
+        )
         print(fit.plan.notes[-1])
         print(memory.describe_memory(fit.memory))
         _write(fit.plan, options.output)

@@ -59,7 +59,7 @@ class Criterion:
         source: where the formula comes from.
         needs_weights: False for controls that look at names only.
         needs_spectrum: the score is a function of the singular values.
-        needs_data: the score comes from `probe_gradients`, not from a matrix.
+        needs_data: the score comes from gradients on data, not from a matrix.
         smallest: the smallest singular value decides, so it is wanted to full precision.
         edge: where signal ends in a spectrum; None for criteria that split nothing.
         of_values: ((k,) float64 descending, (n, m)) -> (score, number of signal values or None).
@@ -203,8 +203,7 @@ def published_edge(values: Tensor, shape: tuple[int, int]) -> float:
         values: (k,) float64, descending. shape: (n, m).
     Source: QuixiAI/spectrum@1996495 spectrum.py, `marchenko_pastur_threshold`, `estimate_sigma_with_full_iqr`.
     """
-    quartiles = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=values.dtype))
-    sigma = float(quartiles[1] - quartiles[0]) / _IQR_OF_NORMAL
+    sigma = (_quantile(values, 0.75) - _quantile(values, 0.25)) / _IQR_OF_NORMAL
     return sigma * (1.0 + math.sqrt(min(shape) / max(shape)))
 
 
@@ -226,10 +225,18 @@ def marchenko_pastur_edge(values: Tensor, shape: tuple[int, int]) -> float:
     n, m = shape
     if len(values) < 2:
         return math.inf
-    sigma = float(torch.quantile(values, 0.5)) / math.sqrt(_mp_median(min(shape) / max(shape)) * max(shape))
+    sigma = _quantile(values, 0.5) / math.sqrt(_mp_median(min(shape) / max(shape)) * max(shape))
     root = math.sqrt(n) + math.sqrt(m)
     width = root * (1 / math.sqrt(n) + 1 / math.sqrt(m)) ** (1 / 3)
     return sigma * math.sqrt(root**2 + _TRACY_WIDOM * width)
+
+
+def _quantile(values: Tensor, q: float) -> float:
+    """Linear interpolation between order statistics, as `torch.quantile`, of values that are in descending order."""
+    at = (1.0 - q) * (len(values) - 1)
+    low = int(at)
+    first = float(values[low])
+    return first if low == at else first + (at - low) * (float(values[low + 1]) - first)
 
 
 @lru_cache(maxsize=4096)
@@ -261,23 +268,21 @@ def _spectrum(values: Tensor, shape: tuple[int, int]) -> tuple[float, int]:
     """
     if not values[0]:
         return 0.0, 0
-    signal = values > published_edge(values, shape)
-    n_signal = int(signal.sum())
-    noise = float(values[~signal].sum()) if n_signal < len(values) else 1.0
+    n_signal = int((values > published_edge(values, shape)).sum())
+    noise = float(values[n_signal:].sum()) if n_signal < len(values) else 1.0
     if noise == 0.0:
         return math.inf, n_signal
-    return float(values[signal].sum()) / noise / float(values[0]), n_signal
+    return float(values[:n_signal].sum()) / noise / float(values[0]), n_signal
 
 
 def _mp(values: Tensor, shape: tuple[int, int]) -> tuple[float, int]:
     """Energy (sum of squares) above the Marchenko-Pastur edge over the energy below it."""
-    signal = values > marchenko_pastur_edge(values, shape)
-    n_signal = int(signal.sum())
+    n_signal = int((values > marchenko_pastur_edge(values, shape)).sum())
     if n_signal == 0:
         return 0.0, 0
     energy = (values / values[0]).square()
-    noise = float(energy[~signal].sum())
-    return (float(energy[signal].sum()) / noise if noise else math.inf), n_signal
+    noise = float(energy[n_signal:].sum())
+    return (float(energy[:n_signal].sum()) / noise if noise else math.inf), n_signal
 
 
 def _mean_over_std(values: Tensor) -> float:
@@ -359,7 +364,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion(
             "fisher",
             "empirical Fisher mass per parameter on calibration batches",
-            "probe_gradients",
+            "gradients on data; not computed by this version",
             needs_weights=False,
             needs_data=True,
         ),
@@ -396,7 +401,7 @@ def score(matrix: Tensor | None, criterion: str = "spectrum", *, name: str = "ma
     """
     row = criterion_named(criterion)
     if row.needs_data:
-        raise OptionError(f"criterion {criterion!r} needs gradients on data: call probe_gradients(model, batches).")
+        raise OptionError(f"criterion {criterion!r} needs gradients on data, which a matrix does not have.")
     if row.of_name is not None:
         return MatrixScore(row.of_name(name, seed))
     if matrix is None:

@@ -86,7 +86,7 @@ def scan_weights(
     """
     row = criteria.criterion_named(criterion)
     if row.needs_data:
-        raise OptionError(f"criterion {criterion!r} needs gradients on data: call probe_gradients(model, batches).")
+        raise OptionError(f"criterion {criterion!r} needs gradients on data, which a scan of weights does not have.")
     roles = _checked_roles(score)
     jobs = _checked_jobs(jobs)
     where = _device(device)
@@ -103,7 +103,14 @@ def scan_weights(
     if cache and kept.is_file():
         logger.info("taking the finished scan of the same weights from %s", kept)
         report: SnrReport = SnrReport.load(kept)
-        return dataclasses.replace(report, model_id=source.model_id, revision=source.revision, notes=source.notes)
+        # The same values may have come from another folder, or from the same one cast: who they are is asked again.
+        return dataclasses.replace(
+            report,
+            fingerprint=source.fingerprint(),
+            model_id=source.model_id,
+            revision=source.revision,
+            notes=source.notes,
+        )
 
     def one(name: str, info: TensorInfo) -> MatrixScore:
         matrix = source.read(name).to(where)

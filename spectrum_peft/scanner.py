@@ -117,9 +117,7 @@ class SpectrumScanner:
         revision = self._scan_options["revision"]
         step = {**usual_step(source, revision=revision), **({} if self.dtype is None else {"dtype": self.dtype})}
         everything = make_plan(self.report, mode="full", trainable_dtype=self.plan.options["trainable_dtype"])
-        ours, full = (
-            estimate_memory(source, plan, revision=revision, **step) for plan in (self.plan, everything)
-        )
+        ours, full = (estimate_memory(source, plan, revision=revision, **step) for plan in (self.plan, everything))
         less = full.peak_bytes - ours.peak_bytes
         return (
             f"Estimated memory saving against full fine-tuning: {_share(less, full.peak_bytes)} "
@@ -129,4 +127,3 @@ class SpectrumScanner:
 
 def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
-

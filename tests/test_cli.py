@@ -208,7 +208,10 @@ def test_the_scanner_saves_the_plan_and_sums_it_up(
         memory.estimate_memory(tiny_llama_folder, plan, **memory.usual_step(tiny_llama_folder)).peak_bytes
         for plan in (make_plan(scanner.report, mode="full"), scanner.plan)
     )
-    assert f"full fine-tuning: {100 * (1 - ours / full):.1f} % ({full / 2**20:.1f} MiB to {ours / 2**20:.1f} MiB" in lines[3]
+    assert (
+        f"full fine-tuning: {100 * (1 - ours / full):.1f} % ({full / 2**20:.1f} MiB to {ours / 2**20:.1f} MiB"
+        in lines[3]
+    )
     assert "batch 8 of 256 tokens, bfloat16" in lines[3]
     alone = tmp_path / "alone"
     alone.mkdir()

@@ -315,7 +315,7 @@ def test_first_and_last_rank_by_block() -> None:
 def test_unknown_and_unfit_criteria_are_refused() -> None:
     with pytest.raises(OptionError, match=r"'spectrm'.*Did you mean 'spectrum'"):
         score(torch.ones(2, 2), "spectrm")
-    with pytest.raises(OptionError, match="probe_gradients"):
+    with pytest.raises(OptionError, match="needs gradients on data"):
         score(torch.ones(2, 2), "fisher")
     with pytest.raises(OptionError, match=r"needs the weights of a\.weight"):
         score(None, "mp", name="a.weight")

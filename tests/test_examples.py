@@ -45,6 +45,16 @@ def test_swapping_modes(
     assert (tmp_path / "lora").exists() == (not MODES[mode].real_weights)
 
 
+def test_what_cannot_be_done_is_said_in_one_line(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(tiny_llama_folder), "--mode", "full", "--quantization", "nf4", "--out", str(tmp_path)]
+    with pytest.raises(
+        SystemExit, match=r"^error: mode 'full' trains every weight, so none can be quantized; use mode="
+    ):
+        run("swap_modes.py", *words, monkeypatch=monkeypatch)
+
+
 def test_the_examples_stay_short() -> None:
     assert len((EXAMPLES / "plain_loop.py").read_text().splitlines()) <= 40
     assert len((EXAMPLES / "swap_modes.py").read_text().splitlines()) < 80

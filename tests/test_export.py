@@ -759,7 +759,7 @@ WRONG_CONFIGS = [
     ({"init_lora_weights": "pissa_niter_4"}, CheckpointError, "init_lora_weights is 'pissa_niter_4'"),
     ({"use_qalora": True}, CheckpointError, "use_qalora"),
     ({"alpha_pattern": {"q_proj(": 3}}, CheckpointError, r"alpha_pattern 'q_proj\(' is no regex"),
-    ({"lora_alpha": "much"}, CheckpointError, r"alpha of .*q_proj is 'much', wanted a number"),
+    ({"lora_alpha": "much"}, CheckpointError, r"alpha of \S+_proj is 'much', wanted a number"),
     ({"peft_type": "IA3"}, CheckpointError, "peft_type is 'IA3', wanted LORA or SPECTRUM"),
     ({"base_model_name_or_path": None}, OptionError, "base_model_name_or_path is empty"),
     ({"base_model_name_or_path": "/nowhere/model"}, CheckpointError, r"/nowhere/model.*another place with base"),

@@ -219,7 +219,7 @@ def test_a_nan_is_refused_by_name(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"criterion": "spectrm"}, r"criterion is 'spectrm'.*'spectrum'"),
-        ({"criterion": "fisher"}, r"needs gradients on data: call probe_gradients"),
+        ({"criterion": "fisher"}, r"needs gradients on data"),
         ({"jobs": 0}, "jobs is 0"),
         ({"jobs": -2}, "jobs is -2"),
         ({"jobs": 1.5}, "jobs is 1.5"),
@@ -594,3 +594,17 @@ def test_two_processes_at_once_come_to_the_same(tmp_path: Path) -> None:
     digests = {run.communicate()[0].decode().strip() for run in runs}
     assert digests == {scan_weights(folder).digest}
     assert os.environ["SPECTRUM_PEFT_CACHE"] in str(scan.cache_folder())
+
+
+def test_a_kept_scan_carries_the_fingerprint_of_the_weights_that_ask(tmp_path: Path) -> None:
+    """One model's values from two folders, in float32 and cast: the second's report must not belong to the first."""
+    from architectures import ARCHITECTURES
+    from transformers import AutoModelForCausalLM
+
+    model = ARCHITECTURES["llama"].build()
+    model.save_pretrained(tmp_path / "float32")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "bfloat16")
+    for name in ("float32", "bfloat16"):
+        live = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        report = scan_weights(live, cache=True)
+        assert report.fingerprint.content == open_weights(str(tmp_path / name)).fingerprint().content

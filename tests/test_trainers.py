@@ -1,4 +1,4 @@
-"""Every mode through the trainers people use; killed runs; several adapters on one base; the examples."""
+"""Every mode through the trainers people use; killed runs; several adapters on one base."""
 
 from __future__ import annotations
 
@@ -162,6 +162,20 @@ def test_sft_on_a_4_bit_base(folders: dict[str, Path], tmp_path: Path, mode: str
     # The same base, its quantized weights from the same float ones, with the checkpoint's adapter on it.
     bare = quantized(folders[family], mode).unload()
     again = PeftModel.from_pretrained(bare, tmp_path / "run" / "checkpoint-2")
+    assert torch.equal(logits(again), logits(run.model))
+
+
+@pytest.mark.parametrize("mode", only_fast(MODES, fast=["spectrum"]))
+def test_sft_on_a_bfloat16_base_trains_in_float32(folders: dict[str, Path], tmp_path: Path, mode: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.bfloat16)
+    losses = Losses()
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    run = sft(model, tmp_path / "run", losses, peft_config=config_of(mode), bf16=True, **saved)
+    assert {p.dtype for p in run.model.parameters() if p.requires_grad} == {torch.float32}
+    train_and_check(run)
+    assert losses.losses[1] < losses.losses[0]
+    base = AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.bfloat16)
+    again = PeftModel.from_pretrained(base, tmp_path / "run" / "checkpoint-2")
     assert torch.equal(logits(again), logits(run.model))
 
 
@@ -546,68 +560,3 @@ def test_another_peft_method_on_the_same_base_is_refused_by_peft(folders: dict[s
     model = get_peft_model(load(folders["llama"]), config_of("lora"))
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
         model.add_adapter("plain", LoraConfig(target_modules=["q_proj"]))
-
-
-# --- the examples ----------------------------------------------------------------------------------------------------
-
-
-def example(name: str, *arguments: str) -> str:
-    script = [sys.executable, "-W", "ignore", str(TESTS.parent / "examples" / name), *arguments]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path])}
-    done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def examples_of(mode: str) -> list[str]:
-    return ["none", *(["nf4"] if mode in QUANTIZABLE else [])]
-
-
-RUNS = [(mode, quantization) for mode in MODES for quantization in examples_of(mode)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("mode", "quantization"), RUNS)
-def test_the_example_that_swaps_modes(folders: dict[str, Path], tmp_path: Path, mode: str, quantization: str) -> None:
-    out = example(
-        "swap_modes.py", "--model", str(folders["llama"]), "--mode", mode, "--quantization", quantization,
-        "--dtype", "float32", "--steps", "2", "--max-length", "32", "--learning-rate", "1e-3", "--output", str(tmp_path),
-    )  # fmt: skip
-    line = out.strip().splitlines()[-1]
-    assert line.startswith(f"{mode} (base {quantization}): ")
-    before, after = (float(part) for part in line.split("held-out loss ")[1].split(",")[0].split(" -> "))
-    assert after < before
-    plain = MODES[mode].plain_model and quantization == "none"
-    assert (tmp_path / ("model.safetensors" if plain else "adapter_model.safetensors")).is_file()
-
-
-@pytest.mark.slow
-def test_the_example_says_what_cannot_be_done(folders: dict[str, Path], tmp_path: Path) -> None:
-    script = [sys.executable, str(TESTS.parent / "examples" / "swap_modes.py"), "--model", str(folders["llama"])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path])}
-    done = subprocess.run(
-        [*script, "--mode", "full", "--quantization", "nf4", "--output", str(tmp_path)],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "error: mode 'full' trains every weight, so none can be quantized" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-def test_the_example_with_a_loop_of_its_own(folders: dict[str, Path], tmp_path: Path, mode: str) -> None:
-    out = example("plain_loop.py", "--model", str(folders["llama"]), "--mode", mode, "--steps", "3", "--output", str(tmp_path))
-    losses = [float(line.split("loss ")[1]) for line in out.splitlines() if line.startswith("step ")]
-    assert len(losses) == 3
-    plain = MODES[mode].plain_model
-    assert (tmp_path / ("model.safetensors" if plain else "adapter_model.safetensors")).is_file()
-    base = load(folders["llama"])
-    again = load(tmp_path) if plain else PeftModel.from_pretrained(base, tmp_path)
-    assert not torch.equal(logits(again), logits(load(folders["llama"])))
-
-
-def test_the_examples_are_as_short_as_they_claim() -> None:
-    length = {p.name: len(p.read_text().splitlines()) for p in (TESTS.parent / "examples").glob("*.py")}
-    assert length["swap_modes.py"] < 80
-    assert length["plain_loop.py"] <= 40
