@@ -667,14 +667,17 @@ def test_a_killed_merge_leaves_no_folder_that_looks_whole(
     base, folder = base_of("llama", shard="100KB"), adapter_of("llama", "peft")[0]
     code = f"""
 import os, signal
-from spectrum_peft import export
-write = export._Shard.write
-def dying(self, folder, tally):
-    write(self, folder, tally)
-    if self.name.startswith("model-00003"):
-        print("dying", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-export._Shard.write = dying
+from spectrum_peft import export, rewrite
+class Dying(rewrite.SafetensorsWriter):
+    def __init__(self, path, *rest):
+        super().__init__(path, *rest)
+        self.name = path.name
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        if self.name.startswith("model-00003"):
+            print("dying", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+rewrite.SafetensorsWriter = Dying
 export.merge_into_base({str(folder)!r}, {str(base)!r}, {str(tmp_path / "merged")!r})
 """
     done = subprocess.run(
