@@ -50,6 +50,9 @@ def modes() -> str:
     sys.path.insert(0, str(ROOT))
     from spectrum_peft.policies import MODES
 
+    if not (RESULTS / "modes.json").exists():
+        rows = [[f"`{m.name}`", m.summary, f"{m.default_lr:g}", WHEN[m.name]] for m in MODES.values()]
+        return table(["mode", "what trains", "learning rate", "when"], rows) + "\nCosts: `python benchmarks/modes.py`.\n"
     data = result("modes")
     contestants = data["models"]["smollm2-135m"]["contestants"]
     rows = []
@@ -143,7 +146,7 @@ def written(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match[2]
-        there = (RESULTS / f"{'modes' if name == 'claims' else name}.json").exists()
+        there = name == "modes" or (RESULTS / f"{'modes' if name == 'claims' else name}.json").exists()
         return f"{match[1]}{TABLES[name]() if there else ''}{match[4]}"
 
     return PLACE.sub(fill, text)
