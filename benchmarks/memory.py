@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py                  # every cell that is not there yet, the 8B dry run, the tables
     python benchmarks/memory.py --only minilm    # cells whose name contains a word
-    python benchmarks/memory.py --docs           # write the tables of docs/memory.md from the JSON, run nothing
+    python benchmarks/memory.py --tables         # no cells
+    python benchmarks/tables.py                  # write the tables of docs/memory.md from the JSON
 
 Each cell is one model, mode, ratio, checkpointing and batch. It takes two processes of their own: one predicts, with
 fake tensors and from the config alone; one loads the model as for training, takes two optimizer steps, and reports the
@@ -10,8 +11,7 @@ peak of live storages (the same tracker, on real tensors) and how far its reside
 the model. Finished cells stay in benchmarks/results/memory.json and are not run again, unless with --again.
 
 Resident memory is compared under MALLOC_ARENA_MAX=1, MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536 on
-one
-thread: freed blocks then go back to the kernel, so that what is resident is what is alive. Where a CUDA device is
+one thread: freed blocks then go back to the kernel, so that what is resident is what is alive. Where a CUDA device is
 present, each cell is also run there and compared with torch.cuda.max_memory_allocated.
 """
 
@@ -21,10 +21,9 @@ import argparse
 import gc
 import json
 import os
-import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from typing import Any
 import common
 
 RESULT = common.RESULTS / "memory.json"
-DOCS = common.ROOT / "docs" / "memory.md"
 ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error",
@@ -435,69 +433,68 @@ def _gib(size: float) -> str:
 
 # --- the tables of the documentation ---------------------------------------------------------------------------------
 
+# Tables of docs/memory.md, each between its markers; benchmarks/tables.py writes them there.
+TABLES = {
+    "memory_accuracy": "accuracy", "memory_8b": "one dry run", "memory_3b": "meta-llama/Llama-3.2-3B",
+    "memory_llama_8b": "meta-llama/Llama-3.1-8B", "memory_qwen_7b": "Qwen/Qwen2.5-7B",
+    "memory_70b": "meta-llama/Llama-3.1-70B", "memory_tutorial": "tutorial",
+}  # fmt: skip
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
-
-def tables(result: Mapping[str, Any]) -> dict[str, str]:
-    """{name of a marker in docs/memory.md: the table that stands there}."""
-    found = {}
-    cells = result["cells"]
-    header = ["cell", "predicted", "live, measured", "error", "resident, measured", "error"]
-    found["accuracy"] = _markdown(
-        header,
-        [
+def rows(name: str, data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(heads, rows) of one of `TABLES`; without heads, a sentence."""
+    what = TABLES[name]
+    if what == "accuracy":
+        return _accuracy(data["cells"])
+    if what == "tutorial":
+        return _tutorial(data["tutorial"])
+    if what == "one dry run":
+        row = data["8b"]
+        return [], [
             [
-                name, _gib(row["predicted"]["peak_bytes"]), _gib(row["measured"]["peak_bytes"]),
-                f"{row['live_error']:+.2%}", _gib(row["measured"]["resident_bytes"]), f"{row['resident_error']:+.1%}",
+                f"One dry run of Llama-3.1-8B took {row['seconds']:.1f} s ({row['cpu_seconds']:.1f} s of CPU time) and "
+                f"{_gib(row['process_peak_bytes'])} of resident memory, Python and its libraries included."
             ]
-            for name, row in cells.items()
-        ],
-    )  # fmt: skip
-    for name, rows in result["tables"].items():
-        total = next(iter(rows.values()))["total_parameters"]
-        body = []
-        for key, row in rows.items():
-            part = row["by_category"]
-            weights = sum(part.get(n, 0) for n in ("weights", "quantized_weights", "adapters"))
-            rest = row["peak_bytes"] - weights - part.get("optimizer", 0) - part.get("gradients", 0)
-            trains = row["trainable_parameters"]
-            body.append(
-                [
-                    key, f"{trains / 1e6:,.0f} M ({trains / total:.1%})", _gib(row["peak_bytes"]), row["phase"],
-                    _gib(weights), _gib(part.get("optimizer", 0)), _gib(part.get("gradients", 0)), _gib(rest),
-                ]
-            )  # fmt: skip
-        header = ["mode", "trains", "peak", "in", "weights", "optimizer", "gradients", "activations and rest"]
-        found[name] = _markdown(header, body)
-    header = ["setting", *(f"{ratio:g}" for ratio in TUTORIAL)]
-    body = [["the tutorial's figures", *(f"{gb} GB" for gb in TUTORIAL.values())]]
-    body += [
-        [reading, *(f"{rows[str(ratio)]['peak_bytes'] / 1e9:.1f} GB" for ratio in TUTORIAL)]
-        for reading, rows in result["tutorial"].items()
+        ]
+    return _modes(data["tables"][what])
+
+
+def _accuracy(cells: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    heads = ["cell", "predicted", "live, measured", "error", "resident, measured", "error"]
+    return heads, [
+        [
+            name, _gib(row["predicted"]["peak_bytes"]), _gib(row["measured"]["peak_bytes"]), f"{row['live_error']:+.2%}",
+            _gib(row["measured"]["resident_bytes"]), f"{row['resident_error']:+.1%}",
+        ]
+        for name, row in cells.items()
+    ]  # fmt: skip
+
+
+def _modes(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    heads = ["mode", "trains", "peak", "in", "weights", "optimizer", "gradients", "activations and rest"]
+    made = []
+    for key, row in found.items():
+        part = row["by_category"]
+        weights = sum(part.get(n, 0) for n in ("weights", "quantized_weights", "adapters"))
+        rest = row["peak_bytes"] - weights - part.get("optimizer", 0) - part.get("gradients", 0)
+        trains, total = row["trainable_parameters"], row["total_parameters"]
+        made.append(
+            [
+                key, f"{trains / 1e6:,.0f} M ({trains / total:.1%})", _gib(row["peak_bytes"]), row["phase"],
+                _gib(weights), _gib(part.get("optimizer", 0)), _gib(part.get("gradients", 0)), _gib(rest),
+            ]
+        )  # fmt: skip
+    return heads, made
+
+
+def _tutorial(readings: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    heads = ["ratio", *(f"{ratio:g}" for ratio in TUTORIAL)]
+    made = [["the tutorial", *(f"{gb} GB" for gb in TUTORIAL.values())]]
+    made += [
+        [reading, *(f"{found[str(ratio)]['peak_bytes'] / 1e9:.1f} GB" for ratio in TUTORIAL)]
+        for reading, found in readings.items()
     ]
-    found["tutorial"] = _markdown(header, body)
-    if "8b" in result:
-        row = result["8b"]
-        found["8b"] = (
-            f"One dry run of Llama-3.1-8B took {row['seconds']:.1f} s ({row['cpu_seconds']:.1f} s of CPU time) and "
-            f"{_gib(row['process_peak_bytes'])} of resident memory, Python and its libraries included."
-        )
-    return found
-
-
-def write_docs() -> None:
-    """Put every table between its markers, `<!-- table: name -->` and `<!-- end -->`."""
-    text = DOCS.read_text()
-    made = tables(_load())
-    for name in re.findall(r"<!-- table: (.+?) -->", text):
-        if name not in made:
-            raise SystemExit(f"{DOCS}: no results for the table {name!r} in {RESULT}; known: {sorted(made)}")
-        pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = pattern.sub(lambda match, body=made[name]: f"{match[1]}{body}\n{match[2]}", text)
-    DOCS.write_text(text)
+    return heads, made
 
 
 def main() -> None:
@@ -505,13 +502,10 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="WORD", help="cells whose name contains it, and no tables")
     parser.add_argument("--again", action="store_true", help="run finished cells again")
     parser.add_argument("--tables", action="store_true", help="the tables only, no cells")
-    parser.add_argument("--docs", action="store_true", help="write docs/memory.md from the JSON")
     parser.add_argument("--child", nargs=2, metavar=("JOB", "ARGUMENTS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         _child(*options.child)
-    elif options.docs:
-        write_docs()
     else:
         os.environ.update({k: v for k, v in ENVIRONMENT.items() if not k.startswith("MALLOC")})
         run("\0" if options.tables else options.only, options.again, tables=not options.only)

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,21 @@ def merge() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"modes": modes, "claims": claims, "scan": scan, "onto": onto, "merge": merge}
+def memory(name: str) -> str:
+    """Accuracy of the memory dry run, and what it says of known models."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import memory as benchmark
+
+    data = result("memory")
+    heads, rows = benchmark.rows(name, data)
+    return table(heads, rows) if heads else f"{rows[0][0]} ({machine(data)})\n"
+
+
+_MEMORY = ("accuracy", "8b", "3b", "llama_8b", "qwen_7b", "70b", "tutorial")
+TABLES: dict[str, Callable[[], str]] = {
+    "modes": modes, "claims": claims, "scan": scan, "onto": onto, "merge": merge,
+    **{f"memory_{part}": partial(memory, f"memory_{part}") for part in _MEMORY},
+}  # fmt: skip
 
 
 def written(text: str) -> str:
@@ -146,7 +161,8 @@ def written(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match[2]
-        there = name == "modes" or (RESULTS / f"{'modes' if name == 'claims' else name}.json").exists()
+        file = "modes" if name == "claims" else name.partition("_")[0]
+        there = name == "modes" or (RESULTS / f"{file}.json").exists()
         return f"{match[1]}{TABLES[name]() if there else ''}{match[4]}"
 
     return PLACE.sub(fill, text)
