@@ -32,6 +32,7 @@ from spectrum_peft.weights import open_weights
 
 HIDDEN, INNER, KEY_VALUE, VOCABULARY, RANK, ALPHA = 2048, 8192, 512, 128256, 16, 32
 LIMIT = 2**30  # bytes above the interpreter's; the goal
+TIMES = ("seconds", "seconds_with_flush", "cpu_seconds")
 Shape = tuple[int, ...]
 
 
@@ -107,8 +108,9 @@ def make(folder: Path, layers: int) -> dict[str, Any]:
 
 _PRELUDE = "import os, sys, time, json; sys.path.insert(0, {root!r}); "
 _TIMED = (
-    "began = time.perf_counter(); {call}; called = time.perf_counter() - began; "
-    "os.sync(); print(json.dumps([called, time.perf_counter() - began, {result}]))"
+    "began, cpu = time.perf_counter(), time.process_time(); {call}; "
+    "called, cpu = time.perf_counter() - began, time.process_time() - cpu; "
+    "os.sync(); print(json.dumps([called, time.perf_counter() - began, cpu, {result}]))"
 )
 PROGRAMS = {
     # What any process with torch and this package takes before it does anything.
@@ -136,7 +138,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         raise SystemExit(f"{name} failed:\n{child.stderr}")
     result: dict[str, Any] = {"peak_bytes": child.peak_bytes, "other_load_cores": other.cores(child.cpu_seconds)}
     if child.stdout:
-        result["seconds"], result["seconds_with_flush"], result["rounding"] = json.loads(child.stdout)
+        result |= zip((*TIMES, "rounding"), json.loads(child.stdout), strict=True)
     if name in ("lora", "real_weights"):
         check(name, folder)
     shutil.rmtree(out, ignore_errors=True)
@@ -194,7 +196,7 @@ def summary(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
         row: dict[str, Any] = {"peak_bytes": max(r["peak_bytes"] for r in measured)}
         row["above_interpreter_bytes"] = row["peak_bytes"] - interpreter
         row["other_load_cores"] = [r["other_load_cores"] for r in measured]
-        for key in ("seconds", "seconds_with_flush"):
+        for key in TIMES:
             if key in measured[0]:
                 row[key] = common.spread([r[key] for r in measured])
                 row[f"{key}_over_copy"] = row[key]["median"] / common.spread([r[key] for r in runs["copy"]])["median"]
@@ -208,16 +210,14 @@ def summary(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
 def print_table(result: Mapping[str, Any]) -> None:
     made = result["checkpoint"]
     print(f"{made['parameters'] / 1e9:.2f} billion parameters, {made['base_bytes'] / 2**30:.2f} GiB in bfloat16")
-    print(f"{'':14}{'seconds':>10}{'over copy':>11}{'with flush':>12}{'over copy':>11}{'peak MiB':>10}{'above':>8}")
+    titles = ("seconds", "with flush", "cpu")
+    print(f"{'':14}" + "".join(f"{title:>12}{'over copy':>11}" for title in titles) + f"{'peak MiB':>10}{'above':>8}")
     for name, row in result["runs"].items():
         memory = f"{row['peak_bytes'] / 2**20:>10.0f}{row['above_interpreter_bytes'] / 2**20:>8.0f}"
         if "seconds" not in row:
-            print(f"{name:14}{'':44}{memory}")
+            print(f"{name:14}{'':69}{memory}")
             continue
-        times = "".join(
-            f"{row[key]['median']:>{width}.2f}{row[f'{key}_over_copy']:>11.2f}"
-            for key, width in (("seconds", 10), ("seconds_with_flush", 12))
-        )
+        times = "".join(f"{row[key]['median']:>12.2f}{row[f'{key}_over_copy']:>11.2f}" for key in TIMES)
         print(f"{name:14}{times}{memory}")
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,18 +48,25 @@ _BIAS = "lora_B.bias"
 PEFT_PREFIX = "base_model.model."
 
 
+class Reader(Protocol):
+    """Reads part of a tensor."""
+
+    def __call__(self, begin: int, end: int, out: Tensor | None = None) -> Tensor:
+        """Elements [begin, end) of the flattened tensor, on the CPU, in its dtype: fresh memory, or `out`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor that lies somewhere, read in parts.
 
     Attributes:
         shape, dtype: of the tensor.
-        read: (begin, end) -> those elements of the flattened tensor, in fresh memory on the CPU, in its dtype.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[int, int], Tensor]
+    read: Reader
 
     def whole(self) -> Tensor:
         return self.read(0, math.prod(self.shape)).reshape(self.shape)
@@ -67,15 +74,21 @@ class Stored:
     @classmethod
     def in_file(cls, path: Path, span: Span) -> Stored:
         dtype = DTYPES[span.dtype]
-        size = dtype.itemsize
-        return cls(
-            span.shape, dtype, lambda b, e: read_bytes(path, span.begin + b * size, span.begin + e * size).view(dtype)
-        )
+
+        def read(begin: int, end: int, out: Tensor | None = None) -> Tensor:
+            first, last = (span.begin + n * dtype.itemsize for n in (begin, end))
+            return read_bytes(path, first, last, None if out is None else out.view(torch.uint8)).view(dtype)
+
+        return cls(span.shape, dtype, read)
 
     @classmethod
     def in_memory(cls, tensor: Tensor) -> Stored:
         flat = tensor.detach().reshape(-1)
-        return cls(tuple(tensor.shape), tensor.dtype, lambda b, e: flat[b:e].to("cpu", copy=True))
+
+        def read(begin: int, end: int, out: Tensor | None = None) -> Tensor:
+            return flat[begin:end].to("cpu", copy=True) if out is None else out.copy_(flat[begin:end])
+
+        return cls(tuple(tensor.shape), tensor.dtype, read)
 
 
 # How an update changes rows of a parameter seen as a matrix (fused experts one below the other, a vector as a column):
@@ -96,10 +109,6 @@ class Value:
     key: str
     stored: Stored
     new: bool = False
-
-    def rows(self, begin: int, count: int, columns: int) -> Tensor:
-        """(count, columns): rows from `begin` on, in the dtype that they are stored in."""
-        return self.stored.read(begin * columns, (begin + count) * columns).reshape(count, columns)
 
 
 @dataclass(frozen=True)

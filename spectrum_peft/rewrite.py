@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .adapters import LowRank, RowChange, Update, Value
+from .adapters import LowRank, RowChange, Stored, Update, Value
 from .errors import CheckpointError
 from .records import read_mapping, write_text
 from .safetensors_io import SafetensorsWriter, header_bytes, read_raw_header
-from .weights import DTYPES, FileWeights, Place, Span, as_matrix, places, read_bytes
+from .weights import DTYPES, FileWeights, Place, Span, as_matrix, places
 
 INDEX = "model.safetensors.index.json"
 QUANTIZED = frozenset({"nf4", "fp4", "int8"})
@@ -233,13 +233,13 @@ def write_shards(shards: Sequence[Shard], folder: Path) -> Tally:
         CheckpointError: values that are not finite, or that the dtype cannot hold; the message names the tensor.
     """
     tally = Tally()
-    opened = _Opened()
+    work = _Workspace()
     pool = ThreadPoolExecutor(_cores(), thread_name_prefix="merge")
     try:
         with _one_torch_thread():
             for shard in shards:
                 with SafetensorsWriter(folder / shard.name, shard.header, shard.size) as writer:
-                    running = [(t, pool.submit(job)) for t, job in _jobs(shard, writer, opened)]
+                    running = [(t, pool.submit(job)) for t, job in _jobs(shard, writer, work)]
                     for tensor, future in running:
                         rounding = future.result()
                         if tensor is not None and rounding > tally.rounding:
@@ -267,15 +267,18 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Opened:
-    """Changes whose factors are in memory. The experts of a fused parameter lie in many stored tensors, those of two
-    parameters in turns, so the last few that were used stay."""
+class _Workspace:
+    """What the jobs share: factors that are in memory, and buffers, one set a thread. Fresh memory for every chunk would
+    cost three times what is done with it: the kernel clears each page before it gives it out."""
 
     def __init__(self) -> None:
         self._changes: dict[tuple[int, torch.dtype], RowChange] = {}
         self._lock = threading.Lock()
+        self._local = threading.local()
 
-    def get(self, update: Update, dtype: torch.dtype) -> RowChange:
+    def change(self, update: Update, dtype: torch.dtype) -> RowChange:
+        """An update's change. The experts of a fused parameter lie in many stored tensors, those of two parameters in
+        turns, so the last few that were used stay."""
         assert not isinstance(update, Value)
         key = (id(update), dtype)
         with self._lock:
@@ -284,9 +287,17 @@ class _Opened:
                 self._changes.pop(next(iter(self._changes)))
             return self._changes[key]
 
+    def buffer(self, use: str, dtype: torch.dtype, numel: int) -> Tensor:
+        """(numel,) of this thread's memory for one use, with whatever was in it."""
+        buffers = self._local.__dict__
+        size = numel * dtype.itemsize
+        if use not in buffers or len(buffers[use]) < size:
+            buffers[use] = torch.empty(size, dtype=torch.uint8)
+        return buffers[use][:size].view(dtype)  # type: ignore[no-any-return]
+
 
 def _jobs(
-    shard: Shard, writer: SafetensorsWriter, opened: _Opened
+    shard: Shard, writer: SafetensorsWriter, work: _Workspace
 ) -> Iterator[tuple[NewTensor | None, Callable[[], float]]]:
     """(tensor, job that writes a part of it and returns the largest rounding); None for ranges that are copied."""
     at = 0
@@ -307,7 +318,7 @@ def _jobs(
             whole = tensor.start is not None or any(isinstance(u, LowRank) and u.by_columns for u in tensor.changes)
             step = max(rows, 1) if whole else max(1, _JOB // columns)
             for begin in range(0, rows, step):
-                yield tensor, _rows_job(tensor, begin, min(rows, begin + step), writer, at, opened)
+                yield tensor, _rows_job(tensor, begin, min(rows, begin + step), writer, at, work)
         at += tensor.size
     yield from _copies(writer, pending)
 
@@ -331,7 +342,7 @@ def _copies(
 
 
 def _rows_job(
-    tensor: NewTensor, first: int, last: int, writer: SafetensorsWriter, at: int, opened: _Opened
+    tensor: NewTensor, first: int, last: int, writer: SafetensorsWriter, at: int, work: _Workspace
 ) -> Callable[[], float]:
     """Computes and writes rows [first, last) of a tensor whose data begins at byte `at`."""
 
@@ -339,16 +350,20 @@ def _rows_job(
         _, columns = tensor.matrix
         # Where the tensor's first row lies in its parameter: experts are rows of one fused parameter.
         offset = 0 if tensor.place is None else tensor.place.first
-        read = _reader(tensor, offset, columns)
-        changes = [opened.get(u, tensor.wide) for u in tensor.changes if not isinstance(u, Value)]
+        read = _reader(tensor, offset * columns)
+        changes = [work.change(u, tensor.wide) for u in tensor.changes if not isinstance(u, Value)]
         width = columns * tensor.dtype.itemsize
         worst = 0.0
         for begin, end in _chunks(tensor, first, last):
-            values = read(begin, end - begin)
-            for change in changes:
-                values = change(values, offset + begin)
-            stored = values.to(tensor.dtype)
-            worst = max(worst, _checked(tensor, values, stored))
+            numel = (end - begin) * columns
+            values = read(begin * columns, end * columns, work)
+            if changes:
+                values = _cast_into(values, work.buffer("values", tensor.wide, numel)).reshape(-1, columns)
+                for change in changes:
+                    values = change(values, offset + begin)
+            values = values.reshape(-1)
+            stored = _cast_into(values, work.buffer("stored", tensor.dtype, numel))
+            worst = max(worst, _checked(tensor, values, stored, work))
             writer.write(stored, at + begin * width)
         return worst
 
@@ -369,35 +384,43 @@ def _chunks(tensor: NewTensor, first: int, last: int) -> Iterator[tuple[int, int
         begin = end
 
 
-def _reader(tensor: NewTensor, offset: int, columns: int) -> Callable[[int, int], Tensor]:
-    """(first row, count) -> rows of a tensor as they are before the changes, fresh memory or nobody else's."""
-    value = tensor.value
-    if value is not None:
-        return lambda begin, count: value.rows(offset + begin, count, columns)
-    if tensor.start is not None:
-        whole = tensor.start().reshape(-1, columns)
-        return lambda begin, count: whole[offset + begin : offset + begin + count]
-    assert tensor.source is not None
-    path, span = tensor.source
-    dtype = DTYPES[span.dtype]
-    width = columns * dtype.itemsize
-
-    def stored(begin: int, count: int) -> Tensor:
-        raw = read_bytes(path, span.begin + begin * width, span.begin + (begin + count) * width)
-        return raw.view(dtype).reshape(count, columns)
-
-    return stored
+def _cast_into(values: Tensor, buffer: Tensor) -> Tensor:
+    """The values in the buffer's dtype: themselves, or in the buffer."""
+    return values if values.dtype == buffer.dtype else buffer.copy_(values)
 
 
-def _checked(tensor: NewTensor, values: Tensor, stored: Tensor) -> float:
+def _reader(tensor: NewTensor, offset: int) -> Callable[[int, int, _Workspace], Tensor]:
+    """(first element, end, workspace) -> those elements of a tensor before its changes; they may be written to.
+
+    Args:
+        offset: element of the parameter at which the tensor begins.
+    """
+    if tensor.start is not None and tensor.value is None:
+        whole = tensor.start().reshape(-1)
+        return lambda begin, end, work: whole[offset + begin : offset + end]
+    if tensor.value is not None:
+        stored = tensor.value.stored
+    else:
+        assert tensor.source is not None
+        stored, offset = Stored.in_file(*tensor.source), 0
+
+    def read(begin: int, end: int, work: _Workspace) -> Tensor:
+        return stored.read(offset + begin, offset + end, work.buffer("read", stored.dtype, end - begin))
+
+    return read
+
+
+def _checked(tensor: NewTensor, values: Tensor, stored: Tensor, work: _Workspace) -> float:
     """The largest rounding of a chunk.
 
     Raises:
         CheckpointError: NaN or Inf, from the adapter or because the dtype cannot hold the value.
     """
-    # Upcast, subtract, least and greatest: a tenth of the time of a subtraction of mixed dtypes and a maximum norm.
     rounded = values.dtype != stored.dtype
-    seen = stored.to(torch.promote_types(values.dtype, torch.float32)).sub_(values) if rounded else values
+    seen = values
+    if rounded:  # in one dtype: a subtraction of mixed ones takes ten times as long
+        wide = torch.promote_types(values.dtype, torch.promote_types(stored.dtype, torch.float32))
+        seen = work.buffer("check", wide, len(values)).copy_(stored).sub_(values)
     least, greatest = torch.aminmax(seen)
     worst = max(abs(float(least)), abs(float(greatest)))
     if not math.isfinite(worst):

@@ -659,13 +659,13 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def read_bytes(path: str | os.PathLike[str], begin: int, end: int) -> Tensor:
-    """(end - begin,) uint8: that range of a file, in fresh memory.
+def read_bytes(path: str | os.PathLike[str], begin: int, end: int, out: Tensor | None = None) -> Tensor:
+    """(end - begin,) uint8: that range of a file, in fresh memory, or in `out`, which has that shape and dtype.
 
     Raises:
         CheckpointError: the file cannot be read, or ends before `end`.
     """
-    buffer = torch.empty(end - begin, dtype=torch.uint8)
+    buffer = torch.empty(end - begin, dtype=torch.uint8) if out is None else out
     if begin == end:
         return buffer
     view = buffer.numpy().data
