@@ -21,6 +21,7 @@ from running import (
     arguments,
     assert_same,
     logits,
+    only_fast,
     options_of,
     same_bytes,
     text_rows,
@@ -102,8 +103,13 @@ def held_by(optimizer: Any, model: Any) -> set[str]:
 # --- a plain model ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("mode", PLAIN_MODES)
+@pytest.mark.parametrize(
+    ("mode", "checkpointing"),
+    only_fast(
+        [(mode, kind) for mode in PLAIN_MODES for kind in CHECKPOINTING],
+        fast=[("spectrum", "none"), ("spectrum", "not-reentrant"), ("full", "reentrant")],
+    ),
+)
 def test_exactly_the_plan_trains_on_a_plain_model(base: Any, tmp_path: Path, mode: str, checkpointing: str) -> None:
     before = values(base)
     callback = SpectrumCallback(config_of(mode))
@@ -122,6 +128,7 @@ def test_exactly_the_plan_trains_on_a_plain_model(base: Any, tmp_path: Path, mod
     assert {name for name in before if name not in planned and not same_bytes(before[name], again[name])} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", PLAIN_MODES)
 def test_checkpointing_changes_nothing_in_the_result(folder: Path, tmp_path: Path, mode: str) -> None:
     ends = []
@@ -248,7 +255,7 @@ def needy(folder: Path, which: str) -> Any:
     return quantized(folder, "spectrum")
 
 
-@pytest.mark.parametrize("which", ["lr_ratio", "rescore_every", "real weights"])
+@pytest.mark.parametrize("which", only_fast(["lr_ratio", "rescore_every", "real weights"], fast=["real weights"]))
 def test_a_plan_that_needs_the_callback_refuses_to_train_without(folder: Path, tmp_path: Path, which: str) -> None:
     model = needy(folder, which)
     reason = rf"needs SpectrumCallback: .*{which}.*callbacks=\[SpectrumCallback\(\)\]"
@@ -263,6 +270,7 @@ def test_a_plan_that_needs_the_callback_refuses_to_train_without(folder: Path, t
         bare.train()
 
 
+@pytest.mark.slow
 def test_a_plan_that_needs_nothing_trains_without_the_callback(folder: Path, tmp_path: Path) -> None:
     for mode in ("lora", "spectra_qlora", "spectrum"):
         model = adapted(load(folder), mode)
@@ -290,8 +298,13 @@ def test_plan_and_report_lie_beside_every_checkpoint(base: Any, tmp_path: Path, 
     assert stored["SpectrumCallback"]["attributes"]["initial_digest"] == callback.plan.digest
 
 
-@pytest.mark.parametrize("restore", [False, True], ids=["fresh-callbacks", "restored-callbacks"])
-@pytest.mark.parametrize("mode", ["spectrum", "alors"])
+@pytest.mark.parametrize(
+    ("mode", "restore"),
+    only_fast(
+        [(mode, restore) for mode in ("spectrum", "alors") for restore in (False, True)],
+        fast=[("spectrum", True), ("alors", False)],
+    ),
+)
 def test_resume_is_exact_and_refuses_another_plan(folder: Path, tmp_path: Path, mode: str, restore: bool) -> None:
     def run(out: str, resume: str | None = None, **options: Any) -> tuple[Trainer, SpectrumCallback]:
         plain = MODES[mode].plain_model
@@ -332,6 +345,7 @@ def test_a_plan_of_other_size_is_refused_on_resume(folder: Path, tmp_path: Path)
             run.train(resume_from_checkpoint=str(tmp_path / "lora" / "checkpoint-1"))
 
 
+@pytest.mark.slow
 def test_an_adapter_loaded_from_a_checkpoint_resumes_from_it(folder: Path, tmp_path: Path) -> None:
     # Its plan is the one that the run had come to, not the one it began with.
     def run(model: Any, out: str, resume: str | None = None) -> Any:
@@ -359,7 +373,7 @@ class Dtypes(TrainerCallback):
         self.at_start = values(model, trainable=True)
 
 
-@pytest.mark.parametrize("mode", QUANTIZABLE)
+@pytest.mark.parametrize("mode", only_fast(QUANTIZABLE, fast=["spectrum", "alors"]))
 def test_rounding_by_the_trainer_is_undone_exactly(
     folder: Path, tiny_tokenizer: Any, tmp_path: Path, mode: str
 ) -> None:
@@ -384,7 +398,7 @@ def test_rounding_by_the_trainer_is_undone_exactly(
     assert torch.equal(logits(model), trained)
 
 
-@pytest.mark.parametrize("mode", ["spectrum", "lora"])
+@pytest.mark.parametrize("mode", only_fast(["spectrum", "lora"], fast=["spectrum"]))
 def test_an_adapter_from_a_file_is_not_rounded_either(
     folder: Path, tiny_tokenizer: Any, tmp_path: Path, mode: str
 ) -> None:
@@ -507,6 +521,7 @@ def test_without_a_cut_backward_runs_through_every_block(
     assert seen == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "spectra_qlora"])
 def test_the_cut_changes_the_cost_and_not_the_result(
     tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path, kind: str
@@ -532,7 +547,7 @@ def test_reentrant_checkpointing_keeps_its_input_gradient_and_says_what_it_costs
 # --- evaluation in between on a 4-bit base ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", QUANTIZABLE)
+@pytest.mark.parametrize("mode", only_fast(QUANTIZABLE, fast=["lora"]))
 def test_evaluation_between_steps_does_not_stop_gradients_on_a_4_bit_base(
     folder: Path, tmp_path: Path, mode: str
 ) -> None:

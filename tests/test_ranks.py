@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from running import LIBRARIES, arguments, assert_same, logits, token_rows, trainer, values
+from running import LIBRARIES, arguments, assert_same, logits, only_fast, token_rows, trainer, values
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
@@ -410,7 +410,7 @@ def test_without_a_change_of_scores_nothing_moves(tiny_llama: Any, tmp_path: Pat
     assert json.loads((tmp_path / "plan_history.json").read_text())[0]["ranks"] == []
 
 
-@pytest.mark.parametrize("mode", RESCORABLE)
+@pytest.mark.parametrize("mode", only_fast(RESCORABLE, fast=["alors"]))
 def test_a_frozen_layer_can_be_activated_and_the_one_that_falls_out_rests(
     tiny_llama: Any, tmp_path: Path, mode: str
 ) -> None:
@@ -481,15 +481,18 @@ def test_a_resting_adapter_has_no_part_in_gradient_clipping_and_trains_again_whe
     assert norms[3] != norms[2]
 
 
+BUDGETS = [
+    {"mode": "alors", "scope": "global"},
+    {"mode": "alors", "backward_depth": 0.5},
+    {"mode": "alors"},
+    {"mode": "alors", "spectrum_ratio": None, "trainable_parameters": 30_000},
+    {"mode": "spectra_qlora", "scope": "global", "measure": "parameters"},
+]
+
+
 @pytest.mark.parametrize(
     "options",
-    [
-        {"mode": "alors"},
-        {"mode": "alors", "backward_depth": 0.5},
-        {"mode": "alors", "spectrum_ratio": None, "trainable_parameters": 30_000},
-        {"mode": "alors", "scope": "global"},
-        {"mode": "spectra_qlora", "scope": "global", "measure": "parameters"},
-    ],
+    only_fast(BUDGETS, fast=BUDGETS[:2]),
     ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()),
 )
 def test_the_budget_is_kept_over_many_re_evaluations(tiny_llama: Any, tmp_path: Path, options: dict[str, Any]) -> None:
@@ -570,6 +573,7 @@ def test_the_file_holds_live_slots_only_and_opens_as_a_plain_lora(
     assert torch.equal(logits(plain), logits(model))
 
 
+@pytest.mark.slow
 def test_a_moved_adapter_loaded_to_train_on_has_room_and_the_same_function(
     tiny_llama: Any, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
@@ -595,7 +599,7 @@ class BestAt(TrainerCallback):
             self.kept = {"logits": logits(self.model), "ranks": live_ranks(self.model), "plan": plan_of(self.model)}
 
 
-@pytest.mark.parametrize("best", [1, 3])
+@pytest.mark.parametrize("best", only_fast([1, 3], fast=[1]))
 def test_the_best_model_is_loaded_back_at_its_own_ranks(
     tiny_llama: Any, tiny_llama_folder: Path, tmp_path: Path, best: int
 ) -> None:
@@ -625,7 +629,7 @@ def test_the_best_model_is_loaded_back_at_its_own_ranks(
     assert torch.equal(logits(again), watch.kept["logits"])
 
 
-@pytest.mark.parametrize("mode", RESCORABLE)
+@pytest.mark.parametrize("mode", only_fast(RESCORABLE, fast=["alors"]))
 def test_resume_goes_on_with_the_ranks_the_run_had_come_to(tiny_llama_folder: Path, tmp_path: Path, mode: str) -> None:
     def run(folder: Path, resume: Path | None) -> tuple[Any, SpectrumCallback]:
         base = fresh(tiny_llama_folder)
@@ -649,7 +653,7 @@ def test_resume_goes_on_with_the_ranks_the_run_had_come_to(tiny_llama_folder: Pa
 # --- other bases -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", RESCORABLE)
+@pytest.mark.parametrize("mode", only_fast(RESCORABLE, fast=["alors"]))
 def test_on_a_4_bit_base(tiny_llama_folder: Path, tmp_path: Path, mode: str) -> None:
     config = SpectrumConfig(mode=mode, spectrum_ratio=0.5, r=8, rescore_every=2, criterion="mp")
     model, _ = load_model_with_spectrum(str(tiny_llama_folder), config, quantization="nf4", dtype=torch.float32)

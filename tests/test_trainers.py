@@ -136,7 +136,7 @@ def train_and_check(run: Trainer) -> None:
 
 
 @pytest.mark.parametrize("family", only_fast(["llama", "llama_tied"], fast=["llama_tied"]))
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", only_fast(MODES, fast=["full", "spectrum", "alors"]))
 def test_sft_on_a_float_base(folders: dict[str, Path], tmp_path: Path, mode: str, family: str) -> None:
     losses = Losses()
     saved = {"save_strategy": "steps", "save_steps": 2}
@@ -153,7 +153,7 @@ def test_sft_on_a_float_base(folders: dict[str, Path], tmp_path: Path, mode: str
 
 
 @pytest.mark.parametrize("family", only_fast(["llama", "llama_tied"], fast=["llama"]))
-@pytest.mark.parametrize("mode", QUANTIZABLE)
+@pytest.mark.parametrize("mode", only_fast(QUANTIZABLE, fast=["spectrum", "alors"]))
 def test_sft_on_a_4_bit_base(folders: dict[str, Path], tmp_path: Path, mode: str, family: str) -> None:
     losses = Losses()
     run = sft(quantized(folders[family], mode), tmp_path / "run", losses, save_strategy="steps", save_steps=2)
@@ -276,8 +276,10 @@ def test_dpo_with_peft_config_starts_from_the_base(folders: dict[str, Path], tmp
     assert losses.losses[1] < losses.losses[0]
 
 
-@pytest.mark.parametrize("base", ["float", "nf4"])
-@pytest.mark.parametrize("mode", only_fast(MODES, fast=["spectrum", "alors"]))
+@pytest.mark.parametrize(
+    ("mode", "base"),
+    only_fast([(mode, base) for mode in MODES for base in ("float", "nf4")], fast=[("spectrum", "nf4"), ("alors", "float")]),
+)
 def test_the_reference_of_a_ready_adapter_is_its_start_and_does_not_follow(
     folders: dict[str, Path], tmp_path: Path, mode: str, base: str
 ) -> None:
@@ -489,7 +491,7 @@ def both_at_once(base: Any, first: Path, second: Path) -> str:
 
 
 PAIRS = [(a, b) for a in MODES for b in MODES]
-FAST_PAIRS = [("spectrum", "spectrum"), ("lora", "alors"), ("spectrum", "lora"), ("alors", "spectrum")]
+FAST_PAIRS = [("spectrum", "spectrum"), ("alors", "spectrum")]
 
 
 @pytest.fixture(scope="module")
@@ -531,6 +533,7 @@ def test_the_table_has_every_pair_of_modes() -> None:
     assert list(table_of_the_docs()) == PAIRS
 
 
+@pytest.mark.slow
 def test_kinds_that_share_no_module_work_together(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = folders["llama"]
     real = tuned(folder, tmp_path, "spectrum", target_modules=["gate_proj", "up_proj", "down_proj"])
