@@ -74,6 +74,17 @@ def test_float32_is_left_where_one_direction_outshines_the_rest(
     assert found.score == pytest.approx(exact.score, rel=1e-4)
 
 
+@pytest.mark.parametrize("small", [0.02, 0.06])
+def test_noise_of_a_single_small_value_is_resolved(small: float, seeded: torch.Generator) -> None:
+    """The whole score hangs on one value, far below the rest, which float32 gets wrong by a thousandth or so."""
+    values = torch.linspace(1.0, 0.9, 96, dtype=torch.float64)
+    values[-1] = small
+    matrix = ((rotation(96, seeded) * values) @ rotation(96, seeded)).float()
+    exact = criteria.score_values(torch.linalg.svdvals(matrix.double()), (96, 96), "spectrum")
+    assert exact.n_signal == 95
+    assert score(matrix, "spectrum").score == pytest.approx(exact.score, rel=1e-7)
+
+
 def test_a_value_that_float32_cannot_place_is_placed_in_float64() -> None:
     """A diagonal matrix with a value just above the edge, by less than float32 resolves."""
     shape = (61, 61)
