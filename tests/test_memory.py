@@ -295,6 +295,15 @@ def test_attention_takes_the_kernel_of_the_gpu(padding: bool, kernel: str) -> No
     assert f"aten::_scaled_dot_product_{kernel}_backward" in seen
 
 
+def test_the_loss_in_tiles_holds_one_tile_of_the_logits_on_a_gpu(tiny_llama_folder: Path, report: SnrReport) -> None:
+    plan, step = make_plan(report, mode="lora", r=2), {"dtype": "bfloat16", "trainer": "sft"}
+    tile = 2 * (2 * 31) * 32768  # bfloat16, of 62 tokens over a chunk of the vocabulary
+    on_cpu, on_cuda = (predicted(tiny_llama_folder, plan, **step, device=d) for d in ("cpu", "cuda"))
+    parts = on_cuda.phases["backward"]
+    assert tile <= parts.get("temporaries", 0) + parts.get("logits", 0) < 1.1 * tile
+    assert on_cpu.peak_bytes > on_cuda.peak_bytes
+
+
 # --- stand-ins for bitsandbytes --------------------------------------------------------------------------------------
 
 

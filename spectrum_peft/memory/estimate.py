@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -22,7 +23,16 @@ from ..policies import MODES
 from ..records import Fingerprint, MemoryReport, Plan, SnrReport
 from ..tuner import settle_plan
 from ..weights import base_module
-from .fakes import config_of, fake_model, kernels_of, model_class_of, on_fake_tensors, quantized_skeleton, skeleton_of
+from .fakes import (
+    config_of,
+    fake_model,
+    fused_head_of,
+    kernels_of,
+    model_class_of,
+    on_fake_tensors,
+    quantized_skeleton,
+    skeleton_of,
+)
 from .step import DTYPES, EIGHT_BIT_ADAM, OptimizerFactory, Step, by_category, step_report, steps_in_float32
 
 SHARDINGS = ("none", "data_parallel", "zero1", "zero2", "zero3", "fsdp2")
@@ -122,7 +132,8 @@ def estimate_memory(
     total = first.total_parameters or sum(p.numel() for p in skeleton.parameters())
     if run.quantization is not None:
         skeleton = quantized_skeleton(skeleton, first, run.quantization, DTYPES[run.dtype])
-    with on_fake_tensors(), kernels_of(run.device):
+    head = fused_head_of(run.device) if run.trainer == "sft" else contextlib.nullcontext()
+    with on_fake_tensors(), kernels_of(run.device), head:
         prepared = made_trainable(fake_model(skeleton, DTYPES[run.dtype]), asked, peft=run.peft)
         settled = carried_plan(prepared) or first
         report = step_report(prepared, settled, run, fake=True)

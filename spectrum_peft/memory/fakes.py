@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, masking_utils
 from transformers.quantizers import AutoHfQuantizer
 
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError, InstallError, OptionError
 from ..loading import class_of, quantization_config_for
 from ..records import Plan
 from ..weights import base_module, give_storage_without_values, int8_products_as_on
@@ -217,6 +217,30 @@ def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor | None = None, **kwar
 
 
 _grouped_mm_of_torch: Any = getattr(nn.functional, "grouped_mm", None)
+
+
+@contextlib.contextmanager
+def fused_head_of(device: str) -> Iterator[None]:
+    """TRL's head, which computes the loss in tiles of the logits: on a GPU each is folded in place, without float32 copies.
+
+    Source: trl 1.16 kernels/chunked_logprob.py, `_forward_kernel`, `_backward_kernel`, `_addmm_fp32`.
+    Raises:
+        InstallError: a trl that computes the loss in another way.
+    """
+    try:
+        from trl.kernels import chunked_logprob as head
+
+        before = {name: getattr(head, name) for name in ("_forward_tile", "_backward_tile", "_addmm_fp32")}
+    except (ImportError, AttributeError) as error:
+        raise InstallError("trainer='sft' is modelled for trl 1.16: pip install 'trl>=1.16,<2'.") from error
+    if device == "cuda":
+        for name in before:
+            setattr(head, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(head, name, function)
 
 
 @contextlib.contextmanager
