@@ -113,6 +113,11 @@ def resident(process: int | str = "self") -> int | None:
     return _status("VmRSS", process)
 
 
+def private(process: int | str = "self") -> int | None:
+    """Resident memory now that no file stands behind, bytes: without pages of a checkpoint that is only mapped."""
+    return _status("RssAnon", process)
+
+
 def peak_resident(process: int | str = "self") -> int | None:
     """Highest resident memory since the program began or `reset_peak`, bytes.
 

@@ -331,7 +331,7 @@ def by_sft_trainer(turn: Turn, folder: str, report: str, contestant: Contestant,
 def memory_when_loaded() -> dict[str, Any]:
     """Resident memory before the first step, and its peak so far; the peak then begins again, to be that of training.
 
-    Pages of the checkpoint's file count while they are mapped.
+    Pages of the checkpoint's file count while they are mapped, also those of weights that were quantized since.
     """
     facts = {"loading_peak_bytes": common.peak_resident(), "loaded_bytes": common.resident()}
     common.reset_peak()
@@ -495,6 +495,15 @@ class Runner:
         self.pipe.send("go")
         return self.receive()
 
+    def last_turn(self) -> dict[str, Any]:
+        """The turn that is not timed: what the contestant counted, and the most private memory that was seen meanwhile."""
+        self.pipe.send("go")
+        seen = [common.private(self.process.pid)]
+        while not self.pipe.poll(0.01):
+            seen.append(common.private(self.process.pid))
+        known = [value for value in seen if value is not None]
+        return {**self.receive()["facts"], "peak_private_bytes": max(known, default=None)}
+
 
 def context(groups: Sequence[str]) -> Any:
     ctx = multiprocessing.get_context("forkserver")
@@ -534,7 +543,7 @@ def compare(
         results = {}
         for runner in runners:
             timed = runner.turns[settings.warmup :]
-            facts = runner.turn()["facts"]
+            facts = runner.last_turn()
             runner.process.join()
             hooks = [turn["hooks"] for turn in runner.turns] if "re-evaluated" in runner.name else []
             results[runner.name] = {
@@ -551,6 +560,12 @@ def compare(
             runner.process.join()
 
 
+def disturbed(comparison: Mapping[str, Any]) -> bool:
+    """Whether other processes kept so much of the machine busy that the times are doubtful."""
+    load = comparison["other_load_cores"]
+    return load is not None and load > common.BUSY
+
+
 def identity(settings: Settings) -> str:
     """Short digest of all that makes a kept comparison still valid: code, settings, versions, machine."""
     code = hashlib.sha256()
@@ -562,7 +577,9 @@ def identity(settings: Settings) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def run(models: Sequence[str], groups: Sequence[str], repeats: int, settings: Settings, fresh: bool) -> dict[str, Any]:
+def run(
+    models: Sequence[str], groups: Sequence[str], repeats: int, settings: Settings, again: str | None = None
+) -> dict[str, Any]:
     """All comparisons that are not kept already; then the result as it is written."""
     from spectrum_peft.scan import cache_folder
 
@@ -583,15 +600,13 @@ def run(models: Sequence[str], groups: Sequence[str], repeats: int, settings: Se
             for group in groups:
                 name = f"{hashlib.sha256(folder.encode()).hexdigest()[:8]}-{group.replace(' ', '_')}-{repeat}.json"
                 path = kept / name
-                if path.is_file() and not fresh:
-                    result = json.loads(path.read_text())
-                else:
+                result = json.loads(path.read_text()) if path.is_file() and again != "all" else None
+                if result is None or (again == "busy" and disturbed(result)):
                     began = time.perf_counter()
                     result = compare(ctx, folder, report, GROUPS[group], settings, f"{model}/{group}/{repeat}")
                     result["seconds"] = time.perf_counter() - began
                     common.write_text(path, json.dumps(result) + "\n")
-                load = result["other_load_cores"]
-                note = f", OTHERS KEPT {load:.2f} CORES BUSY" if load is not None and load > common.BUSY else ""
+                note = f", OTHERS KEPT {result['other_load_cores']:.2f} CORES BUSY" if disturbed(result) else ""
                 line = f"{label}, repeat {repeat + 1}, {group}: {result['seconds']:.0f} s{note}"
                 print(line, file=sys.stderr, flush=True)
                 runs.setdefault(label, []).append({"group": group, "repeat": repeat, **result})
@@ -607,7 +622,7 @@ def run(models: Sequence[str], groups: Sequence[str], repeats: int, settings: Se
 
 _BYTES = (
     "trainable_parameters", "weight_bytes", "trainable_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes",
-    "peak_bytes", "loading_peak_bytes", "loaded_bytes", "interpreter_bytes",
+    "peak_bytes", "peak_private_bytes", "loading_peak_bytes", "loaded_bytes", "interpreter_bytes",
 )  # fmt: skip
 
 
@@ -704,8 +719,8 @@ def table(result: Mapping[str, Any]) -> str:
     lines = []
     for model, data in result["models"].items():
         lines += ["", f"{model}, batch {result['settings']['batch']} x {result['settings']['length']} tokens"]
-        heads = ("s/step", "min", "max", "trained", "trained", "all weights,", "saved for", "peak of")
-        below = ("", "", "", "parameters", "+ opt. MiB", "grads, opt.", "backward", "process")
+        heads = ("s/step", "min", "max", "trained", "trained", "all weights,", "saved for", "peak of", "of it")
+        below = ("", "", "", "parameters", "+ opt. MiB", "grads, opt.", "backward", "process", "private")
         lines += [f"{'':36}" + "".join(f"{head:>13}" for head in row) for row in (heads, below)]
         for name, c in data["contestants"].items():
             mib = [
@@ -713,6 +728,7 @@ def table(result: Mapping[str, Any]) -> str:
                 c["weight_bytes"] + c["gradient_bytes"] + c["optimizer_bytes"],
                 c["activation_bytes"],
                 c["peak_bytes"],
+                c["peak_private_bytes"],
             ]
             cells = [f"{c['step'][key]:.3f}" for key in ("median", "min", "max")] + [f"{c['trainable_parameters']:,}"]
             cells += ["" if value is None else f"{value / 2**20:,.0f}" for value in mib]
@@ -734,7 +750,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=None, help="fresh processes for each comparison; default 3")
     parser.add_argument("--steps", type=int, default=None, help="timed steps of a repeat; default 6")
     parser.add_argument("--quick", action="store_true", help="SmolLM2-135M, 1 repeat, 3 steps, where not given")
-    parser.add_argument("--fresh", action="store_true", help="run again what is kept")
+    parser.add_argument(
+        "--again",
+        choices=("busy", "all"),
+        help="run kept comparisons again: those that other processes disturbed, or all",
+    )
     parser.add_argument("--output", type=Path, default=common.RESULTS / "modes.json")
     options = parser.parse_args(arguments)
     models = options.models or (MODELS[:1] if options.quick else MODELS)
@@ -746,7 +766,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        result = run(models, options.groups, repeats, settings, options.fresh)
+        result = run(models, options.groups, repeats, settings, options.again)
     except ContestantFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -46,6 +46,9 @@ def _check(result: dict[str, Any], groups: list[str]) -> None:
         assert row["gradient_bytes"] == row["trainable_bytes"], name
         assert row["weight_bytes"] >= row["trainable_bytes"], name
         assert row["activation_bytes"] > 0, name
+        if row["peak_bytes"] is not None:
+            assert row["peak_bytes"] > row["interpreter_bytes"], name
+            assert row["peak_private_bytes"] > row["weight_bytes"], name
         assert row["trainable_parameters"] > 0, name
 
 
