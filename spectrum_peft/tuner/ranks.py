@@ -150,10 +150,9 @@ def _shrink(A: Tensor, B: Tensor, before: int, rank: int, scale: float, optimize
     kept = min(rank, int((s > _NEGLIGIBLE * s[0]).sum()) if s[0] > 0 else 0)
     root = s[:kept].sqrt()
     new_b, new_a = qb @ (u[:, :kept] * root), (vh[:kept] * root[:, None]) @ qa.T
-    # B' = B M and A' = N A, whence dL/dA' = M^T dL/dA and dL/dB' = dL/dB N^T. Directions that a factor hardly has are
-    # left out of M and N: a gradient has no part in them, and what is divided by next to nothing would swamp the moments.
-    M = torch.linalg.pinv(rb, rtol=_NEGLIGIBLE) @ (u[:, :kept] * root)
-    N = (vh[:kept] * root[:, None]) @ torch.linalg.pinv(ra, rtol=_NEGLIGIBLE).T
+    # B' = B M and A' = N A, whence dL/dA' = M^T dL/dA and dL/dB' = dL/dB N^T.
+    M = torch.linalg.pinv(rb) @ (u[:, :kept] * root)
+    N = (vh[:kept] * root[:, None]) @ torch.linalg.pinv(ra).T
     A.zero_()
     B.zero_()
     A[:kept] = new_a.to(A.dtype)
