@@ -466,9 +466,9 @@ def power_law(values: Tensor) -> float | None:
         return None
     alpha = 1.0 + sizes / excess.clamp(min=1e-12)
     ranks = torch.arange(count, dtype=torch.float64)
-    fitted = torch.exp((1.0 - alpha)[:, None] * (logs[None, :] - starts[:, None]))
-    # Of N values, ranks / N lie strictly above the one of that rank and (ranks + 1) / N at or above it.
-    above = torch.maximum((fitted - ranks / sizes[:, None]).abs(), (fitted - (ranks + 1) / sizes[:, None]).abs())
-    above = torch.where(ranks < sizes[:, None], above, 0.0)
-    distance = torch.where(excess > 0, above.amax(1), math.inf)
-    return float(alpha[int(distance.argmin())])
+    share = (1.0 / sizes)[:, None]
+    fitted = (logs[None, :] - starts[:, None]).mul_((1.0 - alpha)[:, None]).exp_()
+    # Of N values, rank / N lie above the one of that rank and (rank + 1) / N at or above it: the larger of the distances
+    # to both is the distance to their middle and half a step.
+    off = fitted.sub_((ranks + 0.5) * share).abs_().add_(0.5 * share).masked_fill_(ranks >= sizes[:, None], 0.0)
+    return float(alpha[int(off.amax(1).argmin())])
