@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -124,18 +125,26 @@ def onto() -> str:
 
 
 def merge() -> str:
-    """Memory and time of a merge."""
+    """Memory and time of a merge, beside a copy of the same files."""
     data = result("merge")
-    made = data["checkpoint"]
+    made, runs = data["checkpoint"], data["runs"]
+    what = {
+        "copy": "copying the files",
+        "lora": f"merging a LoRA of rank {made['lora']['rank']} on {made['lora']['matrices']} of {made['matrices']} matrices",
+        "real_weights": f"merging real weights of {made['real_weights']['matrices']} matrices",
+    }
     rows = [
         [
-            name.replace("_", " "), _short(row["seconds"]["median"]) if "seconds" in row else "",
-            _short(row.get("seconds_over_copy", "")), f"{row['above_interpreter_bytes'] / 2**20:,.0f} MiB",
+            text, _short(runs[name]["seconds"]["median"]), _short(runs[name]["seconds_over_copy"]),
+            _short(runs[name]["cpu_seconds_over_copy"]),
+            "" if name == "copy" else f"{runs[name]['above_interpreter_bytes'] / 2**20:,.0f} MiB",
         ]
-        for name, row in data["runs"].items()
+        for name, text in what.items()
     ]  # fmt: skip
-    return table(["run", "seconds", "over a copy of the files", "peak above the interpreter's"], rows) + (
-        f"\n{made['parameters'] / 1e9:.2f} billion parameters in bfloat16 (`python benchmarks/merge.py`; {machine(data)}).\n"
+    others = statistics.median(load for name in what for load in runs[name]["other_load_cores"])
+    return table(["run", "seconds", "over the copy", "CPU time over the copy", "peak above the interpreter's"], rows) + (
+        f"\n{made['parameters'] / 1e9:.2f} billion parameters in bfloat16, files in the page cache, other work on {others:.1f} "
+        f"cores (`python benchmarks/merge.py`; {machine(data)}).\n"
     )
 
 
