@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _MODULE_OF = {
+    "GradientReport": "records",
     "Plan": "records",
     "SnrReport": "records",
     "SpectrumCallback": "callback",

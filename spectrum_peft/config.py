@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from . import names
 from .errors import OptionError, near_matches
 from .plan import OPTIONS, check_options
-from .records import Plan, SnrReport
+from .records import GradientReport, Plan, SnrReport
 
 PEFT_TYPE = "SPECTRUM"
 # Inits that rewrite the base weight when the adapter is made. What such an adapter computes depends on a base that is
@@ -49,6 +49,17 @@ class SpectrumConfig(LoraConfig):
         score_cuts: `alors`: (high, medium) scores instead of a ratio.
         lr_ratio: `alors`: bounds of the learning-rate ratio, which grows with importance.
         rescore_every: steps between two evaluations of the ranks during training, or `epoch`; None: never.
+        similarity: `sgm`: what makes two matrices alike, `subspace` or `cosine`.
+        similarity_threshold, n_groups: `sgm`: how alike the members of a group are at least, or how many groups a kind has.
+        share: `sgm`: `residual_side` shares the factor that faces the residual stream, `both` shares both.
+        group_gain: `sgm`: a trained number per matrix that scales the group's update.
+        n_components, component_scope: `lorsa`: singular components that train, of each matrix (`layer`), or on average over
+            all matrices (`global`).
+        svd_rank: `lorsa`: how many leading components are looked at.
+        rotation_rank: `lorsa`: rank of the rotations of their singular vectors.
+        calibration_data: batches, dicts that the model accepts, with labels; for modes and criteria that need gradients.
+            Used once, never saved.
+        gradients: a GradientReport or a path to one, instead of calibration_data.
         seed: of the `random` criterion and of new adapter rows.
         preset: `published` chooses as the published script does, entry for entry.
         report: an SnrReport, or a path to one. Without it the model is scanned.
@@ -81,10 +92,21 @@ class SpectrumConfig(LoraConfig):
     score_cuts: tuple[float, float] | None = field(default=None, metadata={"help": "alors: (high, medium) scores."})
     lr_ratio: tuple[float, float] = field(default=(0.5, 2.0), metadata={"help": "alors: bounds of the rate ratio."})
     rescore_every: int | str | None = field(default=None, metadata={"help": "Steps, 'epoch', or None."})
+    similarity: str = field(default="subspace", metadata={"help": "sgm: subspace or cosine."})
+    similarity_threshold: float | None = field(default=None, metadata={"help": "sgm: least likeness within a group."})
+    n_groups: int | None = field(default=None, metadata={"help": "sgm: groups of each kind and shape."})
+    share: str = field(default="residual_side", metadata={"help": "sgm: residual_side or both."})
+    group_gain: bool = field(default=False, metadata={"help": "sgm: a trained gain for each matrix."})
+    n_components: int = field(default=64, metadata={"help": "lorsa: singular components that train."})
+    component_scope: str = field(default="layer", metadata={"help": "lorsa: layer or global."})
+    svd_rank: int = field(default=256, metadata={"help": "lorsa: leading components that are looked at."})
+    rotation_rank: int = field(default=4, metadata={"help": "lorsa: rank of the rotations."})
     seed: int = field(default=0, metadata={"help": "Seed of random choices and of new adapter rows."})
     preset: str | None = field(default=None, metadata={"help": "'published': choose as the published script does."})
     report: Any = field(default=None, metadata={"help": "SnrReport or a path to one."})
     plan: Any = field(default=None, metadata={"help": "Plan or a path to one; wins over report and options."})
+    gradients: Any = field(default=None, metadata={"help": "GradientReport or a path to one."})
+    calibration_data: Any = field(default=None, metadata={"help": "Batches with labels; used once, never saved."})
     force: bool = field(default=False, metadata={"help": "Use a report or plan of another fingerprint."})
 
     # Set by the tuner: the modules that get a layer. Not a field: it follows from the plan.
@@ -139,10 +161,17 @@ class SpectrumConfig(LoraConfig):
         report: SnrReport = SnrReport.load(self.report)
         return report
 
+    def resolved_gradients(self) -> GradientReport | None:
+        """The gradients given, read from their file where that is a path."""
+        if self.gradients is None or isinstance(self.gradients, GradientReport):
+            return self.gradients
+        gradients: GradientReport = GradientReport.load(self.gradients)
+        return gradients
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for `adapter_config.json`: the plan travels inside, the report stays behind."""
+        """Plain data for `adapter_config.json`: the plan travels inside, reports and data stay behind."""
         bare = copy.copy(self)
-        bare.plan = bare.report = None
+        bare.plan = bare.report = bare.gradients = bare.calibration_data = None
         data: dict[str, Any] = LoraConfig.to_dict(bare)  # type: ignore[no-untyped-call]
         data["plan"] = None if self.plan is None else self.plan.to_dict()
         return data

@@ -30,7 +30,7 @@ from .policies import (
     smallest_budget,
     tier_ranks,
 )
-from .records import MatrixStat, Plan, PlanEntry, SnrReport
+from .records import GradientReport, MatrixStat, Plan, PlanEntry, SnrReport
 
 # Name -> default. None: derived, as the comment says.
 OPTIONS: dict[str, Any] = {
@@ -55,6 +55,15 @@ OPTIONS: dict[str, Any] = {
     "score_cuts": None,
     "lr_ratio": (0.5, 2.0),
     "rescore_every": None,
+    "similarity": "subspace",
+    "similarity_threshold": None,  # the mode's own, unless n_groups says how many
+    "n_groups": None,
+    "share": "residual_side",
+    "group_gain": False,
+    "n_components": 64,
+    "component_scope": "layer",
+    "svd_rank": 256,
+    "rotation_rank": 4,
     "seed": 0,
     "preset": None,
 }
@@ -160,6 +169,15 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "score_cuts": _optional(_pair(_a_number, "(high, medium)")),
     "lr_ratio": _pair(_positive, "(lowest, highest)"),
     "rescore_every": _optional(_interval),
+    "similarity": _one_of("subspace", "cosine"),
+    "similarity_threshold": _optional(_a_number),
+    "n_groups": _optional(_integer(1)),
+    "share": _one_of("residual_side", "both"),
+    "group_gain": _flag,
+    "n_components": _integer(1),
+    "component_scope": _one_of("layer", "global"),
+    "svd_rank": _integer(1),
+    "rotation_rank": _integer(1),
     "seed": _integer(0),
     "preset": _optional(_one_of("published")),
 }
@@ -239,7 +257,11 @@ def _check_preset(checked: Mapping[str, Any]) -> None:
 
 
 def make_plan(
-    report: SnrReport | str | os.PathLike[str], *, candidates: Iterable[str] | None = None, **options: Any
+    report: SnrReport | str | os.PathLike[str],
+    *,
+    gradients: GradientReport | str | os.PathLike[str] | None = None,
+    candidates: Iterable[str] | None = None,
+    **options: Any,
 ) -> Plan:
     """Decide what trains: the scores of a report and a mode become a plan.
 
@@ -248,18 +270,33 @@ def make_plan(
 
     Args:
         report: a report, or the file of one.
+        gradients: of the same weights, or the file of it; for `criterion="fisher"`, whose scores it holds, and for modes
+            that need data.
         candidates: full parameter names to choose among; default every linear matrix of the report but the head.
         options: see `OPTIONS`; unknown ones are refused.
     Raises:
         OptionError: an option is wrong, a candidate is not in the report or is none, nothing would train.
         CheckpointError: the report's file cannot be used, or the report lists a tensor twice.
-        MismatchError: another criterion is asked for than the report was scored by.
+        MismatchError: another criterion is asked for than the report was scored by; report and gradients are of different
+            weights.
     """
     if isinstance(report, str | os.PathLike):
-        return make_plan(SnrReport.load(report), candidates=candidates, **options)
+        return make_plan(SnrReport.load(report), gradients=gradients, candidates=candidates, **options)
+    if isinstance(gradients, str | os.PathLike):
+        gradients = GradientReport.load(gradients)
     if not isinstance(report, SnrReport):
         raise OptionError(f"report is a {type(report).__name__}, wanted an SnrReport or the path of one.")
     checked = check_options(**options)
+    if gradients is not None and gradients.fingerprint is not None and report.fingerprint is not None:
+        gradients.fingerprint.check(report.fingerprint, this="the gradients", that="the report")
+    if gradients is None and needs_gradients(checked):
+        what = f"mode {checked['mode']!r}" if MODES[checked["mode"]].needs_data else "criterion 'fisher'"
+        raise OptionError(
+            f"{what} needs gradients on data: give calibration_data=calibration_batches(dataset, tokenizer) to "
+            "SpectrumConfig, or gradients=probe_gradients(model, batches) to make_plan."
+        )
+    if checked["criterion"] == "fisher":
+        report = _scored_by(gradients, report)
     if checked["criterion"] != report.criterion:
         # The default cannot be told from a wish, so a report of another criterion goes before it.
         if checked["criterion"] != OPTIONS["criterion"]:
@@ -291,7 +328,7 @@ def make_plan(
     policy_options = dict(checked)
     if checked["trainable_parameters"] is not None:
         policy_options["trainable_parameters"] = _adapter_budget(pool, saved, checked["trainable_parameters"])
-    draft = POLICIES[mode.select](pool, policy_options)
+    draft = POLICIES[mode.select](pool, policy_options, gradients)
     return Plan(
         mode=mode.name,
         entries=(*draft.entries, *(_save_entry(u) for u in saved)),
@@ -303,6 +340,32 @@ def make_plan(
         total_parameters=_total(report),
         notes=(*_unused_options(checked), *_about(kept, reached, checked), *draft.notes, *notes),
     )
+
+
+def needs_gradients(options: Mapping[str, Any]) -> bool:
+    """Whether a plan with these checked options can only be made with a `GradientReport`."""
+    return MODES[options["mode"]].needs_data or options["criterion"] == "fisher"
+
+
+def _scored_by(gradients: GradientReport | None, report: SnrReport) -> SnrReport:
+    """The report with the gradients' Fisher mass for scores; what the probe did not see has none.
+
+    Raises:
+        MismatchError: the probe saw a matrix that the report does not list.
+    """
+    assert gradients is not None
+    masses = gradients.scores
+    units = {_EXPERT.sub(r"\g<name>", s.name) for s in report.stats}
+    for name in masses:
+        if name not in units:
+            raise MismatchError(f"the gradients list {name}, which the report lacks." + near_matches(name, units))
+    stats = tuple(
+        dataclasses.replace(
+            s, score=masses.get(_EXPERT.sub(r"\g<name>", s.name)), n_signal=None, s_max=None, power_law=None
+        )
+        for s in report.stats
+    )
+    return dataclasses.replace(report, stats=stats, criterion="fisher")
 
 
 def _total(report: SnrReport) -> int:
@@ -921,7 +984,7 @@ def replan(plan: Plan, scores: Mapping[str, float], budget: int | None = None) -
     pool = _candidates_of(plan, scores)
     if options["trainable_parameters"] is not None:
         options["trainable_parameters"] = budget
-    draft = POLICIES[get_mode(plan.mode).select](pool, options)
+    draft = POLICIES[get_mode(plan.mode).select](pool, options, None)
     highest = max(e.rank or 0 for e in plan.entries)
     entries = {e.name: e for e in draft.entries}
     for e in draft.entries:

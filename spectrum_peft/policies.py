@@ -4,7 +4,7 @@ A mode differs from the others in two things: how its entries are chosen (a poli
 a chosen module becomes (`Mode.action`). Everything else that depends on the mode is a field of its row, so that nobody
 asks `if mode ==`. To add a mode, add a row, and a policy if none of these chooses as it does.
 
-    policy(candidates, options) -> Draft(entries, notes)
+    policy(candidates, options, gradients) -> Draft(entries, notes)
 
 Selection follows the published tool (QuixiAI/spectrum@13dcd40 spectrum.py: the best share of each kind) with the
 counting made exact: floor(n * ratio + 1e-9) of n, at least one, ties by block, then by name.
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import OptionError, near_matches
-from .records import REAL_WEIGHT_ACTIONS, PlanEntry
+from .records import REAL_WEIGHT_ACTIONS, GradientReport, PlanEntry
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ class Draft:
     notes: tuple[str, ...] = ()
 
 
-Policy = Callable[[Sequence[Candidate], Mapping[str, Any]], Draft]
+# The gradients are there if, and only if, they were given; a mode that cannot do without says so by `Mode.needs_data`.
+Policy = Callable[[Sequence[Candidate], Mapping[str, Any], GradientReport | None], Draft]
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -319,7 +320,9 @@ def importance_rates(chosen: Mapping[str, Sequence[Candidate]], bounds: tuple[fl
 # --- policies --------------------------------------------------------------------------------------------------------
 
 
-def everything(candidates: Sequence[Candidate], options: Mapping[str, Any]) -> Draft:
+def everything(
+    candidates: Sequence[Candidate], options: Mapping[str, Any], gradients: GradientReport | None = None
+) -> Draft:
     """Every candidate within `backward_depth`; scores are of no consequence."""
     taken = {c.name: int(options["r"]) for c in candidates if c.reachable}
     if not taken:
@@ -330,13 +333,15 @@ def everything(candidates: Sequence[Candidate], options: Mapping[str, Any]) -> D
     return _draft(candidates, options, taken)
 
 
-def top(candidates: Sequence[Candidate], options: Mapping[str, Any]) -> Draft:
+def top(candidates: Sequence[Candidate], options: Mapping[str, Any], gradients: GradientReport | None = None) -> Draft:
     """The best-scored ones, at one rank."""
     chosen, notes = choose(candidates, options)
     return _draft(candidates, options, {c.name: int(options["r"]) for cs in chosen.values() for c in cs}, notes)
 
 
-def tiers(candidates: Sequence[Candidate], options: Mapping[str, Any]) -> Draft:
+def tiers(
+    candidates: Sequence[Candidate], options: Mapping[str, Any], gradients: GradientReport | None = None
+) -> Draft:
     """Two ranks: the better half of what is chosen gets `r_high`, the other half `r_medium`, the rest is frozen.
 
     `score_cuts=(high, medium)` sets the tiers by score instead: above `high`, and above `medium`. With

@@ -258,6 +258,107 @@ def _published_rows(data: Mapping[str, Any]) -> list[tuple[str, Any]] | None:
 
 
 @dataclass(frozen=True)
+class GradientStat:
+    """What calibration batches said about one parameter.
+
+    Attributes:
+        name, kind, shape: as in `MatrixStat`; a fused expert parameter is one, of shape (experts, ., .).
+        fisher: mean over samples and elements of the squared derivative of a sample's loss: the empirical Fisher mass of
+            one parameter of it.
+        singular_values: of the weight that the layer computes with, the largest first; empty where no basis was asked for.
+        importance: s_i^2 E[(dL/ds_i)^2] for each of them, the mean over samples.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    fisher: float
+    singular_values: tuple[float, ...] = ()
+    importance: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike the gradients of matrices of one kind and shape are, pair by pair.
+
+    Attributes:
+        kind, shape: what the matrices have in common.
+        side: `in` or `out`, the side of the matrix that faces the residual stream.
+        names: of the matrices, in model order; they index the rows and columns of both tables.
+        subspace: overlap of the strongest gradient directions on that side, in [0, 1]; 1 on the diagonal.
+        cosine: of the whole gradients, in [-1, 1].
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    side: str
+    names: tuple[str, ...]
+    subspace: tuple[tuple[float, ...], ...]
+    cosine: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class GradientReport(_Record):
+    """What a model's gradients on calibration batches say about its matrices.
+
+    Attributes:
+        stats: one for each candidate, in model order.
+        similarities: one for each kind and shape with more than one member.
+        samples: how many samples the means are over.
+        loss: mean over them.
+        fingerprint: of the weights.
+        settings: what the probe was run with (directions, sketch, svd_rank, seed, dtype, quantization).
+        model_id: as in the report.
+    """
+
+    stats: tuple[GradientStat, ...]
+    similarities: tuple[Similarity, ...]
+    samples: int
+    loss: float
+    fingerprint: Fingerprint | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    model_id: str | None = None
+
+    _kind = "gradient_report"
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        """{name: Fisher mass per parameter}: the criterion `fisher`."""
+        return {s.name: s.fisher for s in self.stats}
+
+    @cached_property
+    def by_name(self) -> dict[str, GradientStat]:
+        return {s.name: s for s in self.stats}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "record": self._kind,
+            "schema_version": SCHEMA_VERSION,
+            "model_id": self.model_id,
+            "fingerprint": None if self.fingerprint is None else dataclasses.asdict(self.fingerprint),
+            "samples": self.samples,
+            "loss": self.loss,
+            "settings": _plain(dict(self.settings)),
+            "stats": [_plain(s) for s in self.stats],
+            "similarities": [_plain(s) for s in self.similarities],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "gradient report") -> GradientReport:
+        cls._check_header(data, source)
+        fingerprint = data.get("fingerprint")
+        return cls(
+            stats=_rows(GradientStat, data, "stats", source),
+            similarities=_rows(Similarity, data, "similarities", source),
+            samples=int(_field(data, "samples", source)),
+            loss=float(_field(data, "loss", source)),
+            fingerprint=None if fingerprint is None else _build(Fingerprint, fingerprint, f"{source}: fingerprint"),
+            settings=_revive(dict(data.get("settings") or {})),
+            model_id=data.get("model_id"),
+        )
+
+
+@dataclass(frozen=True)
 class PlanEntry:
     """What happens to one parameter.
 
@@ -268,6 +369,8 @@ class PlanEntry:
         rank, alpha: of the adapter; the update is scaled by alpha / rank (alpha / sqrt(rank) with rsLoRA).
         lr_ratio: this tensor's learning rate over the optimizer's.
         group: tensors of one group share an adapter factor; None alone.
+        components: `lorsa`: indexes of the singular components that train, ascending, 0 the largest; `rank` is the rank of
+            their rotations then.
         active: False holds a place that re-evaluation may fill; nothing of it trains.
         kind, shape, score: as in the report, so that a plan explains itself.
     """
@@ -282,6 +385,7 @@ class PlanEntry:
     kind: str = ""
     shape: tuple[int, ...] | None = None
     score: float | None = None
+    components: tuple[int, ...] | None = None
 
     @property
     def trains(self) -> bool:
@@ -294,11 +398,14 @@ class PlanEntry:
 
     @property
     def trainable_numel(self) -> int:
-        """Elements that train for this entry on its own: the weight, or both factors of a LoRA (per expert)."""
+        """Elements that train for this entry on its own: the weight, both factors of a LoRA (per expert), or the shifts
+        and rotations of singular components."""
         if not self.trains or not self.shape:
             return 0
         if self.action in REAL_WEIGHT_ACTIONS:
             return self.numel
+        if self.components is not None:
+            return len(self.components) * (1 + 2 * (self.rank or 0))
         experts = self.shape[0] if len(self.shape) == 3 else 1
         return experts * (self.rank or 0) * (self.shape[-1] + self.shape[-2])
 
@@ -367,7 +474,7 @@ class Plan(_Record):
         Scores, notes and options are left out: two scans may differ in a last bit and still mean the same training.
         """
         acts = [
-            (e.name, e.action, e.rank, e.alpha, e.lr_ratio, e.group, e.active)
+            (e.name, e.action, e.rank, e.alpha, e.lr_ratio, e.group, e.active, *(e.components or ()))
             for e in self.entries
             if e.action != "freeze"
         ]
