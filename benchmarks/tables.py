@@ -54,20 +54,21 @@ def modes() -> str:
 
     if not (RESULTS / "modes.json").exists():
         rows = [[f"`{m.name}`", m.summary, f"{m.default_lr:g}", WHEN[m.name]] for m in MODES.values()]
-        return table(["mode", "what trains", "learning rate", "when"], rows) + "\nCosts: `python benchmarks/modes.py`.\n"
+        return (
+            table(["mode", "what trains", "learning rate", "when"], rows) + "\nCosts: `python benchmarks/modes.py`.\n"
+        )
     data = result("modes")
     contestants = data["models"]["smollm2-135m"]["contestants"]
     rows = []
     for name, mode in MODES.items():
-        found = contestants[CONTESTANT[name]]
-        state = sum(found[k] for k in ("weight_bytes", "gradient_bytes", "optimizer_bytes"))
-        base = "4-bit" if CONTESTANT[name] in _ON_NF4 else "float32"
-        rows.append(
-            [
-                f"`{name}`", mode.summary, base, f"{found['trainable_parameters'] / 1e6:.1f} M",
-                f"{found['step']['median']:.2f} s", f"{state / 2**20:,.0f} MiB", f"{mode.default_lr:g}", WHEN[name],
-            ]
-        )  # fmt: skip
+        found = contestants.get(CONTESTANT.get(name, ""))
+        costs = ["", "", "not measured", ""]
+        if found is not None:
+            state = sum(found[k] for k in ("weight_bytes", "gradient_bytes", "optimizer_bytes"))
+            base = "4-bit" if CONTESTANT[name] in _ON_NF4 else "float32"
+            trained = f"{found['trainable_parameters'] / 1e6:.1f} M"
+            costs = [base, trained, f"{found['step']['median']:.2f} s", f"{state / 2**20:,.0f} MiB"]
+        rows.append([f"`{name}`", mode.summary, *costs, f"{mode.default_lr:g}", WHEN[name]])
     heads = [
         "mode",
         "what trains",
@@ -85,6 +86,22 @@ def modes() -> str:
     )
 
 
+def demo() -> str:
+    """What `make demo` prints at its end."""
+    data = result("demo")
+    rows = [
+        [
+            f"`{r['mode']}`", f"{r['learning_rate']:g}", f"{r['trainable_parameters']:,}",
+            f"{r['trainable_parameters'] / r['total_parameters']:.1%}", f"{r['seconds_per_step']:.2f} s",
+            f"{r['peak_memory_bytes'] / 2**30:.2f} GiB", f"{r['before']['loss']:.4f}", f"{r['after']['loss']:.4f}",
+        ]
+        for r in data["runs"]
+    ]  # fmt: skip
+    heads = ["mode", "learning rate", "trained", "of all", "step", "peak memory", "held-out loss before", "after"]
+    text = table(heads, rows)
+    return f"{text}\n{data['steps']} steps each, {data['seconds'] / 60:.1f} minutes in all ({machine(data)}).\n"
+
+
 def claims() -> str:
     """The stated goals of the modes beside what was seen."""
     data = result("modes")
@@ -99,8 +116,8 @@ def _short(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def scan() -> str:
-    """Speed and memory of the scan."""
+def scan(short: bool = False) -> str:
+    """Speed and memory of the scan; short: what a goal was set for."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import scan as benchmark
 
@@ -108,6 +125,7 @@ def scan() -> str:
     rows = [
         [what, measured, goal, {True: "yes", False: "no", None: ""}[reached]]
         for what, measured, goal, reached in benchmark.rows(data["parts"])
+        if goal or not short
     ]
     return table(["measured", "", "goal", "reached"], rows) + f"\n(`python benchmarks/scan.py`; {machine(data)})\n"
 
@@ -142,7 +160,9 @@ def merge() -> str:
         for name, text in what.items()
     ]  # fmt: skip
     others = statistics.median(load for name in what for load in runs[name]["other_load_cores"])
-    return table(["run", "seconds", "over the copy", "CPU time over the copy", "peak above the interpreter's"], rows) + (
+    return table(
+        ["run", "seconds", "over the copy", "CPU time over the copy", "peak above the interpreter's"], rows
+    ) + (
         f"\n{made['parameters'] / 1e9:.2f} billion parameters in bfloat16, files in the page cache, other work on {others:.1f} "
         f"cores (`python benchmarks/merge.py`; {machine(data)}).\n"
     )
@@ -160,7 +180,8 @@ def memory(name: str) -> str:
 
 _MEMORY = ("accuracy", "8b", "3b", "llama_8b", "qwen_7b", "70b", "tutorial")
 TABLES: dict[str, Callable[[], str]] = {
-    "modes": modes, "claims": claims, "scan": scan, "onto": onto, "merge": merge,
+    "modes": modes, "claims": claims, "demo": demo, "scan": scan,
+    "scan_short": partial(scan, short=True), "onto": onto, "merge": merge,
     **{f"memory_{part}": partial(memory, f"memory_{part}") for part in _MEMORY},
 }  # fmt: skip
 

@@ -283,7 +283,7 @@ def make_plan(
     if isinstance(report, str | os.PathLike):
         return make_plan(SnrReport.load(report), gradients=gradients, candidates=candidates, **options)
     if isinstance(gradients, str | os.PathLike):
-        gradients = GradientReport.load(gradients)
+        return make_plan(report, gradients=GradientReport.load(gradients), candidates=candidates, **options)
     if not isinstance(report, SnrReport):
         raise OptionError(f"report is a {type(report).__name__}, wanted an SnrReport or the path of one.")
     checked = check_options(**options)

@@ -156,7 +156,7 @@ def test_the_arrows_make_no_cycle() -> None:
     ("scan.py", "try:\n    import peft\nexcept ImportError:\n    raise", "scan.py imports peft"),
     ("scan.py", "def late():\n    from transformers import AutoModel", "scan.py imports transformers"),
     ("records.py", "from .plan import make_plan", "records.py imports spectrum_peft.plan"),
-    ("weights.py", "def late():\n    import matplotlib.pyplot as plt", "weights.py imports matplotlib.pyplot"),
+    ("weights/files.py", "def late():\n    import matplotlib.pyplot as plt", "weights/files.py imports matplotlib.pyplot"),
     ("tuner/layers.py", "from ..callback import SpectrumCallback", "tuner/layers.py imports spectrum_peft.callback"),
     ("tuner/layers.py", "def late():\n    from .. import cli", "tuner/layers.py imports spectrum_peft.cli"),
     ("tuner/layers.py", "import bitsandbytes", "tuner/layers.py imports bitsandbytes"),

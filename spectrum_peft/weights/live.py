@@ -1,0 +1,331 @@
+"""Weights of a model in memory: PEFT's wrappers taken out of the names, adapters applied, quantized ones as floats."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import names
+from ..errors import CheckpointError, near_matches
+from ..records import Fingerprint
+from .files import FileWeights, find_shards
+from .quantized import int8_values, quantization_of, unpacked_4bit
+from .source import SAMPLE, TensorInfo, dtype_name, split_expert, structure_of
+
+
+def expert_product(a: Tensor, b: Tensor, experts: int, expert: int) -> Tensor:
+    """(out, in) float32: the product B A of one expert of a fused parameter.
+
+    Args:
+        a: (experts * rank, in). b: (out, rank * experts), the experts innermost.
+    Source: peft 0.21 tuners/lora/layer.py, `ParamWrapper.get_delta_weight`.
+    """
+    rank = a.shape[0] // experts
+    return b.view(b.shape[0], rank, experts)[:, :, expert].float() @ a.view(experts, rank, -1)[expert].float()
+
+
+def apply_delta(weight: Tensor, delta: Tensor, magnitude: Tensor | None, transposed: bool = False) -> Tensor:
+    """W + dW in float32; with DoRA's magnitudes m each output's row is rescaled to length m.
+
+    Args:
+        weight, delta: of one shape, (out, in), or (in, out) if `transposed`. magnitude: (out,) or None.
+    Source: Liu et al. (2024), "DoRA: Weight-Decomposed Low-Rank Adaptation", equation 5.
+    """
+    changed = weight.float() + delta.to(weight.device, torch.float32)
+    if magnitude is None:
+        return changed
+    along = 0 if transposed else 1
+    length = torch.linalg.vector_norm(changed, dim=along, keepdim=True)
+    rescaled: Tensor = changed * (magnitude.flatten().to(changed).reshape(length.shape) / length)
+    return rescaled
+
+
+@dataclass(frozen=True)
+class _Live:
+    """A parameter in memory and the PEFT layers around it, innermost first."""
+
+    info: TensorInfo
+    owner: nn.Module
+    parameter: Tensor
+    layers: tuple[nn.Module, ...] = ()
+
+    @property
+    def quantized(self) -> bool:
+        return self.info.dtype in {"nf4", "fp4", "int8"}
+
+
+def base_module(model: nn.Module) -> nn.Module:
+    """The model inside a PeftModel and its tuner; any other module as it is."""
+    # A PeftModel and a tuner both hold `peft_config`; so does a plain model with an adapter loaded into it, whose
+    # `base_model` is a property and not a child.
+    while hasattr(model, "peft_config"):
+        if "base_model" in model._modules:
+            model = model.get_submodule("base_model")
+        elif "model" in model._modules and hasattr(model, "targeted_module_names"):
+            model = model.get_submodule("model")
+        else:
+            break
+    return model
+
+
+def checkpoint_folder(model: nn.Module) -> Path | None:
+    """The local folder that a model was loaded from: its path, or its snapshot in the hub's cache; None without one."""
+    config = getattr(base_module(model), "config", None)
+    origin = getattr(config, "_name_or_path", None)
+    if not origin:
+        return None
+    if Path(origin).is_dir():
+        return Path(origin)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(origin, "config.json", revision=getattr(config, "_commit_hash", None))
+    except HFValidationError:  # a folder that is gone
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+class LiveWeights:
+    """The parameters of a model in memory, under the base model's names, adapters applied.
+
+    Quantized matrices are read from the model's own checkpoint folder where that is local and holds them in float, else
+    dequantized one at a time; `notes` says which.
+    """
+
+    kind: Literal["live"] = "live"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = base_module(model)
+        config = getattr(self.model, "config", None)
+        self.model_id: str | None = getattr(config, "_name_or_path", None) or None
+        self.revision: str | None = getattr(config, "_commit_hash", None)
+        self.folder = checkpoint_folder(self.model)
+        self._live: dict[str, _Live] = {}
+        groups: dict[int, list[str]] = {}
+        for item in _walk(self.model, "", ()):
+            group = groups.setdefault(id(item.parameter), [])
+            group.append(item.info.name)
+            if len(group) == 1:
+                self._live[item.info.name] = item
+        self.tied = tuple(tuple(group) for group in groups.values() if len(group) > 1)
+        if not self._live:
+            raise CheckpointError(f"{type(model).__name__}: has no floating-point parameters.")
+        self.notes: tuple[str, ...] = ()
+        self._file_name: dict[str, str] = {}
+        quantized = [item.info for item in self._live.values() if item.quantized]
+        if quantized:
+            self._file_name = self._float_twins(quantized)
+            how = (
+                f"read from the float checkpoint {self.folder}"
+                if self._file_name
+                else "dequantized one matrix at a time (no local float checkpoint)"
+            )
+            self.notes += (f"{len(quantized)} {quantized[0].dtype} weights were {how}",)
+        if any(_changes(item) for item in self._live.values()):
+            self.notes += ("scores are of the weights with the active adapters applied",)
+
+    @cached_property
+    def _files(self) -> FileWeights | None:
+        """The checkpoint the model came from, or None where there is none to read."""
+        if self.folder is None:
+            return None
+        try:
+            return FileWeights(find_shards(self.folder), model_id=str(self.folder), folder=self.folder)
+        except CheckpointError as error:
+            self.notes += (f"the model's folder was not used: {error}",)
+            return None
+
+    def _float_twins(self, quantized: list[TensorInfo]) -> dict[str, str]:
+        """{live name: name in the folder} if the folder holds every one of them in float, else {}."""
+        if self._files is None:
+            return {}
+        stored = {t.name: t for t in self._files.tensors()}
+        twins = names.align([t.name for t in quantized], stored)
+        fits = all(
+            t.name in twins
+            and stored[twins[t.name]].shape == t.shape
+            and stored[twins[t.name]].dtype not in {"nf4", "fp4", "int8"}
+            for t in quantized
+        )
+        return twins if fits else {}
+
+    def tensors(self) -> list[TensorInfo]:
+        return [item.info for item in self._live.values()]
+
+    def read(self, name: str) -> Tensor:
+        base, expert = split_expert(name)
+        item = self._live.get(base)
+        if item is None:
+            raise CheckpointError(
+                f"{self.model_id or type(self.model).__name__}: no parameter {base!r}.{near_matches(base, self._live)}"
+            )
+        _refuse_meta(base, item.parameter)
+        if item.quantized and base in self._file_name:
+            assert self._files is not None
+            weight = self._files.read(self._file_name[base])
+        else:
+            weight = _dequantized(item)
+        if expert is not None:
+            weight = weight[expert]
+        for layer, adapter in _changes(item):
+            if expert is None:
+                delta = layer.get_delta_weight(adapter)
+                delta = delta.T if item.quantized and item.info.transposed else delta
+            else:
+                a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                delta = expert_product(a, b, layer.num_experts, expert) * layer.scaling[adapter]
+                delta = delta if layer._did_swap_in_out_features else delta.T
+            magnitudes = getattr(layer, "lora_magnitude_vector", {})
+            magnitude = magnitudes[adapter].weight.detach() if adapter in magnitudes else None
+            weight = apply_delta(weight, delta.detach(), magnitude, transposed=item.info.transposed)
+        return weight
+
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(structure_of(self.tensors()), self._content, "live")
+
+    @cached_property
+    def _content(self) -> str | None:
+        """That of the checkpoint folder, if the weights in memory are still the ones in it."""
+        files = self._files
+        if files is None or any(_changes(item) for item in self._live.values()):
+            return None
+        stored = {t.name: t for t in files.tensors()}
+        plain = [
+            item
+            for item in self._live.values()
+            if item.info.role == "linear" and not item.quantized and not item.info.experts
+        ]
+        twins = names.align([item.info.name for item in plain], stored)
+        if len(twins) < len(plain) or structure_of(self.tensors()) != structure_of(files.tensors()):
+            return None
+        if all(_starts_alike(item.parameter, files, twins[item.info.name]) for item in plain):
+            return files.fingerprint().content
+        self.notes += (f"the weights in memory are no longer those in {self.folder}",)
+        return None
+
+    def identity(self) -> str:
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            _refuse_meta(name, parameter)
+            digest.update(json.dumps([name, str(parameter.dtype), list(parameter.shape)]).encode())
+            flat = parameter.detach().reshape(-1)
+            count = max(1, SAMPLE // flat.element_size())
+            for part in (flat[:count], flat[-count:]):
+                digest.update(part.contiguous().cpu().view(torch.uint8).numpy().data)
+        for item in self._live.values():  # switching adapters on and off leaves every parameter as it is
+            digest.update(json.dumps([item.info.name, [adapter for _, adapter in _changes(item)]]).encode())
+        return digest.hexdigest()
+
+
+def _walk(module: nn.Module, prefix: str, layers: tuple[nn.Module, ...]) -> Iterator[_Live]:
+    """The base model's parameters, PEFT's wrappers taken out of the names."""
+    children = module._modules
+    wrapped = children.get("base_layer")
+    if wrapped is not None:
+        layer: Any = module
+        if "lora_spectrum" in children and not layer.merged:  # the base holds None where the layer has its own value
+            for own, value in layer.current().items():
+                yield _live(wrapped, prefix, own, value, (*layers, module))
+        yield from _walk(wrapped, prefix, (*layers, module))
+        return
+    saved, original = children.get("modules_to_save"), children.get("original_module")
+    if isinstance(saved, nn.ModuleDict) and original is not None:
+        wrapper: Any = module
+        active = [] if wrapper.disable_adapters else [a for a in wrapper.active_adapters if a in saved]
+        yield from _walk(saved[active[0]] if active else original, prefix, layers)
+        return
+    for name, parameter in module._parameters.items():
+        if parameter is not None and (parameter.is_floating_point() or quantization_of(parameter)):
+            yield _live(module, prefix, name, parameter, layers)
+    for name, child in children.items():
+        if child is not None:
+            # What a wrapper says holds for the parameters of the wrapped module itself, not for modules inside it.
+            yield from _walk(child, f"{prefix}{name}.", ())
+
+
+def _live(owner: nn.Module, prefix: str, name: str, parameter: Tensor, layers: tuple[nn.Module, ...]) -> _Live:
+    full = prefix + name
+    shape = tuple(parameter.shape)
+    dtype = quantization_of(parameter)
+    if dtype in {"nf4", "fp4"}:
+        shape = tuple(parameter.quant_state.shape)  # type: ignore[attr-defined]
+    role = names.role(full, shape)
+    experts = shape[0] if role == "linear" and len(shape) == 3 else None
+    # transformers turns a Conv1D's matrix before bitsandbytes quantizes it; its name here means the matrix as stored.
+    kind = getattr(owner, "source_cls", type(owner)) if dtype else type(owner)
+    turned = kind.__name__ == "Conv1D" and len(shape) == 2
+    shape = shape[::-1] if turned and dtype else shape
+    return _Live(
+        TensorInfo(full, shape, dtype or dtype_name(parameter.dtype), role, experts, turned), owner, parameter, layers
+    )
+
+
+def _dequantized(item: _Live) -> Tensor:
+    values = _layer_values(item)
+    return values.T if item.quantized and item.info.transposed else values
+
+
+def _layer_values(item: _Live) -> Tensor:
+    """The matrix that the layer multiplies with."""
+    if item.info.dtype in {"nf4", "fp4"}:
+        import bitsandbytes.functional as bnb
+
+        values: Tensor = bnb.dequantize_4bit(*unpacked_4bit(item.parameter))
+        return values
+    if item.info.dtype == "int8":
+        # After the first forward the scales have moved from the parameter to the module's state.
+        owner: Any = item.owner
+        scale = getattr(item.parameter, "SCB", None)
+        scale = owner.state.SCB if scale is None else scale
+        return int8_values(item.parameter.detach(), scale.to(item.parameter.device))
+    return item.parameter.detach()
+
+
+def _changes(item: _Live) -> list[tuple[Any, str]]:
+    """(PEFT layer, adapter) pairs whose product is added to this parameter now."""
+    found: list[tuple[Any, str]] = []
+    layer: Any
+    for layer in reversed(item.layers):
+        if not hasattr(layer, "get_delta_weight") or layer.disable_adapters or layer.merged:
+            continue
+        target = getattr(layer, "parameter_name", "weight")
+        if target != item.info.name.rpartition(".")[2]:
+            continue
+        have = {*layer.lora_A, *layer.lora_embedding_A}
+        found += [(layer, adapter) for adapter in layer.active_adapters if adapter in have]
+    return found
+
+
+def _refuse_meta(name: str, parameter: Tensor) -> None:
+    if parameter.device.type == "meta":
+        raise CheckpointError(
+            f"{name}: lies on the meta device and has no values; give the checkpoint's folder instead."
+        )
+
+
+def _starts_alike(parameter: Tensor, files: FileWeights, name: str) -> bool:
+    """Whether the first and last values of a parameter are those of the file, cast to the parameter's dtype."""
+    head, tail = files.ends(name, SAMPLE)
+    flat = parameter.detach().reshape(-1)
+    return all(
+        torch.equal(part.to(flat.dtype), mine.cpu())
+        for part, mine in ((head, flat[: len(head)]), (tail, flat[len(flat) - len(tail) :]))
+    )
+
+
+def dequantized_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """{parameter: reads the float weight that its quantized layer computes with}, on the CPU; empty for a float model."""
+
+    def reader(item: _Live) -> Callable[[], Tensor]:
+        return lambda: _dequantized(item).cpu()
+
+    return {item.info.name: reader(item) for item in _walk(base_module(model), "", ()) if item.quantized}

@@ -1,0 +1,152 @@
+"""bitsandbytes' 4-bit and 8-bit weights: their values, their storage, and the products that keep a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def dequantize_4bit(packed: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """bitsandbytes' packed 4-bit values and the statistics beside them, as one (out, in) matrix."""
+    import bitsandbytes.functional as bnb
+
+    values: Tensor = bnb.dequantize_4bit(packed, bnb.QuantState.from_dict(dict(parts), device=packed.device))
+    return values
+
+
+def quantization_of(parameter: Tensor) -> str | None:
+    """`nf4`, `fp4` or `int8` for a bitsandbytes parameter that is quantized, else None."""
+    kind = type(parameter).__name__
+    if kind == "Params4bit" and getattr(parameter, "quant_state", None) is not None:
+        return str(parameter.quant_state.quant_type)  # type: ignore[attr-defined]
+    if kind == "Int8Params" and parameter.dtype == torch.int8:
+        return "int8"
+    return None
+
+
+def unpacked_4bit(parameter: Any) -> tuple[Tensor, Any]:
+    """Data and quantization state of a 4-bit parameter in bitsandbytes' usual layout; the parameter stays as it is."""
+    import bitsandbytes.functional as bnb
+
+    state = parameter.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        return bnb._convert_weight_packed_for_cpu_inverse(parameter.data, state)
+    return parameter.data, state
+
+
+def keep_4bit_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights, and undo it where it did; call it before training.
+
+    On a CPU with AVX512-BF16, bitsandbytes (0.50.2, `Linear4bit.forward`) repacks a weight in the first forward in eval
+    mode, for a faster product that has no backward: after one evaluation, a training step ends at that layer and says
+    so only in a warning. The layer's output changes within rounding. Without a repacked weight, or without such a CPU,
+    nothing happens.
+    """
+    for module in model.modules():
+        if not getattr(module, "support_avx512bf16_for_cpu", False):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        weight: Any = module.weight
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            weight.data, weight.quant_state = unpacked_4bit(weight)
+
+
+def give_storage_without_values(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Fill a bitsandbytes layer made on the meta device with weights that have bitsandbytes' storage and no values.
+
+    For a dry run: call it under `FakeTensorMode`, where bitsandbytes' own parameter types cannot be made. The layer's
+    own forward then runs on a plain parameter that carries what it looks for: packed 4-bit values with block maxima of 64
+    values, these in 8 bit in blocks of 256 with their offset and two code books; or int8 rows with one scale each.
+
+    Args:
+        layer: `Linear4bit` or `Linear8bitLt` whose weight (out, in) lies on the meta device.
+        dtype: that the layer dequantizes to, the dtype of the weight before it was quantized.
+    Source: bitsandbytes 0.50.2, functional.py `quantize_4bit` and `quantize_blockwise`, nn/modules.py `Int8Params`.
+    """
+    weight: Any = layer.weight
+    shape = weight.shape
+    if type(weight).__name__ == "Params4bit":
+        from bitsandbytes.functional import QuantState
+
+        blocks = -(-shape.numel() // weight.blocksize)
+        state = QuantState(
+            absmax=torch.empty(blocks),
+            shape=shape,
+            code=torch.empty(16),
+            blocksize=weight.blocksize,
+            quant_type=weight.quant_type,
+            dtype=dtype,
+        )
+        if weight.compress_statistics:
+            state.absmax = torch.empty(blocks, dtype=torch.uint8)
+            state.offset = torch.empty(())
+            state.state2 = QuantState(
+                absmax=torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32
+            )
+            state.nested = True
+        stored = nn.Parameter(torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
+        carried = {k: v for k, v in weight.__dict__.items() if k != "quant_state"} | {
+            "quant_state": state,
+            "bnb_quantized": True,
+        }
+        layer.quant_state = state  # type: ignore[assignment]
+    else:
+        stored = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
+        carried = {"CB": stored.data, "SCB": torch.empty(shape[0]), "has_fp16_weights": False}
+        # How many columns hold outliers depends on the activations; none are assumed.
+        layer.state.threshold = 0.0  # type: ignore[union-attr]
+    for name, value in carried.items():
+        setattr(stored, name, value)
+    layer._parameters["weight"] = stored
+
+
+@contextmanager
+def int8_products_as_on(device: str) -> Iterator[None]:
+    """Let bitsandbytes' int8 layers take, on CPU tensors, the product that they take on `device`.
+
+    On a CPU bitsandbytes dequantizes and multiplies in float; on a GPU it multiplies in int8, with other intermediates.
+    """
+    import bitsandbytes.autograd._functions as functions
+
+    before, silent = functions.MatMul8bitFp, functions.logger.disabled
+    if device != "cpu":
+        functions.MatMul8bitFp = functions.MatMul8bitLt  # type: ignore[misc, assignment]
+        functions.logger.disabled = True  # it warns of every cast to float16
+    try:
+        yield
+    finally:
+        functions.MatMul8bitFp = before  # type: ignore[misc]
+        functions.logger.disabled = silent
+
+
+def int8_values(values: Tensor, scale: Tensor) -> Tensor:
+    """LLM.int8: whole numbers times the largest absolute value of each row over 127."""
+    return values.float() * (scale.float() / 127.0).unsqueeze(1)
+
+
+def through_quantization(weight: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    """dequantize(quantize(weight)): the float weight that a bitsandbytes layer of this matrix computes with.
+
+    Args:
+        weight: (out, in), in the dtype that the base was loaded in.
+        settings: fields of `transformers.BitsAndBytesConfig`.
+    Returns:
+        (out, in); of 4 bit in the dtype of `weight`, of 8 bit in float32.
+    Source: bitsandbytes 0.50.2, nn/modules.py `Params4bit._quantize`, `Int8Params._quantize`.
+    """
+    import bitsandbytes.functional as bnb
+
+    if settings.get("load_in_8bit"):
+        values, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        return int8_values(values, scale)
+    packed, state = bnb.quantize_4bit(
+        weight.contiguous(),
+        blocksize=64,
+        compress_statistics=bool(settings.get("bnb_4bit_use_double_quant", False)),
+        quant_type=str(settings.get("bnb_4bit_quant_type", "fp4")),
+    )
+    return bnb.dequantize_4bit(packed, state)
