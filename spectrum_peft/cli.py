@@ -23,6 +23,7 @@ from typing import Any
 from . import __version__
 from .arguments import Parser, Rest, boolean, dashed, flags_of, keys_of, set_defaults_from, steps, switch, take_config
 from .errors import CheckpointError, OptionError, SpectrumError, near_matches
+from .policies import MODES
 from .records import MemoryReport, Plan, SnrReport, write_text
 from .tasks import COLUMNS
 
@@ -36,7 +37,7 @@ PROG = "spectrum-peft"
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("plan options (defaults: `spectrum_peft.plan.OPTIONS`)").add_argument
     group = parser._action_groups[-1]
-    add("--mode", help="full, spectrum, lora, spectra_qlora or alors")
+    add("--mode", help=", ".join(MODES))
     add("--criterion", help="score of a matrix: spectrum, mp, mean_std, row_norm, kappa, random, last, first")
     add("--spectrum-ratio", "--ratio", type=float, metavar="R", help="share of the matrices of each kind, in (0, 1]")
     add("--snr-threshold", type=float, metavar="X", help="every matrix that scores above X, instead of a ratio")
@@ -55,6 +56,15 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     add("--trainable-parameters", type=int, metavar="N", help="alors: an exact budget instead of a ratio")
     add("--lr-ratio", type=float, nargs=2, metavar=("LOW", "HIGH"), help="alors: bounds of the learning-rate ratio")
     add("--rescore-every", type=steps, metavar="N|epoch", help="steps between two evaluations of the choice")
+    add("--similarity", help="sgm: what makes two matrices alike: subspace or cosine")
+    add("--similarity-threshold", type=float, metavar="S", help="sgm: how alike the members of a group are at least")
+    add("--n-groups", type=int, metavar="N", help="sgm: groups of each kind and shape, instead of a threshold")
+    add("--share", help="sgm: residual_side shares the factor that faces the residual stream, both shares both")
+    switch(group, "--group-gain", help="sgm: a trained gain for each matrix of a group")
+    add("--n-components", type=int, metavar="N", help="lorsa: singular components that train")
+    add("--component-scope", help="lorsa: components of each layer, or the same number over all (global)")
+    add("--svd-rank", type=int, metavar="K", help="lorsa: how many leading components are looked at")
+    add("--rotation-rank", type=int, metavar="R", help="lorsa: rank of the rotations of singular vectors")
     add("--keep-base", help="where originals of trained weights are kept: auto, host, file or none")
     add("--trainable-dtype", help="of real weights that train: float32, or base for the dtype of the model as loaded")
     add("--preset", help="published: the selection of the published script, entry for entry")

@@ -52,6 +52,7 @@ def _check(result: dict[str, Any], groups: list[str]) -> None:
         assert row["trainable_parameters"] > 0, name
 
 
+@pytest.mark.slow
 def test_a_small_run_of_modes_gives_every_field_and_is_kept(tmp_path: Path, tiny_llama_folder: Path) -> None:
     result, _ = _run(tmp_path, tiny_llama_folder, "--groups", "adapters")
     _check(result, ["adapters"])

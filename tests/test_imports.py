@@ -129,7 +129,7 @@ def spectrum_adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     "order",
     [
-        name if name in {"peft comes first", "we come first"} else pytest.param(name, marks=pytest.mark.slow)
+        name if name == "we come first" else pytest.param(name, marks=pytest.mark.slow)
         for name in _ORDERS
     ],
 )

@@ -434,6 +434,7 @@ def test_a_report_of_a_config_lists_what_a_scan_lists(tiny_llama_folder: Path) -
         report_of_config(tiny_llama_folder, "spectrum")
 
 
+@pytest.mark.slow
 def test_a_table_has_every_ratio_and_the_adapter_modes(tiny_llama_folder: Path, report: SnrReport) -> None:
     rows = memory_table(tiny_llama_folder, report, quantization="nf4", plan_options={"r": 4, "r_high": 4}, **ON_CPU)
     spectrum = [row for row in rows if row.plan.mode == "spectrum"]
@@ -493,6 +494,7 @@ def test_the_margin_stays_free_and_a_large_budget_takes_everything(tiny_llama_fo
     assert fit_to_memory(tiny_llama_folder, report, mode="lora", budget="1GiB", **ON_CPU).mode == "lora"
 
 
+@pytest.mark.slow
 def test_mode_checkpointing_and_batch_are_chosen_where_asked(tiny_llama_folder: Path, report: SnrReport) -> None:
     smallest = make_plan(report, mode="spectrum", spectrum_ratio=0.25)
     plain = predicted(tiny_llama_folder, smallest, max_length=128).peak_bytes
