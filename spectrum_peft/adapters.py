@@ -21,6 +21,7 @@ from torch import Tensor
 from . import names
 from .errors import CheckpointError, MismatchError, near_matches
 from .records import Plan, PlanEntry, read_mapping
+from .svd import core_matrix, digest_of, rotation_bases
 from .weights import DTYPES, Span, TensorInfo, read_bytes, read_header
 
 # Inits that rewrite the base when the adapter is made: such an adapter belongs to a base that is in no file.
@@ -41,6 +42,7 @@ _WRAPPERS = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:"
     r"(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?"
+    r"|(?P<singular>lora_A\.(?:left|values|right|digest)|lora_B\.(?:shift|p|q))"
     r"|lora_spectrum\.(?P<held>.+)|token_adapter\.(?P<rows>trainable_tokens_delta))"
 )
 _MAGNITUDE = "lora_magnitude_vector"
@@ -89,6 +91,16 @@ class Stored:
             return flat[begin:end].to("cpu", copy=True) if out is None else out.copy_(flat[begin:end])
 
         return cls(tuple(tensor.shape), tensor.dtype, read)
+
+    @classmethod
+    def computed(cls, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Stored:
+        """A float32 tensor that is made from others when it is asked for."""
+
+        def read(begin: int, end: int, out: Tensor | None = None) -> Tensor:
+            part = make().reshape(-1)[begin:end]
+            return part if out is None else out.copy_(part)
+
+        return cls(shape, torch.float32, read)
 
 
 # How an update changes rows of a parameter seen as a matrix (fused experts one below the other, a vector as a column):
@@ -240,7 +252,7 @@ class AdapterState:
     """A trained adapter, parameter by parameter: its config and its tensors, from a folder or from a model in memory.
 
     Knows plain LoRA (rank and alpha patterns, rsLoRA, DoRA, fan_in_fan_out, embeddings, fused experts, lora_bias,
-    modules_to_save, trainable_token_indices, bias) and our real weights, without peft.
+    modules_to_save, trainable_token_indices, bias), our real weights and adapters in the singular basis, without peft.
 
     Args:
         config: the fields of `adapter_config.json`.
@@ -309,7 +321,10 @@ class AdapterState:
         """(out, in) of a matrix that a plan made from published scores says no shape of, from the factors beside it."""
         module = PEFT_PREFIX + names.module_name(entry.name)
         a, b = (self.tensors.get(f"{module}.lora_{x}.weight") for x in "AB")
-        return None if a is None or b is None else (b.shape[0], a.shape[-1])
+        if a is not None and b is not None:
+            return b.shape[0], a.shape[-1]
+        left, right = (self.tensors.get(f"{module}.lora_A.{side}") for side in ("left", "right"))
+        return None if left is None or right is None else (left.shape[-1], right.shape[-1])
 
     def updates(self, base: Iterable[TensorInfo], model_type: str | None = None) -> list[Update]:
         """What the adapter does to a base, names as the base has them.
@@ -338,13 +353,18 @@ class AdapterState:
                 if not value.new:  # a table may have grown, and what else changes it has the new size
                     infos[value.name] = dataclasses.replace(infos[value.name], shape=value.stored.shape)
         low_rank: dict[str, dict[str, str]] = {}
+        singular: dict[str, dict[str, str]] = {}
         for key, match in keys.items():
             if match is not None and match["rows"]:
                 result.append(self._rows(key, wanted[key], infos.get(found.get(wanted[key], "")), infos))
             elif match is not None and match["part"]:
                 low_rank.setdefault(match["module"], {})[match["part"]] = key
+            elif match is not None and match["singular"]:
+                singular.setdefault(match["module"], {})[match["singular"].partition(".")[2]] = key
         for module, parts in sorted(low_rank.items(), key=lambda item: _WRAPPERS.sub("", f"{item[0]}.weight") in found):
             result += self._low_rank(module, parts, infos, found, model_type)
+        for module, parts in singular.items():
+            result.append(self._singular(module, parts, infos, found))
         self._check_complete(result)
         return result
 
@@ -446,7 +466,64 @@ class AdapterState:
                 raise MismatchError(f"{self.where}: tensor {key!r} is added to {owner}.bias, which the base lacks.")
             yield Added(bias.name, key, self.tensors[key], scale)
 
-    def _turned(self, info: TensorInfo, made: tuple[int, int], table: bool, model_type: str | None) -> bool:
+    def _singular(
+        self, module: str, parts: Mapping[str, str], infos: Mapping[str, TensorInfo], found: Mapping[str, str]
+    ) -> LowRank:
+        """An adapter in the singular basis as the low-rank product that it is: B = [U P] M, A = [V Q]^T, scale 1.
+
+        Raises:
+            MismatchError: a tensor is missing or of another shape than the plan says; other P and Q than it was trained
+                with.
+        """
+        name = f"{_WRAPPERS.sub('', module)}.weight"
+        entry = None if self.plan is None else self.plan.by_name.get(name)
+        info = infos.get(found.get(name, ""))
+        if entry is None or entry.components is None or entry.rank is None or info is None or self.plan is None:
+            lacking = "the base has no parameter" if info is None else "the plan has no components"
+            known = infos if info is None else (self.plan.by_name if self.plan else ())
+            raise MismatchError(
+                f"{self.where}: {lacking} for {next(iter(parts.values()))!r}.{near_matches(name, known)}"
+            )
+        missing = [part for part in ("left", "values", "right", "digest", "shift", "p", "q") if part not in parts]
+        if missing:
+            raise MismatchError(f"{self.where}: lacks {missing[0]!r} of {name!r}; it holds {sorted(parts)}.")
+        count, rank = len(entry.components), entry.rank
+        out, inside = (self.tensors[parts[side]].shape[-1] for side in ("left", "right"))
+        shapes = {"left": (count, out), "values": (count,), "right": (count, inside), "digest": (32,)}
+        shapes |= {"shift": (count,), "p": (count, rank), "q": (count, rank)}
+        for part, shape in shapes.items():
+            if self.tensors[parts[part]].shape != shape or sorted(info.shape) != sorted((out, inside)):
+                raise MismatchError(
+                    f"{self.where}: tensor {parts[part]!r} has the shape {self.tensors[parts[part]].shape}, wanted {shape} "
+                    f"for {len(entry.components)} components of {info.name}, {info.shape}."
+                )
+        p_rows, q_rows = rotation_bases(int(self.plan.options["seed"]), name, out, inside, rank)
+        if not torch.equal(self.tensors[parts["digest"]].whole(), digest_of(p_rows, q_rows)):
+            raise MismatchError(
+                f"{self.where}: tensor {parts['digest']!r} is not the digest of the directions that seed "
+                f"{self.plan.options['seed']} gives {name}: the plan or the file was changed."
+            )
+
+        def read(part: str) -> Tensor:
+            return self.tensors[parts[part]].whole().float()
+
+        def b() -> Tensor:
+            core = core_matrix(read("values"), read("shift"), read("p"), read("q"))
+            return torch.cat((read("left"), p_rows)).T @ core
+
+        made_a = Stored.computed((count + rank, inside), lambda: torch.cat((read("right"), q_rows)))
+        return LowRank(
+            info.name,
+            module,
+            made_a,
+            Stored.computed((out, count + rank), b),
+            1.0,
+            turned=self._turned(info, (out, inside)),
+        )
+
+    def _turned(
+        self, info: TensorInfo, made: tuple[int, int], table: bool = False, model_type: str | None = None
+    ) -> bool:
         """Whether the parameter is stored as the transpose of B @ A."""
         if info.shape[-1] != info.shape[-2]:
             return info.shape[-2:] != made

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from . import names
 from .errors import OptionError, near_matches
 from .plan import OPTIONS, check_options
+from .policies import get_mode
 from .records import GradientReport, Plan, SnrReport
 
 PEFT_TYPE = "SPECTRUM"
@@ -111,6 +112,8 @@ class SpectrumConfig(LoraConfig):
 
     # Set by the tuner: the modules that get a layer. Not a field: it follows from the plan.
     planned_modules = frozenset[str]()
+    # The plan came inside an adapter_config.json, so the adapter's tensors are in a file beside it.
+    plan_from_file = False
 
     def __post_init__(self) -> None:
         if isinstance(self.lr_ratio, list):
@@ -121,6 +124,7 @@ class SpectrumConfig(LoraConfig):
             self.plan = Plan.load(self.plan)
         elif isinstance(self.plan, Mapping):
             self.plan = Plan.from_dict(self.plan, "adapter_config.json: plan")
+            self.plan_from_file = True
         if self.plan is not None:
             self._take_options_of_plan(self.plan)
         elif self.options()["mode"] == "alors" and (self.rank_pattern or self.alpha_pattern):
@@ -134,6 +138,13 @@ class SpectrumConfig(LoraConfig):
                 f"init_lora_weights={init!r} rewrites the base weights, so that the adapter would no longer belong to "
                 "the checkpoint it is exported for; wanted True, False, 'gaussian', 'eva' or 'orthogonal'."
             )
+        if get_mode(self.mode).action == "lorsa":
+            for name, plain in (("use_dora", False), ("lora_bias", False), ("init_lora_weights", True)):
+                if getattr(self, name) != plain:
+                    raise OptionError(
+                        f"{name}={getattr(self, name)!r} is for a product of two free factors; mode {self.mode!r} starts from "
+                        "zero in a fixed basis. Leave it out."
+                    )
         if self.use_dora and self.rescore_every is not None:
             raise OptionError("use_dora=True together with rescore_every: a rank cannot change under DoRA's magnitude.")
         if self.lora_alpha is None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import OptionError, near_matches
-from .records import REAL_WEIGHT_ACTIONS, GradientReport, PlanEntry
+from .records import REAL_WEIGHT_ACTIONS, GradientReport, GradientStat, PlanEntry
 
 
 @dataclass(frozen=True)
@@ -377,7 +377,101 @@ def tier_ranks(options: Mapping[str, Any]) -> tuple[int, int]:
     return high, medium
 
 
-POLICIES: dict[str, Policy] = {"all": everything, "top": top, "tiers": tiers}
+def components(
+    candidates: Sequence[Candidate], options: Mapping[str, Any], gradients: GradientReport | None = None
+) -> Draft:
+    """The best-scored matrices, and of each the singular components with the largest importance, s_i^2 E[(dL/ds_i)^2].
+
+    `n_components` of each matrix, or with `component_scope="global"` as many in all, wherever the importance is; a matrix
+    of which none is taken stays frozen then. What a matrix is too small for is clamped, and a notice says so.
+
+    Raises:
+        OptionError: fused experts among the candidates; gradients that do not list a chosen matrix, or not its components.
+    """
+    fused = [c.name for c in candidates if c.shape is not None and len(c.shape) == 3]
+    if fused:
+        kinds = sorted({c.kind for c in candidates if c.name in fused})
+        raise OptionError(
+            f"mode {options['mode']!r} works on single matrices, and {fused[0]} holds one for each expert. Leave them out: "
+            f"exclude_modules={kinds}."
+        )
+    chosen, notes = choose(candidates, options)
+    taken = sorted((c for cs in chosen.values() for c in cs), key=lambda c: natural_key(c.name))
+    importance = {c.name: _importance(c, options, gradients) for c in taken}
+    shapes = {c.name: c.shape or _stat(c, gradients).shape for c in taken}
+    for option, limits in (
+        ("svd_rank", {name: min(shape) for name, shape in shapes.items()}),
+        ("n_components", {name: len(values) for name, values in importance.items()}),
+        ("rotation_rank", {name: min(shape) for name, shape in shapes.items()}),
+    ):
+        clamped = [name for name, limit in limits.items() if options[option] > limit]
+        if clamped:
+            notes.append(
+                f"{option}={options[option]} is more than {len(clamped)} of {len(limits)} matrices have, first "
+                f"{clamped[0]}: clamped to {limits[clamped[0]]} there."
+            )
+    counts = {name: min(int(options["n_components"]), len(values)) for name, values in importance.items()}
+    if options["component_scope"] == "global":
+        order = sorted(
+            (-value, natural_key(name), i, name)
+            for name, values in importance.items()
+            for i, value in enumerate(values)
+        )
+        picked: dict[str, list[int]] = {name: [] for name in importance}
+        for _, _, i, name in order[: sum(counts.values())]:
+            picked[name].append(i)
+        empty = [name for name, found in picked.items() if not found]
+        if empty:
+            notes.append(
+                f"component_scope='global': none of the components of {len(empty)} matrices is among the "
+                f"{sum(counts.values())} most important ones, first {empty[0]}; they stay frozen."
+            )
+    else:
+        picked = {
+            name: [i for _, i in sorted((-value, i) for i, value in enumerate(values))][: counts[name]]
+            for name, values in importance.items()
+        }
+    entries = []
+    for c in candidates:
+        entry = PlanEntry(c.name, "freeze", kind=c.kind, shape=c.shape, score=c.score)
+        if picked.get(c.name):
+            rank = min(int(options["rotation_rank"]), *shapes[c.name])
+            # The update is no product that alpha scales: its scale is 1.
+            entry = PlanEntry(
+                c.name, get_mode(options["mode"]).action, rank=rank,
+                alpha=math.sqrt(rank) if options["use_rslora"] else float(rank),
+                kind=c.kind, shape=shapes[c.name], score=c.score, components=tuple(sorted(picked[c.name])),
+            )  # fmt: skip
+        entries.append(entry)
+    return Draft(tuple(entries), tuple(notes))
+
+
+def _stat(candidate: Candidate, gradients: GradientReport | None) -> GradientStat:
+    assert gradients is not None
+    if candidate.name not in gradients.by_name:
+        raise OptionError(
+            f"{candidate.name} is chosen, and the gradients do not list it."
+            + near_matches(candidate.name, gradients.by_name)
+        )
+    return gradients.by_name[candidate.name]
+
+
+def _importance(
+    candidate: Candidate, options: Mapping[str, Any], gradients: GradientReport | None
+) -> tuple[float, ...]:
+    """Of the components that `svd_rank` looks at, the largest singular value first."""
+    stat = _stat(candidate, gradients)
+    wanted = min(int(options["svd_rank"]), *stat.shape)
+    if len(stat.importance) < wanted:
+        have = f"{len(stat.importance)} of them" if stat.importance else "none"
+        raise OptionError(
+            f"svd_rank={options['svd_rank']} looks at {wanted} components of {candidate.name}, the gradients know {have}: "
+            f"probe_gradients(model, batches, svd_rank={options['svd_rank']})."
+        )
+    return stat.importance[:wanted]
+
+
+POLICIES: dict[str, Policy] = {"all": everything, "top": top, "tiers": tiers, "components": components}
 
 
 # --- an exact budget -------------------------------------------------------------------------------------------------

@@ -25,10 +25,11 @@ ARROWS = {
     # numbers and weights
     "criteria": "",
     "weights": "",
+    "svd": "",
     "safetensors_io": "weights",
-    "adapters": "weights",
+    "adapters": "svd weights",
     "scan": "adapters criteria weights",
-    "probe": "adapters criteria weights",
+    "probe": "adapters criteria scan svd weights",
     # decisions
     "policies": "",
     "plan": "policies",
@@ -36,7 +37,7 @@ ARROWS = {
     "plots": "",
     # models
     "config": "plan policies",
-    "tuner": "adapters config criteria plan policies probe scan weights",
+    "tuner": "adapters config criteria plan policies probe scan svd weights",
     "loading": "config plan policies scan tuner weights",
     "memory": "config loading plan policies tuner weights",
     "rewrite": "adapters safetensors_io weights",

@@ -29,6 +29,7 @@ from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry
 from ..weights import keep_4bit_differentiable
 from .apply import original_keeper, plan_parameters, settle_plan, token_layers, trainable_mismatch
 from .layers import SpectrumLayer
+from .lorsa import install, singular_layers
 from .ranks import RankChange, allocate, is_sliced, moments, set_rank
 
 logger = logging.getLogger(__name__)
@@ -160,6 +161,18 @@ class SpectrumModel(LoraModel):
             super()._create_and_replace(
                 lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
             )
+            entry = lora_config.plan.by_name.get(f"{current_key}.weight")
+            if entry is not None and entry.components is not None:
+                options = lora_config.plan.options
+                install(
+                    getattr(parent, target_name),
+                    adapter_name,
+                    entry,
+                    svd_rank=options["svd_rank"],
+                    seed=options["seed"],
+                    keeps_dtype=lora_config.trainable_dtype == "float32",
+                    from_file=lora_config.plan_from_file,
+                )
             return
         layer = target if isinstance(target, SpectrumLayer) else SpectrumLayer(target, current_key)
         layer.update_layer(
@@ -430,6 +443,8 @@ class SpectrumModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """PEFT's selection, live slots only: the file opens as a plain LoRA of the ranks it holds."""
+        for _, basis in singular_layers(model, adapter_name):
+            basis.settle()
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, layer in sliced_layers(model, adapter_name).items():
             rank = layer.r[adapter_name]
@@ -471,6 +486,8 @@ class SpectrumModel(LoraModel):
                 raise MismatchError(
                     f"{where} holds {key} with shape {tuple(value.shape)}, wanted {tuple(wanted[key].shape)}."
                 )
+        for name, basis in singular_layers(model, adapter_name):
+            basis.check_digest(got[f"{name}.lora_A.{adapter_name}.digest"], where)
         return got
 
 

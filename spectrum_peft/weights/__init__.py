@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import CheckpointError
 from .files import CONVERT, PICKLES, FileWeights, Place, Span, as_matrix, find_shards, places, read_bytes, read_header
 from .gguf import GgufWeights
-from .live import LiveWeights, base_module, dequantized_weights
+from .live import LiveWeights, base_module, dequantized_weights, matrix_of
 from .quantized import give_storage_without_values, int8_products_as_on, keep_4bit_differentiable, through_quantization
 from .source import DTYPES, TensorInfo, WeightSource, one_line, split_expert
 
@@ -39,6 +39,7 @@ __all__ = [
     "int8_products_as_on",
     "keep_4bit_differentiable",
     "locate",
+    "matrix_of",
     "open_located",
     "open_weights",
     "places",

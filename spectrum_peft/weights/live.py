@@ -290,6 +290,23 @@ def _layer_values(item: _Live) -> Tensor:
     return item.parameter.detach()
 
 
+def matrix_of(layer: nn.Module) -> Tensor:
+    """The matrix (out, in) that a Linear, Conv1D or bitsandbytes layer multiplies with: dequantized, adapters left out.
+
+    Raises:
+        CheckpointError: the layer has no weight of a kind that is known here.
+    """
+    weight: Any = layer.weight
+    if not (weight.is_floating_point() or quantization_of(weight)) or weight.ndim != 2:
+        raise CheckpointError(
+            f"{type(layer).__name__}: its weight of dtype {weight.dtype} and shape {tuple(weight.shape)} is no matrix that "
+            "can be read, wanted a float one or one of bitsandbytes."
+        )
+    item = _live(layer, "", "weight", weight, ())
+    values = _layer_values(item)
+    return values.T if item.info.transposed and not item.quantized else values
+
+
 def _changes(item: _Live) -> list[tuple[Any, str]]:
     """(PEFT layer, adapter) pairs whose product is added to this parameter now."""
     found: list[tuple[Any, str]] = []
