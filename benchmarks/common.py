@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,58 +23,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 if str(ROOT) not in sys.path:  # a benchmark is run from its file, without the package being installed
     sys.path.insert(0, str(ROOT))
 
-from spectrum_peft.records import write_text  # noqa: E402 - the path comes first
+# The path comes first; some of these names are for the benchmarks, which ask them of this module.
+from spectrum_peft.machine import commit, cores, machine, peak_resident, process_status, reset_peak  # noqa: E402, F401
+from spectrum_peft.records import write_text  # noqa: E402
 
-# Of the many flags of a CPU, those that decide how fast it multiplies matrices.
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "sve")
-_PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "safetensors", "numpy", "scipy")
 # Load by others above this many cores makes a timing doubtful.
 BUSY = 0.15
-
-
-def machine() -> dict[str, Any]:
-    """CPU model and flags, cores, memory, system, versions, commit of the checkout, load when asked."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    fields = dict(reversed([tuple(part.strip() for part in line.split(":", 1)) for line in lines if ":" in line]))
-    flags = (fields.get("flags") or fields.get("Features") or "").split()
-    return {
-        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
-        "cpu_flags": [flag for flag in _FLAGS if flag in flags],
-        "cores": cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
-        **commit(),
-        "load_average": list(os.getloadavg()),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def commit() -> dict[str, Any]:
-    """`commit` of the checkout and whether package or benchmarks differ from it; both None outside a checkout."""
-
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        head, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", "spectrum_peft", "benchmarks/*.py")
-    except FileNotFoundError:  # no git
-        head = changed = None
-    return {"commit": head, "changed_since_commit": None if changed is None else bool(changed)}
 
 
 def save(path: str | os.PathLike[str], benchmark: str, data: Mapping[str, Any]) -> Path:
@@ -98,39 +50,14 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def _status(field: str, process: int | str) -> int | None:
-    """A field of /proc/<process>/status in bytes; None without /proc, or where the process is no more."""
-    try:
-        text = Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return None
-    found = [line for line in text.splitlines() if line.startswith(f"{field}:")]
-    return int(found[0].split()[1]) * 1024 if found else None
-
-
 def resident(process: int | str = "self") -> int | None:
     """Resident memory now, bytes."""
-    return _status("VmRSS", process)
+    return process_status("VmRSS", process)
 
 
 def private(process: int | str = "self") -> int | None:
     """Resident memory now that no file stands behind, bytes: without pages of a checkpoint that is only mapped."""
-    return _status("RssAnon", process)
-
-
-def peak_resident(process: int | str = "self") -> int | None:
-    """Highest resident memory since the program began or `reset_peak`, bytes.
-
-    Not `ru_maxrss`: that begins with the peak of the process that started this one.
-    """
-    return _status("VmHWM", process)
-
-
-def reset_peak() -> None:
-    """Let this process' peak begin again with what is resident now (Linux; nothing happens elsewhere)."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
+    return process_status("RssAnon", process)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from . import __version__
 from .arguments import Parser, Rest, boolean, dashed, flags_of, keys_of, set_defaults_from, steps, switch, take_config
 from .errors import CheckpointError, OptionError, SpectrumError, near_matches
 from .policies import MODES
-from .records import MemoryReport, Plan, SnrReport, write_text
+from .records import MemoryReport, Plan, SnrReport, read_mapping, write_text
 from .tasks import COLUMNS
 
 PROG = "spectrum-peft"
@@ -104,6 +104,7 @@ class Verb:
         arguments: adds the verb's flags to its parser.
         run: (parsed flags, what the parser did not know) -> None.
         passes_on: what the parser does not know goes to the trainer's own arguments.
+        reads_config: the config file holds more than flags; the verb gets all of it in `Rest.config`.
     """
 
     usage: str
@@ -112,6 +113,7 @@ class Verb:
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, Rest], None]
     passes_on: bool = False
+    reads_config: bool = False
 
 
 def _scan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -379,12 +381,19 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exclude-modules", nargs="+", metavar="NAME", help="leave these modules out")
     add("--layers-to-transform", nargs="+", type=int, metavar="N", help="narrow the candidates to these blocks")
     add("--modules-to-save", nargs="+", metavar="NAME", help="train these modules whole")
+    add(
+        "--peft-config",
+        metavar="FILE",
+        help="a method of PEFT's own instead of a mode: peft_type and its fields, YAML or JSON",
+    )
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", help="folder of a trained adapter or model, or a hub id")
     add("-o", "--output", metavar="FILE", help="write the metrics there as JSON")
+    add("--generate", nargs="+", metavar="METRIC", help="complete the prompts and judge the text: exact_match, rouge_l")
+    add("--max-new-tokens", type=int, metavar="TOKENS", help="of a completion; default 256")
     switch(parser, "--help-trainer", default=False, help="list the flags of the task's own training arguments")
     _data_options(parser)
     _load_options(parser)
@@ -434,6 +443,119 @@ def _evaluate(options: argparse.Namespace, rest: Rest) -> None:
     print(text, end="")
 
 
+# --- compare ---------------------------------------------------------------------------------------------------------
+
+_COMPARE_LISTS = {
+    "modes": str,
+    "ratios": float,
+    "criteria": str,
+    "seeds": int,
+    "learning-rates": float,
+    "controls": str,
+}
+# Of a training run, and of no use where its result is only judged.
+_EVAL_KEYS = ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end", "metric_for_best_model")
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "-o",
+        "--output-dir",
+        metavar="FOLDER",
+        help="gets the cells, results.json, results.csv, results.md, report.html",
+    )
+    for name, kind in _COMPARE_LISTS.items():
+        add(f"--{name}", nargs="*" if name == "controls" else "+", type=kind, metavar=name.upper().replace("-", "_"))
+    add("--metric", help="what the report ranks by; default accuracy for classification, else loss")
+    switch(parser, "--list", default=False, help="say which cells there are and which are finished; run nothing")
+    add("--cell", metavar="FOLDER", help="run one cell that a comparison has prepared, in this process")
+
+
+def _compare(options: argparse.Namespace, rest: Rest) -> None:
+    from . import compare, training
+
+    if options.cell:
+        _run_cell(Path(options.cell))
+        return
+    config = dict(rest.config or {})
+    given = {key: config.pop(key) for key in list(config) if key in compare.KEYS}
+    for key in compare.KEYS:
+        if getattr(options, key, None) is not None:
+            given[key] = getattr(options, key)
+    output = options.output_dir or config.pop("output_dir", None)
+    config.pop("output_dir", None)
+    if not isinstance(output, str):
+        raise OptionError(
+            "--output-dir is missing." if output is None else f"output_dir is {output!r}, wanted a folder."
+        )
+    shared, trainer = _train_options(config, rest.argv, rest.source)
+    for name in ("model", "dataset"):
+        _required(shared, name, f"--{name}")
+    check_writable(Path(output) / "report.html")
+    train = {name: value for name, value in vars(shared).items() if not (value is None or value is False)}
+    comparison = compare.read_comparison(
+        given, train={**train, **(trainer.config or {})}, arguments=trainer.argv, task=training.task_for(shared),
+        output=Path(output), source=rest.source,
+    )  # fmt: skip
+    if options.list:
+        print(compare.list_cells(comparison))
+        return
+    results = compare.run_comparison(comparison, check=_checker(comparison))
+    print()
+    print(compare.as_markdown(results))
+    print(f"wrote {output}/report.html, results.json, results.csv, results.md")
+
+
+def _train_options(config: dict[str, Any], argv: Sequence[str], source: str) -> tuple[argparse.Namespace, Rest]:
+    """Flags of `train` from a mapping and a command line, and what goes to the trainer's own arguments."""
+    parser = verb_parser("train")
+    unknown = set_defaults_from(parser, source, config)
+    options, rest = parser.parse_known_args(list(argv))
+    return options, Rest(tuple(rest), unknown, source)
+
+
+def _checker(comparison: Any) -> Callable[[Any], None]:
+    """What refuses a cell's settings before any cell is run; datasets are read once."""
+    from . import compare, training
+
+    training.quiet_progress()
+    flags = [*flags_of(verb_parser("train")), *(f"--{key.replace('_', '-')}" for key in compare.KEYS)]
+    read: dict[Any, Any] = {}
+
+    def check(cell: Any) -> None:
+        options, rest = _train_options(dict(cell.train), cell.arguments, comparison.source)
+        options.output_dir = str(comparison.output)
+        data = tuple(v for k, v in vars(options).items() if k.endswith(("dataset", "split", "column", "task")))
+        with tempfile.TemporaryDirectory() as scratch:
+            if cell.peft is not None:
+                options.peft_config = str(Path(scratch) / "peft.json")
+                write_text(options.peft_config, json.dumps(dict(cell.peft)))
+            run = training.settle(options, rest, given_plan_options(options), flags, read.get(data))
+        if data not in read:
+            compare.check_measures(comparison, run)
+        read[data] = run.train_rows, run.eval_rows
+
+    return check
+
+
+def _run_cell(folder: Path) -> None:
+    from . import compare
+
+    settings, cell = read_mapping(folder / "train.yaml"), read_mapping(folder / "cell.json")
+
+    def train() -> None:
+        _run(["train", "--config", str(folder / "train.yaml"), *cell["arguments"]])
+
+    def options_for(model: str) -> tuple[argparse.Namespace, Rest, list[str]]:
+        config = {key: value for key, value in settings.items() if key not in _EVAL_KEYS}
+        options, rest = _train_options(config, cell["arguments"], str(folder / "train.yaml"))
+        options.model = model
+        return options, rest, flags_of(verb_parser("train"))
+
+    compare.measure(folder, train=train, options_for=options_for)
+
+
 # --- putting it together ---------------------------------------------------------------------------------------------
 
 VERBS: dict[str, Verb] = {
@@ -467,6 +589,15 @@ VERBS: dict[str, Verb] = {
         _evaluate_arguments,
         _evaluate,
         passes_on=True,
+    ),
+    "compare": Verb(
+        "compare --config FILE [flags]   |   compare --model MODEL --dataset D -o FOLDER [flags]",
+        "train in every mode, and in ways that a claim must beat, on your own task; tables, pictures and a report",
+        "compare --config compare.yaml",
+        _compare_arguments,
+        _compare,
+        passes_on=True,
+        reads_config=True,
     ),
     "merge": Verb(
         "merge ADAPTER -o FOLDER [--base MODEL] [flags]",
@@ -540,7 +671,7 @@ def _run(argv: list[str]) -> None:
     verb = VERBS[name]
     parser = verb_parser(name)
     config = take_config(argv := dashed(argv[1:]))
-    unknown = set_defaults_from(parser, *config) if config else {}
+    unknown = {} if not config else config[1] if verb.reads_config else set_defaults_from(parser, *config)
     options, rest = parser.parse_known_args(argv)
     source = config[0] if config else "command line"
     if not verb.passes_on:

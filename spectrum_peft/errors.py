@@ -34,6 +34,10 @@ class InstallError(SpectrumError, ImportError):
     """An optional package is not installed; the message has the line that installs it."""
 
 
+class ComparisonError(SpectrumError, RuntimeError):
+    """Runs of a comparison failed; the message names the first, its last line and its log. The others are reported."""
+
+
 class TrainingSetupError(SpectrumError, RuntimeError):
     """The trainer, the optimizer or a callback is set up so that the plan would not be carried out."""
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model, prepare_model_for_kbit_training
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
@@ -112,10 +115,7 @@ def load_model_with_spectrum(
         OptionError: dtype and torch_dtype differ; an unknown quantization.
     """
     wanted = _one_dtype(dtype, torch_dtype)
-    if quantization in ("none", "None"):
-        quantization = None
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise OptionError(f"quantization is {quantization!r}." + near_matches(str(quantization), QUANTIZATIONS))
+    quantization = _checked_quantization(quantization)
     config = _as_config(spectrum_config)
     revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
     if quantization is not None and "quantization_config" not in kwargs:
@@ -127,6 +127,59 @@ def load_model_with_spectrum(
     loader = model_class or class_for(model_name, **revision, **_remote(kwargs))
     model = loader.from_pretrained(model_name, dtype=wanted, device_map=device_map, **kwargs)
     return made_trainable(model, config), _tokenizer(model_name, **revision, **_remote(kwargs))
+
+
+def load_model_with_peft(
+    model_name: str,
+    peft_config: Mapping[str, Any],
+    *,
+    dtype: str | torch.dtype | None = None,
+    quantization: str | None = None,
+    model_class: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """Load a checkpoint with one of PEFT's own methods on it: a contestant for a comparison with ours.
+
+    Args:
+        peft_config: `peft_type` (ADALORA, LOHA, ...) and fields of its config.
+        others: as in `load_model_with_spectrum`.
+    Returns:
+        (a `PeftModel`, tokenizer or None).
+    Raises:
+        OptionError: PEFT has no such method, the method no such field, or it refuses a value.
+    """
+    wanted = _one_dtype(dtype, None)
+    quantization = _checked_quantization(quantization)
+    kind = str(peft_config.get("peft_type"))
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise OptionError(f"peft_type is {kind!r}." + near_matches(kind, PEFT_TYPE_TO_CONFIG_MAPPING))
+    fields = {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    for name in peft_config:
+        if name not in fields:
+            raise OptionError(f"{kind} has no field {name!r}." + near_matches(name, fields))
+    try:
+        config = get_peft_config(dict(peft_config))
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"PEFT refuses the {kind} config: {error}") from error
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization_config_for(
+            None, model_name, quantization, wanted if isinstance(wanted, torch.dtype) else None
+        )
+    given = {name: kwargs[name] for name in ("revision",) if name in kwargs}
+    loader = model_class or class_for(model_name, **given, **_remote(kwargs))
+    model = loader.from_pretrained(model_name, dtype=wanted, **kwargs)
+    if quantization is not None:
+        keep_4bit_differentiable(model)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, config), _tokenizer(model_name, **given, **_remote(kwargs))
+
+
+def _checked_quantization(value: str | None) -> str | None:
+    if value in (None, "none", "None"):
+        return None
+    if value not in QUANTIZATIONS:
+        raise OptionError(f"quantization is {value!r}." + near_matches(str(value), QUANTIZATIONS))
+    return value
 
 
 def made_trainable(model: Any, config: SpectrumConfig, *, peft: bool | None = None) -> Any:

@@ -31,6 +31,7 @@ _MARKS = ("o", "s", "^", "D", "v", "P", "X")
 _INFINITE: dict[str, Any] = {"facecolor": "#d9d9d9", "edgecolor": "#6b6b6b", "hatch": "////"}
 _CELL = 0.32  # inches
 _DPI = 160
+_SHORT_LEGEND = 6  # lines
 _MANY_POINTS = 60  # of a curve, above which its running mean is drawn over it
 
 
@@ -49,12 +50,34 @@ class SpectrumLike(Protocol):
     def marchenko_pastur_edge(self) -> float: ...
 
 
-def _figure(width: float, height: float) -> Figure:
+def require_matplotlib() -> None:
+    """Raise an InstallError with the install line unless matplotlib can be imported."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise InstallError('plots need matplotlib: pip install "spectrum-peft[plot]".') from error
+
+
+def _figure(width: float, height: float) -> Figure:
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Inside the axes while it is short; else below them, where it hides nothing."""
+    lines = len(axes.get_legend_handles_labels()[1])
+    if lines <= _SHORT_LEGEND:
+        axes.legend(frameon=False, fontsize=9)
+        return
+    figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(lines / 2))
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8)
+
+
+def _mark(i: int) -> str:
+    """Of the i-th label: the colours repeat after seven, and the mark must then be another one."""
+    return _MARKS[(i + i // len(_COLOURS)) % len(_MARKS)]
 
 
 def _quiet(axes: Axes) -> None:
@@ -304,13 +327,13 @@ def curves(runs: Sequence[Mapping[str, Any]], *, y_label: str = "training loss",
         axes.plot(steps, loss, color=colour, linestyle=line, linewidth=1.9, label=f"{label}{last}")
         if held_out := run.get("held_out"):
             axes.plot(
-                list(held_out), list(held_out.values()), linestyle="none", marker=_MARKS[i % len(_MARKS)],
+                list(held_out), list(held_out.values()), linestyle="none", marker=_mark(i),
                 color=colour, markeredgecolor="white", markersize=7, label=f"{run['label']}, held out",
             )  # fmt: skip
     axes.set_xlabel("step")
     axes.set_ylabel(y_label)
     axes.set_title(title, loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=9)
+    _legend(figure, axes)
     return figure
 
 
@@ -345,7 +368,7 @@ def trade_off(
         spread = [[p["y"] - p.get("low", p["y"]) for p in own], [p.get("high", p["y"]) - p["y"] for p in own]]
         axes.errorbar(
             [p["x"] for p in own], y, yerr=spread, label=label, color=_COLOURS[i % len(_COLOURS)],
-            marker=_MARKS[i % len(_MARKS)], linestyle=_LINES[i // len(_COLOURS) % len(_LINES)], markersize=7,
+            marker=_mark(i), linestyle=_LINES[i // len(_COLOURS) % len(_LINES)], markersize=7,
             markeredgecolor="white", linewidth=1.3, capsize=3,
         )  # fmt: skip
     if log_x:
@@ -353,5 +376,43 @@ def trade_off(
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_title(title, loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=9)
+    _legend(figure, axes)
+    return figure
+
+
+def intervals(
+    rows: Sequence[Mapping[str, Any]], *, x_label: str, title: str = "", reference: tuple[str, float] | None = None
+) -> Figure:
+    """One line for each contestant: a mark at the mean, a bar over its interval; the first row on top.
+
+    Args:
+        rows: mappings with `label` and `x`, optionally `low` and `high` (None: a mark alone), `marked` (filled marks;
+            the others are hollow) and `values` (single runs, as small ticks).
+        reference: (label, value) of a line to compare with.
+    Raises:
+        OptionError: no row.
+        InstallError: matplotlib is missing.
+    """
+    if not rows:
+        raise OptionError("there is no row to draw.")
+    figure = _figure(7.6, 1.1 + 0.27 * len(rows))
+    axes = figure.add_subplot()
+    _quiet(axes)
+    if reference is not None:
+        axes.axvline(reference[1], color=_COLOURS[1], linestyle="--", linewidth=1.2, label=reference[0])
+    for i, row in enumerate(rows):
+        x, colour = row["x"], _COLOURS[0]
+        if row.get("low") is not None:
+            axes.plot([row["low"], row["high"]], [i, i], color=colour, linewidth=1.6, solid_capstyle="butt")
+        values = row.get("values") or []
+        axes.plot(values, [i] * len(values), linestyle="none", marker="|", markersize=9, color="#8a8a8a")
+        face = colour if row.get("marked") else "white"
+        axes.plot([x], [i], marker="o", markersize=7, markerfacecolor=face, markeredgecolor=colour, markeredgewidth=1.5)
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=9)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(x_label)
+    axes.set_title(title, loc="left", fontsize=11)
+    if reference is not None:
+        figure.legend(loc="outside lower left", frameon=False, fontsize=8)
     return figure

@@ -43,6 +43,7 @@ class Task:
         formats: sets of columns that the task can read, the preferred one first.
         prepare: (trainer keywords so far, model, tokenizer, max_length) -> trainer keywords; tokenizes and collates.
         judge: (model, batches) -> metrics.
+        labelled: it predicts one of the labels that the model's head names.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Task:
     formats: tuple[tuple[str, ...], ...]
     prepare: Callable[..., dict[str, Any]]
     judge: Callable[[Any, Iterable[Mapping[str, Any]]], dict[str, float]]
+    labelled: bool = False
 
     def arguments_class(self) -> type[TrainingArguments]:
         return getattr(importlib.import_module(self.arguments[0]), self.arguments[1])
@@ -467,6 +469,7 @@ TASKS: dict[str, Task] = {
             formats=(("text", "label"),),
             prepare=_prepare_classification,
             judge=_judge_classification,
+            labelled=True,
         ),
     )
 }

@@ -21,13 +21,15 @@ import transformers
 from transformers import TrainerCallback, TrainingArguments
 from trl import TrlParser
 
+from . import generation
 from .arguments import Rest, checked_value
 from .callback import SpectrumCallback
 from .config import SpectrumConfig
 from .errors import CheckpointError, OptionError, near_matches
-from .loading import fast_dtype, load_model_with_spectrum, load_trained
-from .plan import OPTIONS
-from .policies import get_mode
+from .loading import fast_dtype, load_model_with_peft, load_model_with_spectrum, load_trained
+from .machine import peak_resident, reset_peak
+from .plan import OPTIONS, check_options
+from .policies import MODES, Mode, get_mode
 from .records import Plan, SnrReport, read_mapping, write_text
 from .scan import scan_weights
 from .tasks import COLUMNS, TASKS, Task, build_trainer, evaluate, label_names, read_dataset, select_columns, task_of
@@ -183,6 +185,116 @@ class StepClock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._began)
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a training run is, settled before a weight is read.
+
+    Attributes:
+        name: of the mode, or of the method of PEFT's own.
+        mode: row of the table; None for a method of PEFT's own.
+        peft: fields of a PEFT config, `peft_type` among them; None for our modes.
+        why: one line on the dtype.
+        train_rows, eval_rows: with the task's standard columns; no evaluation rows where no set was named.
+        head: keywords of the loader that size and name a classification head.
+    """
+
+    name: str
+    mode: Mode | None
+    peft: dict[str, Any] | None
+    plan: Plan | None
+    task: Task
+    dtype: torch.dtype
+    why: str
+    args: TrainingArguments
+    resume: str | bool | None
+    train_rows: datasets.Dataset
+    eval_rows: datasets.Dataset | None
+    head: dict[str, Any]
+
+
+Rows = tuple[datasets.Dataset, datasets.Dataset | None]
+
+
+def settle(
+    options: argparse.Namespace,
+    rest: Rest,
+    plan_options: Mapping[str, Any],
+    flags: Sequence[str] = (),
+    rows: Rows | None = None,
+) -> Run:
+    """Check everything about a run that can be checked without its weights; the arguments are those of `train`.
+
+    Args:
+        rows: training and evaluation rows of the same datasets, where an earlier call has read them.
+    Raises:
+        OptionError, CheckpointError, DataError: whatever is wrong with flags, checkpoint folder or datasets.
+    """
+    plan = Plan.load(options.plan) if options.plan else None
+    own = _peft_fields(options, plan_options) if options.peft_config else None
+    checked = check_options(**plan_options)
+    mode = None if own else get_mode(plan.mode if plan else checked["mode"])
+    name = own["peft_type"] if own else mode.name
+    config = _config_of(options.model, options)
+    task = _task(options.task or task_of(config, options.model))
+    dtype, why = _dtype_of(options)
+    rate = MODES["lora"].default_lr if mode is None else mode.default_lr
+    args = trainer_arguments(task.name, rest, _defaults(options, task, rate, dtype), flags)
+    resume = _resume(args.resume_from_checkpoint)
+    eval_source = options.eval_dataset or (options.dataset if options.eval_split else None)
+    if args.eval_strategy != "no" and eval_source is None:
+        raise OptionError(
+            f"eval_strategy is {args.eval_strategy.value!r}, but there is no --eval-dataset or --eval-split."
+        )
+    if own and own["peft_type"] == "ADALORA" and own.setdefault("total_step", args.max_steps) <= 0:
+        raise OptionError(f"{options.peft_config}: AdaLoRA needs total_step; give it, or --max-steps.")
+
+    train_rows, eval_rows = rows or _read_rows(options, task.name, args)
+    head: dict[str, Any] = {}
+    if "label" in train_rows.column_names:
+        has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        labels = label_names(train_rows, config if has_head else None, options.dataset)
+        ids = {name: i for i, name in enumerate(labels)}
+        head = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": ids}
+    return Run(name, mode, own, plan, task, dtype, why, args, resume, train_rows, eval_rows, head)
+
+
+def _read_rows(options: argparse.Namespace, task: str, args: TrainingArguments) -> Rows:
+    renamed = _renamed(options)
+    if getattr(args, "dataset_text_field", "text") != "text":  # TRL's name for the same wish
+        renamed.setdefault("text", args.dataset_text_field)
+        args.dataset_text_field = "text"
+    train_rows = read_dataset(options.dataset, options.dataset_split or "train")
+    train_rows = select_columns(train_rows, task, options.dataset, renamed)
+    source = options.eval_dataset or (options.dataset if options.eval_split else None)
+    if source is None:
+        return train_rows, None
+    return train_rows, select_columns(read_dataset(source, options.eval_split or "train"), task, source, renamed)
+
+
+def task_for(options: argparse.Namespace) -> str:
+    """The task that was named, else the one that the checkpoint's architecture says."""
+    return _task(options.task or task_of(_config_of(options.model, options), options.model)).name
+
+
+def _peft_fields(options: argparse.Namespace, plan_options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `--peft-config`, which goes with none of our own options."""
+    given = [name for name in (*_LORA_FIELDS, "plan", "report") if getattr(options, name) is not None]
+    given += [name for name in plan_options if name != "seed"]
+    if given:
+        raise OptionError(f"--peft-config and {given[0]} are both given: a method of PEFT's own takes only its config.")
+    fields = read_mapping(options.peft_config)
+    if "peft_type" not in fields:
+        raise OptionError(f"{options.peft_config}: peft_type is missing, wanted a name such as ADALORA.")
+    return {**fields, "peft_type": str(fields["peft_type"]).upper()}
+
+
+class _Reallocation(TrainerCallback):
+    """AdaLoRA moves its ranks after each optimizer step, while the gradients are still there."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step)
+
+
 def train(
     options: argparse.Namespace, rest: Rest, plan_options: dict[str, Any], flags: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -195,117 +307,117 @@ def train(
         flags: of the verb, for near matches.
     Returns:
         What is written to `train_results.json`: what was trained, how fast, at what peak memory, and the metrics before
-        and after where there is an evaluation set. Memory in bytes, time in seconds.
+        and after where there is an evaluation set. Memory in bytes, time in seconds. The peak is that of loading and
+        training, without the two evaluations (on systems other than Linux the first one counts).
     """
     quiet_progress()
-    plan = Plan.load(options.plan) if options.plan else None
-    mode = get_mode(plan.mode if plan else plan_options.get("mode", OPTIONS["mode"]))
-    config = _config_of(options.model, options)
-    task = options.task or task_of(config, options.model)
-    row = _task(task)
-    dtype, why = _dtype_of(options)
-    args = trainer_arguments(task, rest, _defaults(options, row, mode.default_lr, dtype), flags)
-    resume = _resume(args.resume_from_checkpoint)
-    eval_source = options.eval_dataset or (options.dataset if options.eval_split else None)
-    if args.eval_strategy != "no" and eval_source is None:
-        raise OptionError(
-            f"eval_strategy is {args.eval_strategy.value!r}, but there is no --eval-dataset or --eval-split."
-        )
-    source = "set by you" if "learning_rate" in _given(rest) else f"the default of mode {mode.name!r}"
-    print(f"mode {mode.name}, task {task}, {why}")
+    run = settle(options, rest, plan_options, flags)
+    args, task = run.args, run.task.name
+    method = f"PEFT's {run.name}" if run.mode is None else f"mode {run.name}"
+    usual = "that of mode 'lora'" if run.mode is None else f"the default of mode {run.name!r}"
+    source = "set by you" if "learning_rate" in _given(rest) else usual
+    print(f"{method}, task {task}, {run.why}")
     print(f"learning rate {args.learning_rate:g} ({source})")
 
-    renamed = _renamed(options)
-    if getattr(args, "dataset_text_field", "text") != "text":  # TRL's name for the same wish
-        renamed.setdefault("text", args.dataset_text_field)
-        args.dataset_text_field = "text"
-    train_rows = select_columns(
-        read_dataset(options.dataset, options.dataset_split or "train"), task, options.dataset, renamed
-    )
-    eval_rows = None
-    if eval_source:
-        eval_rows = read_dataset(eval_source, options.eval_split or "train")
-        eval_rows = select_columns(eval_rows, task, eval_source, renamed)
-    kwargs: dict[str, Any] = {}
-    if "label" in train_rows.column_names:
-        has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-        labels = label_names(train_rows, config if has_head else None, options.dataset)
-        ids = {name: i for i, name in enumerate(labels)}
-        kwargs = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": ids}
-
     transformers.set_seed(args.seed)  # a new head and new adapters are random
-    spectrum = SpectrumConfig(
-        **plan_options,
-        **{name: value for name in _LORA_FIELDS if (value := getattr(options, name)) is not None},
-        report=None if plan else _report(options, plan_options, mode.selective),
-        plan=plan,
-        force=options.force,
-        task_type=row.task_type,
-    )
-    if options.revision:
-        kwargs["revision"] = options.revision
-    if options.trust_remote_code:
-        kwargs["trust_remote_code"] = True
-    if options.attn_implementation:
-        kwargs["attn_implementation"] = options.attn_implementation
     memory_before = peak_memory()
-    model, tokenizer = load_model_with_spectrum(
-        options.model,
-        spectrum,
-        dtype=dtype,
-        quantization=options.quantization,
-        model_class=getattr(transformers, row.auto_class),
-        **kwargs,
-    )
+    model, tokenizer, report, setup = _load(run, options, plan_options)
     if tokenizer is None:
         raise CheckpointError(f"{options.model}: has no tokenizer, which training on text needs.")
-    callback, clock = SpectrumCallback(), StepClock()
-    callback.report = spectrum.report
+    memory_loaded = peak_memory()
+    clock = StepClock()
+    callbacks: list[TrainerCallback] = [clock]
+    callback = None
+    if run.peft is None:
+        callback = SpectrumCallback()
+        callback.report = report
+        callbacks.insert(0, callback)
+    elif hasattr(model.base_model, "update_and_allocate"):
+        callbacks.append(_Reallocation())
     trainer = build_trainer(
         task,
         model=model,
         tokenizer=tokenizer,
         args=args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
+        train_dataset=run.train_rows,
+        eval_dataset=run.eval_rows,
         max_length=options.max_length,
-        callbacks=[callback, clock],
+        callbacks=callbacks,
     )
-    before = evaluate(task, trainer, trainer.eval_dataset) if eval_rows is not None else None
+    before = evaluate(task, trainer, trainer.eval_dataset) if run.eval_rows is not None else None
     rounded = _kept_in_float32(trainer) if hasattr(model, "spectrum_plan") else []
-    trainer.train(resume_from_checkpoint=resume)
+    reset_peak_memory()
+    trainer.train(resume_from_checkpoint=run.resume)
+    peak = max(memory_loaded, peak_memory())
     for parameter, stored in rounded:
         parameter.data = parameter.data.to(stored)
-    after = evaluate(task, trainer, trainer.eval_dataset) if eval_rows is not None else None
+    after = evaluate(task, trainer, trainer.eval_dataset) if run.eval_rows is not None else None
 
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    output = Path(args.output_dir)
+    trainer.save_model(str(output))
     results = {
-        "mode": mode.name,
+        "mode": run.name,
         "task": task,
         "model": options.model,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(run.dtype).removeprefix("torch."),
         "quantization": options.quantization,
         "learning_rate": args.learning_rate,
-        "trainable_parameters": trainable,
+        "seed": args.seed,
+        "trainable_parameters": trained,
         "total_parameters": sum(map(_elements, model.parameters())),
+        "setup_seconds": setup,
         "steps": trainer.state.global_step,
         "seconds_per_step": statistics.median(clock.seconds) if clock.seconds else None,
         "step_seconds": clock.seconds,
-        "peak_memory_bytes": peak_memory(),
+        "input_tokens": int(trainer.state.num_input_tokens_seen),
+        "peak_memory_bytes": peak,
         "peak_memory_before_loading_bytes": memory_before,
+        "saved_bytes": sum(file.stat().st_size for file in output.glob("*.safetensors")),
         "before": before,
         "after": after,
         "log_history": trainer.state.log_history,
     }
-    output = Path(args.output_dir)
-    trainer.save_model(str(output))
     if trainer.is_world_process_zero():
-        if hasattr(trainer.model, "peft_config") and "id2label" in kwargs:
+        if hasattr(trainer.model, "peft_config") and run.head:
             # The names of the classes: an adapter's own files have no place for them.
             trainer.model.config.save_pretrained(output)
-        callback.write_records(output)
+        if callback is not None:
+            callback.write_records(output)
         write_text(output / RESULTS, json.dumps(_finite(results), indent=1) + "\n")
     return results
+
+
+def _load(
+    run: Run, options: argparse.Namespace, plan_options: Mapping[str, Any]
+) -> tuple[Any, Any, SnrReport | None, dict[str, float]]:
+    """Model, tokenizer, report, and the seconds of the scan and of all that makes the model ready to train."""
+    kwargs: dict[str, Any] = {
+        "dtype": run.dtype,
+        "quantization": options.quantization,
+        "model_class": getattr(transformers, run.task.auto_class),
+        **run.head,
+    }
+    for name in ("revision", "trust_remote_code", "attn_implementation"):
+        if value := getattr(options, name):
+            kwargs[name] = value
+    began = time.perf_counter()
+    if run.peft is not None:
+        model, tokenizer = load_model_with_peft(options.model, {"task_type": run.task.task_type, **run.peft}, **kwargs)
+        return model, tokenizer, None, {"scan": 0.0, "model": time.perf_counter() - began}
+    assert run.mode is not None
+    report = None if run.plan else _report(options, plan_options, run.mode.selective)
+    scanned = time.perf_counter()
+    spectrum = SpectrumConfig(
+        **plan_options,
+        **{name: value for name in _LORA_FIELDS if (value := getattr(options, name)) is not None},
+        report=report,
+        plan=run.plan,
+        force=options.force,
+        task_type=run.task.task_type,
+    )
+    model, tokenizer = load_model_with_spectrum(options.model, spectrum, **kwargs)
+    return model, tokenizer, report, {"scan": scanned - began, "model": time.perf_counter() - scanned}
 
 
 def _kept_in_float32(trainer: Any) -> list[tuple[torch.nn.Parameter, torch.dtype]]:
@@ -391,19 +503,22 @@ def describe_training(results: Mapping[str, Any]) -> str:
 
 
 def peak_memory() -> int:
-    """Highest resident memory of this process so far in bytes; on a CUDA device, the highest allocated there.
-
-    On Linux from VmHWM: `ru_maxrss` would begin with the peak of the process that started this one.
-    """
+    """Highest resident memory of this process so far in bytes; on a CUDA device, the highest allocated there."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    if (peak := peak_resident()) is not None:
+        return peak
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak_memory() -> None:
+    """Let the peak begin again with what is held now (on a CUDA device, and on Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        reset_peak()
 
 
 def _elements(parameter: torch.nn.Parameter) -> int:
@@ -424,58 +539,99 @@ def _finite(value: Any) -> Any:
 # --- evaluate --------------------------------------------------------------------------------------------------------
 
 
-def evaluate_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str] = ()) -> dict[str, Any]:
-    """Judge a trained adapter, a trained model or a base on a dataset.
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What training has saved, or a base, opened to be judged.
 
-    Returns:
-        The metrics of `tasks.evaluate`, with `model`, `task` and `dataset`.
+    Attributes:
+        config: of the checkpoint; for classification it names the labels.
+        options, rest, flags: as `evaluate_saved` takes them.
     """
-    quiet_progress()
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    config: Any
+    options: argparse.Namespace
+    rest: Rest
+    flags: Sequence[str]
+
+    def rows(self, source: str, split: str | None = None) -> datasets.Dataset:
+        """Rows of a dataset with the task's standard columns."""
+        rows = read_dataset(source, split or "train")
+        return select_columns(rows, self.task.name, source, _renamed(self.options))
+
+    def metrics(self, rows: datasets.Dataset) -> dict[str, float]:
+        """The metrics of `tasks.evaluate`."""
+        with tempfile.TemporaryDirectory() as scratch:
+            options = argparse.Namespace(**{**vars(self.options), "output_dir": scratch, "seed": None})
+            defaults = _defaults(options, self.task, 0.0, self.model.dtype)
+            defaults |= {"bf16": False, "fp16": False, "gradient_checkpointing": False}
+            args = trainer_arguments(self.task.name, self.rest, defaults, self.flags)
+            trainer = build_trainer(
+                self.task.name,
+                model=self.model,
+                tokenizer=self.tokenizer,
+                args=args,
+                train_dataset=rows,
+                max_length=options.max_length,
+            )
+            return evaluate(self.task.name, trainer, trainer.train_dataset)
+
+
+def open_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str] = ()) -> Saved:
+    """Load `options.model`: a trained adapter on its base, a trained model, or a base.
+
+    A quantized base alone gets an untrained adapter, which changes no value: the trainers take it only with one.
+    """
     folder = Path(options.model)
     adapter = read_mapping(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
     base = options.model if adapter is None else adapter["base_model_name_or_path"]
     stated = read_mapping(folder / RESULTS) if (folder / RESULTS).is_file() else {}
-    task = options.task
-    if task is None and adapter is not None:
-        task = next((t.name for t in TASKS.values() if t.task_type == adapter.get("task_type")), None)
+    name = options.task
+    if name is None and adapter is not None:
+        name = next((t.name for t in TASKS.values() if t.task_type == adapter.get("task_type")), None)
     described = options.model if (folder / "config.json").is_file() else base
     config = _config_of(described, options)
-    task = task or task_of(config, described)
-    row = _task(task)
+    task = _task(name or task_of(config, described))
     dtype, why = _dtype_of(options)
-    print(f"task {task}, {why}", file=sys.stderr)
-    if options.quantization not in (None, "none") and adapter is None:
-        raise OptionError(
-            f"quantization is {options.quantization!r}, but {options.model} is no adapter: transformers' trainers take "
-            "a quantized model only with one. `train --eval-dataset` judges a quantized base before it trains."
-        )
+    print(f"task {task.name}, {why}", file=sys.stderr)
     quantization = options.quantization or (stated.get("quantization") if adapter is not None else None)
-    with tempfile.TemporaryDirectory() as scratch:
-        options.output_dir = scratch
-        options.seed = None
-        defaults = _defaults(options, row, 0.0, dtype) | {"bf16": False, "fp16": False, "gradient_checkpointing": False}
-        args = trainer_arguments(task, rest, defaults, flags)
-        rows = read_dataset(options.dataset, options.dataset_split or "train")
-        rows = select_columns(rows, task, options.dataset, _renamed(options))
-        kwargs: dict[str, Any] = {}
-        if "label" in rows.column_names:
-            label_names(rows, config, options.dataset)
-            kwargs = {"num_labels": config.num_labels, "id2label": config.id2label, "label2id": config.label2id}
-        if options.revision:
-            kwargs["revision"] = options.revision
-        if options.trust_remote_code:
-            kwargs["trust_remote_code"] = True
-        model, tokenizer = load_trained(
-            options.model,
-            dtype=dtype,
-            quantization=quantization,
-            model_class=getattr(transformers, row.auto_class),
-            **kwargs,
-        )
-        if tokenizer is None:
-            raise CheckpointError(f"{options.model}: has no tokenizer, which evaluation on text needs.")
-        trainer = build_trainer(
-            task, model=model, tokenizer=tokenizer, args=args, train_dataset=rows, max_length=options.max_length
-        )
-        metrics = evaluate(task, trainer, trainer.train_dataset)
-    return _finite({"model": options.model, "task": task, "dataset": options.dataset, **metrics})
+    kwargs: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
+    kwargs["model_class"] = getattr(transformers, task.auto_class)
+    if task.labelled:
+        kwargs |= {"num_labels": config.num_labels, "id2label": config.id2label, "label2id": config.label2id}
+    for given in ("revision", "trust_remote_code"):
+        if value := getattr(options, given):
+            kwargs[given] = value
+    if adapter is None and quantization not in (None, "none"):
+        report = scan_weights(options.model, "last", revision=options.revision)
+        untrained = SpectrumConfig(mode="lora", r=1, report=report, task_type=task.task_type)
+        model, tokenizer = load_model_with_spectrum(options.model, untrained, **kwargs)
+    else:
+        model, tokenizer = load_trained(options.model, **kwargs)
+    if tokenizer is None:
+        raise CheckpointError(f"{options.model}: has no tokenizer, which evaluation on text needs.")
+    return Saved(model, tokenizer, task, config, options, rest, flags)
+
+
+def evaluate_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """Judge a trained adapter, a trained model or a base on a dataset.
+
+    Returns:
+        The metrics of `tasks.evaluate`, and of `generation.METRICS` those asked for, with `model`, `task` and `dataset`.
+    """
+    quiet_progress()
+    for name in options.generate or ():
+        generation.check_metric(name)
+    saved = open_saved(options, rest, flags)
+    rows = saved.rows(options.dataset, options.dataset_split)
+    if saved.task.labelled:
+        label_names(rows, saved.config, options.dataset)
+    metrics = saved.metrics(rows)
+    if options.generate:
+        metrics |= generation.judge(
+            saved.model, saved.tokenizer, rows, options.generate,
+            max_new_tokens=options.max_new_tokens or generation.MAX_NEW_TOKENS, source=options.dataset,
+        )  # fmt: skip
+    return _finite({"model": options.model, "task": saved.task.name, "dataset": options.dataset, **metrics})

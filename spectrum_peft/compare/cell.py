@@ -1,0 +1,102 @@
+"""One cell, in its own process: the verb `train`, then what is measured on what it saved.
+
+torch and the libraries of training are imported inside functions: this module is also imported by the process that
+only starts cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..arguments import Rest
+from ..errors import CheckpointError
+from ..records import read_mapping, write_text
+
+RESULTS = "cell_results.json"
+TRAINED = "train_results.json"
+# Figures of training that a cell's results repeat.
+_OF_TRAINING = (
+    "mode", "task", "dtype", "quantization", "learning_rate", "trainable_parameters", "total_parameters", "steps",
+    "step_seconds", "input_tokens", "peak_memory_bytes", "saved_bytes", "before",
+)  # fmt: skip
+
+
+def measure(
+    folder: Path,
+    *,
+    train: Callable[[], Mapping[str, Any]],
+    options_for: Callable[[str], tuple[argparse.Namespace, Rest, Sequence[str]]],
+) -> dict[str, Any]:
+    """Train where it is not done yet, measure what `cell.json` asks for, write `cell_results.json`.
+
+    Args:
+        folder: of the cell, as `runs.prepare` makes it.
+        train: does the run of `train.yaml`; returns what `train_results.json` holds.
+        options_for: model -> flags of the verb `evaluate`, what goes to the trainer's arguments, and the verb's flags.
+    Returns:
+        What was written: `metrics` {name: value} after training, `before` and `general` {before, after}, figures of
+        training, seconds, bytes, tokens per second.
+    """
+    cell = read_mapping(folder / "cell.json")
+    settings = read_mapping(folder / "train.yaml")
+    results: dict[str, Any] = {name: cell[name] for name in ("label", "seed", "control", "versions")}
+    results["metrics"] = {}
+    source = settings["model"]
+    if cell["trained"]:
+        if not (folder / TRAINED).is_file():
+            train()
+            # `train` writes it into the model's folder when that is whole; here it says that the model is.
+            write_text(folder / TRAINED, (Path(settings["output_dir"]) / TRAINED).read_text())
+        trained = read_mapping(folder / TRAINED)
+        source = settings["output_dir"]
+        results |= {name: trained[name] for name in _OF_TRAINING}
+        scan = cell["scan_seconds"] if cell["scan_seconds"] is not None else trained["setup_seconds"]["scan"]
+        results["setup_seconds"] = {"scan": scan, "model": trained["setup_seconds"]["model"]}
+        results["loss_curve"] = [[row["step"], row["loss"]] for row in trained["log_history"] if "loss" in row]
+        results["metrics"] |= trained["after"] or {}
+    wanted = cell["measure"]
+    if wanted:
+        results |= _measured(source, wanted, options_for, results["metrics"])
+    write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _measured(
+    source: str,
+    wanted: Mapping[str, Any],
+    options_for: Callable[[str], tuple[argparse.Namespace, Rest, Sequence[str]]],
+    metrics: dict[str, Any],
+) -> dict[str, Any]:
+    """What is asked of the saved model; metrics of completed prompts go into `metrics`."""
+    from .. import generation, training
+
+    gc.collect()  # the model that was trained
+    training.quiet_progress()
+    saved = training.open_saved(*options_for(source))
+    found: dict[str, Any] = {}
+    if ask := wanted.get("forgetting"):
+        rows = training.read_dataset(ask["dataset"], ask["split"])
+        rows = training.select_columns(rows, saved.task.name, ask["dataset"], {})
+        found["general"] = saved.metrics(rows)
+    judged = saved.options.eval_dataset or saved.options.dataset
+    if ask := wanted.get("generation"):
+        if not saved.options.eval_dataset and not saved.options.eval_split:
+            raise CheckpointError("generate: there is no eval_dataset or eval_split whose prompts could be completed.")
+        rows = saved.rows(judged, saved.options.eval_split)
+        rows = rows.select(range(min(ask["rows"], len(rows))))
+        metrics |= generation.judge(
+            saved.model, saved.tokenizer, rows, ask["metrics"], max_new_tokens=ask["max_new_tokens"], source=judged
+        )
+    if ask := wanted.get("speed"):
+        prompt = "The"
+        found["tokens_per_second"] = generation.speed(saved.model, saved.tokenizer, prompt, tokens=ask["tokens"])
+        found["merged_tokens_per_second"] = None
+        if hasattr(saved.model, "merge_and_unload") and (Path(source) / "adapter_config.json").is_file():
+            plain = saved.model.merge_and_unload()
+            found["merged_tokens_per_second"] = generation.speed(plain, saved.tokenizer, prompt, tokens=ask["tokens"])
+    return found

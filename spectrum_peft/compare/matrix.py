@@ -1,0 +1,548 @@
+"""From what a user asks for to the cells of the comparison: which method, at which settings, with which seed.
+
+A contestant is a way to train; a cell is a contestant with a seed. Controls are contestants that a claim must beat:
+other choices of the same size, other adapters of the same budget. No torch here but where a control needs to know the
+shapes of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import names
+from ..errors import OptionError, near_matches
+from ..plan import CRITERIA, DEFAULT_RATIO, OPTIONS
+from ..policies import MODES, Mode, get_mode
+from ..records import SnrReport
+
+# What `compare` reads itself; every other key goes to the verb `train` and to the trainer's own arguments.
+KEYS: dict[str, str] = {
+    "modes": "modes to compare; default: all",
+    "ratios": "spectrum ratios, for the modes that choose; default 0.5",
+    "criteria": "scores to choose by; default spectrum",
+    "seeds": "one run of every contestant for each; default 0",
+    "learning_rates": "for all, or {mode or name of a contestant: rates}; default: each mode's own",
+    "learning_rate_factors": "multiply the rates by each of these; default 1",
+    "controls": "what the claim must beat; default random, last",
+    "contestants": "more of them: mappings of name, mode (or peft: a PEFT config) and flags of train",
+    "metric": "what the report ranks by; default accuracy for classification, else loss",
+    "generate": "metrics of completed prompts: exact_match, rouge_l",
+    "generate_rows": "how many prompts of the evaluation set are completed; default 100",
+    "max_new_tokens": "of a completion; default 256",
+    "general_text": "a dataset with text: what was forgotten is the loss on it, before and after",
+    "general_split": "split of a hub dataset of general text",
+    "generation_speed": "measure it before and after merging",
+    "keep_models": "keep what was trained in the cells' folders",
+    "confidence": "of the intervals over seeds; default 0.95",
+}
+# Keys of `train` that the matrix sets itself.
+_MATRIX = {
+    "mode": "modes", "spectrum_ratio": "ratios", "ratio": "ratios", "criterion": "criteria", "seed": "seeds",
+    "learning_rate": "learning_rates", "plan": "contestants", "report": None, "peft_config": "contestants",
+    "resume_from_checkpoint": None, "force": None,
+}  # fmt: skip
+_GENERATED = ("exact_match", "answered", "rouge_l")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of quality.
+
+    Attributes:
+        title: for the reader.
+        higher: is better.
+        tasks: that it belongs to; None: every task whose cells complete prompts.
+    """
+
+    title: str
+    higher: bool
+    tasks: frozenset[str] | None
+
+
+_TEXT = frozenset({"causal_lm", "seq2seq"})
+METRICS: dict[str, Metric] = {
+    "loss": Metric("held-out loss", False, _TEXT | {"classification"}),
+    "perplexity": Metric("perplexity", False, _TEXT),
+    "token_accuracy": Metric("token accuracy", True, _TEXT),
+    "accuracy": Metric("accuracy", True, frozenset({"classification"})),
+    "macro_f1": Metric("macro-F1", True, frozenset({"classification"})),
+    "exact_match": Metric("exact match", True, None),
+    "rouge_l": Metric("ROUGE-L", True, None),
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to train.
+
+    Attributes:
+        label: its name in tables, unique.
+        settings: keys of `train` that make it what it is: mode, ratio, criterion, rate, ...
+        control: the control that it belongs to, or None.
+        peft: fields of a PEFT config, for a method that is no mode of ours.
+    """
+
+    label: str
+    settings: Mapping[str, Any]
+    control: str | None = None
+    peft: Mapping[str, Any] | None = None
+
+    @property
+    def mode(self) -> str:
+        """Of ours, or the `peft_type`."""
+        return str(self.settings["mode"] if self.peft is None else self.peft["peft_type"])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a contestant with a seed. The cell of the untrained base has no contestant's settings and no seed.
+
+    Attributes:
+        train: keys for `train --config`, without paths that only say where results go.
+        arguments: flags for the trainer as they were written on the command line.
+        measure: what is measured after training; see `cell.measure`.
+        inputs: what stands behind the names in `train` and `measure`: digests of weights and of data files.
+    """
+
+    label: str
+    seed: int | None
+    train: Mapping[str, Any]
+    arguments: tuple[str, ...]
+    measure: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    contestant: Contestant | None = None
+
+    @property
+    def peft(self) -> Mapping[str, Any] | None:
+        return None if self.contestant is None else self.contestant.peft
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides the cell's numbers; the label is not part of it."""
+        settings = [self.train, self.arguments, self.measure, self.inputs, self.peft]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def folder(self) -> str:
+        """Name of the cell's folder: readable, and different for different settings."""
+        plain = "".join(c if c.isalnum() or c in ".-" else "-" for c in self.label)
+        seed = "" if self.seed is None else f"-seed{self.seed}"
+        return f"{plain[:60]}{seed}-{self.digest[:10]}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, checked.
+
+    Attributes:
+        train: keys for `train` that all cells share.
+        arguments: trainer flags of the command line that all cells share.
+        asked: values of `KEYS`, defaults filled in.
+        task: of the checkpoint.
+        source: the config file, for messages.
+    """
+
+    train: Mapping[str, Any]
+    arguments: tuple[str, ...]
+    asked: Mapping[str, Any]
+    task: str
+    output: Path
+    source: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def metric(self) -> str:
+        return str(self.asked["metric"])
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _list(name: str, value: Any, check: Callable[[str, Any], Any]) -> list[Any]:
+    items = value if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise OptionError(f"{name} is an empty list, wanted at least one value.")
+    checked = [check(name, item) for item in items]
+    for i, item in enumerate(checked):
+        if item in checked[:i]:
+            raise OptionError(f"{name} holds {item!r} twice.")
+    return checked
+
+
+def _one_of(known: Mapping[str, Any] | Sequence[str]) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if value not in known:
+            raise OptionError(f"{name}: {value!r} is none." + near_matches(str(value), known))
+        return str(value)
+
+    return check
+
+
+def _number(above: float, at_most: float | None = None, whole: bool = False) -> Callable[[str, Any], Any]:
+    wanted = f"a{' whole' if whole else ''} number above {above:g}" + (f", at most {at_most:g}" if at_most else "")
+
+    def check(name: str, value: Any) -> Any:
+        try:
+            number = int(str(value)) if whole else float(value)
+        except (TypeError, ValueError):
+            number = None
+        if isinstance(value, bool) or number is None or not above < number <= (at_most or float("inf")):
+            raise OptionError(f"{name} is {value!r}, wanted {wanted}.")
+        return number
+
+    return check
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"{name} is {value!r}, wanted true or false.")
+    return value
+
+
+def _rates(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _list(f"{name}: {key}", rates, _number(0)) for key, rates in value.items()}
+    return _list(name, value, _number(0))
+
+
+def read_comparison(
+    given: Mapping[str, Any],
+    *,
+    train: Mapping[str, Any],
+    arguments: Sequence[str],
+    task: str,
+    output: Path,
+    source: str,
+) -> Comparison:
+    """Check what was asked for.
+
+    Args:
+        given: values of `KEYS` that were given.
+        train, arguments, task, output, source: see `Comparison`.
+    Raises:
+        OptionError: an unknown name, a value outside its range, a key that the matrix sets itself.
+    """
+    for key in given:
+        if key not in KEYS:
+            raise OptionError(f"{source}: unknown key {key!r}." + near_matches(key, KEYS))
+    for key, instead in _MATRIX.items():
+        if train.get(key) is not None or any(
+            a.partition("=")[0] == f"--{key.replace('_', '-')}" for a in arguments
+        ):
+            hint = f"use {instead}" if instead else "leave it out"
+            raise OptionError(f"{source}: {key} is one run's, and compare makes many: {hint}.")
+    labelled = task == "classification"
+    known = [name for name, m in METRICS.items() if m.tasks is None or task in m.tasks]
+    asked: dict[str, Any] = {
+        "ratios": [DEFAULT_RATIO], "criteria": [OPTIONS["criterion"]], "seeds": [0], "learning_rates": None,
+        "learning_rate_factors": [1.0], "controls": ["random", "last"], "contestants": [],
+        "metric": "accuracy" if labelled else "loss", "generate": [], "generate_rows": 100, "max_new_tokens": 256,
+        "general_text": None, "general_split": "train", "generation_speed": False, "keep_models": False,
+        "confidence": 0.95, "modes": None,
+    }  # fmt: skip
+    asked |= {key: value for key, value in given.items() if value is not None}
+    checks: dict[str, Callable[[str, Any], Any]] = {
+        "ratios": lambda n, v: _list(n, v, _number(0, 1)),
+        "criteria": lambda n, v: _list(n, v, _one_of(CRITERIA)),
+        "seeds": lambda n, v: _list(n, v, _number(-1, whole=True)),
+        "learning_rates": lambda n, v: None if v is None else _rates(n, v),
+        "learning_rate_factors": lambda n, v: _list(n, v, _number(0)),
+        "controls": lambda n, v: _list(n, v, _one_of(CONTROLS)) if v else [],
+        "metric": _one_of(known),
+        "generate": lambda n, v: _list(n, v, _one_of(("exact_match", "rouge_l"))) if v else [],
+        "generate_rows": _number(0, whole=True),
+        "max_new_tokens": _number(0, whole=True),
+        "generation_speed": _flag,
+        "keep_models": _flag,
+        "confidence": _number(0, 0.9999),
+    }
+    for name, check in checks.items():
+        asked[name] = check(f"{source}: {name}", asked[name])
+    notes = []
+    if asked["modes"] is None:
+        quantized = train.get("quantization") not in (None, "none")
+        modes = [m.name for m in MODES.values() if not (quantized and m.whole_model)]
+        asked["modes"] = modes
+        if len(modes) < len(MODES):
+            notes.append("modes that train every weight are left out: the base is quantized")
+    elif asked["modes"]:
+        asked["modes"] = _list(f"{source}: modes", asked["modes"], lambda _, v: get_mode(v).name)
+    if labelled and (asked["generate"] or asked["general_text"] or asked["generation_speed"]):
+        name = next(n for n in ("generate", "general_text", "generation_speed") if asked[n])
+        raise OptionError(f"{source}: {name} is for models that write text, and the task is classification.")
+    if asked["metric"] in _GENERATED and asked["metric"] not in asked["generate"]:
+        raise OptionError(f"{source}: metric is {asked['metric']!r}, which is not in generate: {asked['generate']}.")
+    return Comparison(dict(train), tuple(arguments), asked, task, output, source, tuple(notes))
+
+
+# --- contestants -----------------------------------------------------------------------------------------------------
+
+
+class Shapes:
+    """What the controls of equal size must know of the model; its headers are read when first asked."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self._train = comparison.train
+        self._report: SnrReport | None = None
+
+    def report(self) -> SnrReport:
+        """Names and shapes, scored without reading a weight."""
+        if self._report is None:
+            from ..scan import scan_weights
+
+            self._report = scan_weights(self._train["model"], "last", revision=self._train.get("revision"))
+        return self._report
+
+    def trainable(self, settings: Mapping[str, Any]) -> int:
+        """How many parameters a contestant trains."""
+        from ..config import SpectrumConfig, candidates_of
+        from ..plan import make_plan
+
+        fields = {**self._train, **settings, "criterion": "last"}
+        known = {k: v for k, v in fields.items() if v is not None and k in SpectrumConfig.__dataclass_fields__}
+        config = SpectrumConfig(**{k: v for k, v in known.items() if k not in ("report", "plan", "task_type")})
+        plan = make_plan(self.report(), candidates=candidates_of(config, self.report()), **config.options())
+        return plan.trainable_parameters
+
+    def mlp_modules(self) -> list[str]:
+        """The linear modules of the blocks that are no part of an attention."""
+        found = [
+            names.module_name(s.name)
+            for s in self.report().stats
+            if s.role == "linear" and names.block_index(s.name) is not None and "att" not in s.name.lower()
+        ]
+        if not found:
+            raise OptionError("controls: mlp_only finds no linear module outside attention in this model.")
+        return list(dict.fromkeys(found))
+
+
+def _by_criterion(criterion: str) -> Callable[[Comparison, Shapes], list[Contestant]]:
+    def build(comparison: Comparison, shapes: Shapes) -> list[Contestant]:
+        if criterion in comparison.asked["criteria"]:
+            return []  # it is in the matrix already
+        return [
+            replace(c, control=criterion)
+            for mode in _modes(comparison)
+            if mode.selective
+            for c in _of_mode(comparison, mode, [criterion])
+        ]
+
+    return build
+
+
+def _uniform_rank(comparison: Comparison, shapes: Shapes) -> list[Contestant]:
+    """LoRA of one rank on every matrix, with as many parameters and the scale of what chooses or has tiers."""
+    made = []
+    base = int(comparison.train.get("r") or OPTIONS["r"])
+    scale = (comparison.train.get("lora_alpha") or 2 * base) / base
+    for mode in _modes(comparison):
+        if not (mode.selective and mode.action == "lora") or mode.needs_data:
+            continue
+        for reference in _of_mode(comparison, mode, comparison.asked["criteria"][:1], rated=False):
+            one, two = (shapes.trainable({"mode": "lora", "r": r, "lora_alpha": r}) for r in (1, 2))
+            rank = max(1, round((shapes.trainable(reference.settings) - one) / (two - one)) + 1)
+            settings = {"mode": "lora", "r": rank, "lora_alpha": max(1, round(scale * rank))}
+            made += _rated(comparison, f"lora r{rank}, as many as {reference.label}", settings, "lora", "uniform_rank")
+    if not made:
+        raise OptionError("controls: uniform_rank needs one of the modes that choose and train LoRA among modes.")
+    return made
+
+
+def _lora_with(label: str, **settings: Any) -> Callable[[Comparison, Shapes], list[Contestant]]:
+    return lambda comparison, shapes: _rated(comparison, label, {"mode": "lora", **settings}, "lora", label)
+
+
+def _mlp_only(comparison: Comparison, shapes: Shapes) -> list[Contestant]:
+    settings = {"mode": "lora", "target_modules": shapes.mlp_modules()}
+    return _rated(comparison, "lora, MLP only", settings, "lora", "mlp_only")
+
+
+def _adalora(comparison: Comparison, shapes: Shapes) -> list[Contestant]:
+    """From half as many ranks again down to the common rank; a tenth of the steps before, three tenths after the cuts."""
+    steps = _flag_value(comparison, "max_steps")
+    if steps is None or int(steps) < 1:
+        raise OptionError("controls: adalora plans its ranks over the whole run: give max_steps.")
+    steps, r = int(steps), int(comparison.train.get("r") or OPTIONS["r"])
+    peft = {
+        "peft_type": "ADALORA", "target_modules": "all-linear", "target_r": r, "init_r": r + r // 2,
+        "lora_alpha": comparison.train.get("lora_alpha") or 2 * r, "tinit": steps // 10,
+        "tfinal": max(1, 3 * steps // 10), "total_step": steps,
+    }  # fmt: skip
+    return _rated(comparison, "adalora", {}, "lora", "adalora", peft)
+
+
+def _flag_value(comparison: Comparison, name: str) -> Any:
+    """A trainer's argument, from the command line or else from the file."""
+    flag = f"--{name.replace('_', '-')}"
+    words = list(comparison.arguments)
+    for i, word in enumerate(words):
+        if word == flag and i + 1 < len(words):
+            return words[i + 1]
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return comparison.train.get(name)
+
+
+# The name of each, and what makes its contestants.
+CONTROLS: dict[str, Callable[[Comparison, Shapes], list[Contestant]]] = {
+    "random": _by_criterion("random"),
+    "last": _by_criterion("last"),
+    "first": _by_criterion("first"),
+    "kappa": _by_criterion("kappa"),
+    "uniform_rank": _uniform_rank,
+    "mlp_only": _mlp_only,
+    "rslora": _lora_with("rslora", use_rslora=True),
+    "dora": _lora_with("dora", use_dora=True),
+    "adalora": _adalora,
+}
+
+
+def _modes(comparison: Comparison) -> list[Mode]:
+    return [get_mode(name) for name in comparison.asked["modes"]]
+
+
+def _of_mode(comparison: Comparison, mode: Mode, criteria: Sequence[str], rated: bool = True) -> list[Contestant]:
+    """The contestants of one mode: every ratio and criterion that means something in it, at every rate."""
+    if not mode.selective:
+        return _rated(comparison, mode.name, {"mode": mode.name}, mode.name)
+    other = [n for n in ("snr_threshold", "score_cuts", "trainable_parameters") if comparison.train.get(n) is not None]
+    made = []
+    for ratio in [None] if other else comparison.asked["ratios"]:
+        for criterion in criteria:
+            share = {} if ratio is None else {"spectrum_ratio": ratio}
+            label = mode.name + ("" if ratio is None else f" {ratio:g}")
+            label += "" if criterion == OPTIONS["criterion"] else f" by {criterion}"
+            settings = {"mode": mode.name, **share, "criterion": criterion}
+            made += _rated(comparison, label, settings, mode.name) if rated else [Contestant(label, settings)]
+    return made
+
+
+def _rated(
+    comparison: Comparison,
+    label: str,
+    settings: Mapping[str, Any],
+    mode: str,
+    control: str | None = None,
+    peft: Mapping[str, Any] | None = None,
+) -> list[Contestant]:
+    """One contestant for each learning rate; the rate is in the name where there is more than one."""
+    rates = comparison.asked["learning_rates"]
+    if isinstance(rates, Mapping):
+        rates = rates.get(label, rates.get(mode))
+    rates = rates or [get_mode(mode).default_lr]
+    rates = [float(f"{rate * factor:.6g}") for rate in rates for factor in comparison.asked["learning_rate_factors"]]
+    rates = list(dict.fromkeys(rates))
+    return [
+        Contestant(
+            label if len(rates) == 1 else f"{label} at {rate:g}", {**settings, "learning_rate": rate}, control, peft
+        )
+        for rate in rates
+    ]
+
+
+def _given(comparison: Comparison, row: Any, number: int) -> list[Contestant]:
+    """A contestant that the config file spells out."""
+    where = f"{comparison.source}: contestants, number {number}"
+    if not isinstance(row, Mapping) or not row.get("name"):
+        raise OptionError(f"{where} is {row!r}, wanted a mapping with a name.")
+    settings = {str(k).replace("-", "_"): v for k, v in row.items() if k not in ("name", "peft")}
+    peft = row.get("peft")
+    if "ratio" in settings:
+        settings["spectrum_ratio"] = settings.pop("ratio")
+    if (peft is None) == ("mode" not in settings):
+        raise OptionError(f"{where} ({row['name']}): wanted either mode or peft.")
+    if "seed" in settings:
+        raise OptionError(f"{where} ({row['name']}): seed is {settings['seed']!r}; seeds are those of the comparison.")
+    if peft is not None and not isinstance(peft, Mapping):
+        raise OptionError(f"{where} ({row['name']}): peft is {peft!r}, wanted the fields of a PEFT config.")
+    mode = get_mode(settings["mode"]).name if peft is None else "lora"
+    if "learning_rate" in settings:
+        rate = _number(0)(f"{where}: learning_rate", settings["learning_rate"])
+        return [Contestant(str(row["name"]), {**settings, "learning_rate": rate}, None, peft)]
+    return _rated(comparison, str(row["name"]), settings, mode, None, peft)
+
+
+def contestants_of(comparison: Comparison, shapes: Shapes | None = None) -> list[Contestant]:
+    """All contestants, in the order of the tables; of two with the same settings the first.
+
+    Raises:
+        OptionError: there is none, two have one name, a key of learning_rates is no mode and no contestant.
+    """
+    shapes = shapes or Shapes(comparison)
+    made = [c for mode in _modes(comparison) for c in _of_mode(comparison, mode, comparison.asked["criteria"])]
+    for control in comparison.asked["controls"]:
+        made += CONTROLS[control](comparison, shapes)
+    rows = comparison.asked["contestants"]
+    if not isinstance(rows, list):
+        raise OptionError(f"{comparison.source}: contestants is {rows!r}, wanted a list of mappings.")
+    for number, row in enumerate(rows, 1):
+        made += _given(comparison, row, number)
+    rates = comparison.asked["learning_rates"]
+    if isinstance(rates, Mapping):
+        known = {c.label.partition(" at ")[0] for c in made} | set(MODES)
+        for key in rates:
+            if key not in known:
+                raise OptionError(
+                    f"{comparison.source}: learning_rates: {key!r} is no mode." + near_matches(key, known)
+                )
+    kept: dict[str, Contestant] = {}
+    labels: set[str] = set()
+    for c in made:
+        same = json.dumps([c.settings, c.peft], sort_keys=True)
+        if same in kept:
+            continue
+        if c.label in labels:
+            raise OptionError(f"{comparison.source}: two contestants are called {c.label!r}.")
+        kept[same] = c
+        labels.add(c.label)
+    if not kept:
+        raise OptionError(f"{comparison.source}: there is nothing to compare: modes and contestants are empty.")
+    return list(kept.values())
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def measures_of(comparison: Comparison) -> dict[str, Any]:
+    """What every cell measures besides training; see `cell.measure`."""
+    asked, wanted = comparison.asked, {}
+    if asked["general_text"]:
+        wanted["forgetting"] = {"dataset": asked["general_text"], "split": asked["general_split"]}
+    if asked["generate"]:
+        wanted["generation"] = {
+            "metrics": asked["generate"], "rows": asked["generate_rows"], "max_new_tokens": asked["max_new_tokens"],
+        }  # fmt: skip
+    if asked["generation_speed"]:
+        wanted["speed"] = {"tokens": 32}
+    return wanted
+
+
+def cells_of(comparison: Comparison, contestants: Sequence[Contestant], inputs: Mapping[str, str]) -> list[Cell]:
+    """Every contestant with every seed: seed by seed, so that a comparison that is stopped has whole rounds.
+
+    Args:
+        inputs: digests of what the names in the settings stand for.
+    Returns:
+        The cells; before them the untrained base where something is measured that training itself does not tell.
+    """
+    measure = measures_of(comparison)
+    shared = {k: v for k, v in comparison.train.items() if v is not None}
+    cells = []
+    if measure:
+        cells.append(Cell("untrained", None, shared, comparison.arguments, measure, inputs))
+    for seed in comparison.asked["seeds"]:
+        for c in contestants:
+            train = {**shared, **c.settings, "seed": seed}
+            cells.append(Cell(c.label, seed, train, comparison.arguments, measure, inputs, c))
+    return cells
+
+
+def file_digest(source: str) -> str | None:
+    """sha256 of a local dataset file; None for a hub id or a folder, whose name must do."""
+    path = Path(source)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

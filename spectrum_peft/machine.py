@@ -1,0 +1,99 @@
+"""Facts of the machine that stand beside every measurement, and memory as the kernel counts it. No torch.
+
+Memory comes from /proc: on other systems those figures are None.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+# Of the many flags of a CPU, those that decide how fast it multiplies matrices.
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "sve")
+_PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "safetensors", "numpy", "scipy")
+
+
+def machine() -> dict[str, Any]:
+    """CPU model and flags, cores, memory, system, versions, commit of the checkout, load when asked."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    pairs = [line.partition(":") for line in lines if ":" in line]
+    fields = {key.strip(): value.strip() for key, _, value in reversed(pairs)}
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    return {
+        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "cpu_flags": [flag for flag in _FLAGS if flag in flags],
+        "cores": cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "packages": versions(),
+        **commit(),
+        "load_average": list(os.getloadavg()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """{package: version} of the libraries that decide what is measured, those that are installed."""
+    return {name: found for name in _PACKAGES if (found := _version(name))}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def commit() -> dict[str, Any]:
+    """`commit` of the checkout this package lies in, and whether package or benchmarks differ from it.
+
+    Both None where it is no checkout of ours (an installed package that lies inside some other one included).
+    """
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        ours = git("ls-files", "--error-unmatch", "spectrum_peft/__init__.py") is not None
+        head = git("rev-parse", "HEAD") if ours else None
+        changed = git("status", "--porcelain", "--", "spectrum_peft", "benchmarks/*.py") if ours else None
+    except FileNotFoundError:  # no git
+        head = changed = None
+    return {"commit": head, "changed_since_commit": None if changed is None else bool(changed)}
+
+
+def process_status(field: str, process: int | str = "self") -> int | None:
+    """A field of /proc/<process>/status in bytes; None without /proc, or where the process is no more."""
+    try:
+        text = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return None
+    found = [line for line in text.splitlines() if line.startswith(f"{field}:")]
+    return int(found[0].split()[1]) * 1024 if found else None
+
+
+def peak_resident(process: int | str = "self") -> int | None:
+    """Highest resident memory since the program began or `reset_peak`, bytes.
+
+    Not `ru_maxrss`: that begins with the peak of the process that started this one.
+    """
+    return process_status("VmHWM", process)
+
+
+def reset_peak() -> None:
+    """Let this process' peak begin again with what is resident now (Linux; nothing happens elsewhere)."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
