@@ -287,6 +287,12 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     add("report", nargs="?", help="a report of `scan`, or a published SNR file")
     add("-o", "--output", metavar="FILE", help="the picture (.png, .pdf, .svg)")
     add("--plan", metavar="FILE", help="mark what this plan chose")
+    add(
+        "--components",
+        nargs="+",
+        metavar="PLAN",
+        help="draw which singular components these plans of mode lorsa chose instead",
+    )
     add("--matrix", metavar="NAME", help="draw the singular values of one matrix instead; needs --model")
     add("--model", metavar="MODEL", help="where the matrix is read from")
 
@@ -300,6 +306,12 @@ def _plot(options: argparse.Namespace, rest: Rest) -> None:
         from .scan import spectrum_of
 
         figure = plots.spectrum(spectrum_of(_required(options, "model", "--model"), options.matrix))
+    elif options.components:
+        stems = [Path(path).stem for path in options.components]
+        labels = stems if len(set(stems)) == len(stems) else options.components
+        figure = plots.components(
+            {label: Plan.load(path) for label, path in zip(labels, options.components, strict=True)}
+        )
     else:
         report = SnrReport.load(_required(options, "report", "REPORT"))
         figure = plots.heat_map(report, plan=Plan.load(options.plan) if options.plan else None)
@@ -621,8 +633,8 @@ VERBS: dict[str, Verb] = {
         _memory,
     ),
     "plot": Verb(
-        "plot REPORT -o FILE [--plan PLAN]   |   plot --matrix NAME --model MODEL -o FILE",
-        "draw the scores of a report by layer and kind, or the spectrum of one matrix",
+        "plot REPORT -o FILE [--plan PLAN]   |   plot --matrix NAME --model MODEL -o FILE   |   plot --components PLAN... -o FILE",
+        "draw the scores of a report by layer and kind, the spectrum of one matrix, or the components that plans chose",
         "plot report.json --plan plan.yaml -o scores.png",
         _plot_arguments,
         _plot,

@@ -12,7 +12,7 @@ import pytest
 from spectrum_peft import plots
 from spectrum_peft.errors import CheckpointError, InstallError, MismatchError, OptionError
 from spectrum_peft.plan import make_plan
-from spectrum_peft.records import Fingerprint
+from spectrum_peft.records import Fingerprint, Plan, PlanEntry
 
 pytest.importorskip("matplotlib", reason='needs the extra "plot"')
 
@@ -246,3 +246,45 @@ def test_drawing_leaves_the_global_state_of_matplotlib_alone(llama_report):
     plots.heat_map(llama_report(2))
     plots.curves([{"label": "a", "steps": [1], "loss": [1]}])
     assert pyplot.get_fignums() == []
+
+
+# --- components ------------------------------------------------------------------------------------------------------
+
+
+def component_plan(chosen, svd_rank=16, shape=(20, 12)):
+    entries = tuple(
+        PlanEntry(name, "lorsa", rank=2, alpha=2.0, kind=name.split(".")[-2], shape=shape, components=components)
+        for name, components in chosen.items()
+    )
+    return Plan("lorsa", entries, options={"svd_rank": svd_rank})
+
+
+ONE = {"h.0.up.weight": (0, 1, 2), "h.1.up.weight": (0, 5), "h.0.down.weight": (11,)}
+TWO = {"h.0.up.weight": (0, 1, 9), "h.1.up.weight": (6, 7)}
+
+
+def test_the_histogram_counts_components_of_a_kind_over_the_blocks():
+    figure = plots.components({"one": component_plan(ONE)}, bins=6)
+    by_kind = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    assert set(by_kind) == {"down", "up"}
+    # 12 components of each matrix, two in each bin; of `up` there are two matrices.
+    assert by_kind["up"].patches[0].get_data().values.tolist() == [0.75, 0.25, 0.25, 0.0, 0.0, 0.0]
+    assert by_kind["down"].patches[0].get_data().values.tolist() == [0, 0, 0, 0, 0, 0.5]
+    assert by_kind["up"].lines[0].get_ydata()[0] == pytest.approx((3 / 12 + 2 / 12) / 2)
+
+
+def test_the_overlap_of_two_plans_is_over_the_matrices_of_both():
+    one, two = component_plan(ONE), component_plan(TWO)
+    assert plots.component_overlap(one, one) == 1.0
+    assert plots.component_overlap(one, two) == plots.component_overlap(two, one) == 2 * 2 / 10
+    table = plots.components({"one": one, "two": two}).axes[-1]
+    assert [t.get_text() for t in table.texts] == ["1.00", "0.40", "0.40", "1.00"]
+    with pytest.raises(OptionError, match="of no matrix that is the same"):
+        plots.component_overlap(one, component_plan({"h.7.up.weight": (1,)}))
+
+
+def test_components_of_a_plan_that_has_none_are_refused(llama_report):
+    with pytest.raises(OptionError, match="mode 'alors' and chooses no singular components"):
+        plots.components({"a": make_plan(llama_report(2), mode="alors")})
+    with pytest.raises(OptionError, match="no plan"):
+        plots.components({})
