@@ -633,7 +633,7 @@ VERBS: dict[str, Verb] = {
         _memory,
     ),
     "plot": Verb(
-        "plot REPORT -o FILE [--plan PLAN]   |   plot --matrix NAME --model MODEL -o FILE   |   plot --components PLAN... -o FILE",
+        "plot REPORT -o FILE [--plan PLAN]   |   plot --matrix NAME --model MODEL -o FILE   |   plot --components PLANS -o FILE",
         "draw the scores of a report by layer and kind, the spectrum of one matrix, or the components that plans chose",
         "plot report.json --plan plan.yaml -o scores.png",
         _plot_arguments,
