@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from .adapters import LowRank, RowChange, Stored, Update, Value
 from .errors import CheckpointError
 from .records import read_mapping, write_text
 from .safetensors_io import SafetensorsWriter, header_bytes, read_raw_header
+from .threads import cores, one_torch_thread
 from .weights import DTYPES, FileWeights, Place, Span, as_matrix, places
 
 INDEX = "model.safetensors.index.json"
@@ -234,9 +233,9 @@ def write_shards(shards: Sequence[Shard], folder: Path) -> Tally:
     """
     tally = Tally()
     work = _Workspace()
-    pool = ThreadPoolExecutor(_cores(), thread_name_prefix="merge")
+    pool = ThreadPoolExecutor(cores(), thread_name_prefix="merge")
     try:
-        with _one_torch_thread():
+        with one_torch_thread():
             for shard in shards:
                 with SafetensorsWriter(folder / shard.name, shard.header, shard.size) as writer:
                     running = [(t, pool.submit(job)) for t, job in _jobs(shard, writer, work)]
@@ -250,21 +249,6 @@ def write_shards(shards: Sequence[Shard], folder: Path) -> Tally:
     finally:
         pool.shutdown(cancel_futures=True)
     return tally
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """The jobs are what runs in parallel. torch's number of threads is the whole process's; it is put back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Workspace:

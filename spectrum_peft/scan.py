@@ -28,6 +28,7 @@ from .adapters import AdapterState, Update, Value
 from .criteria import Criterion, MatrixScore
 from .errors import CheckpointError, OptionError, near_matches
 from .records import Fingerprint, MatrixStat, SnrReport
+from .threads import cores, one_torch_thread
 from .weights import (
     FileWeights,
     TensorInfo,
@@ -116,7 +117,7 @@ def scan_weights(
         matrix = source.read(name).to(where)
         return criteria.score(matrix.T if info.transposed else matrix, criterion, name=name, seed=seed)
 
-    with _Partial(cache_folder() / "partial" / f"{key}.jsonl") as partial, _one_torch_thread(), torch.no_grad():
+    with _Partial(cache_folder() / "partial" / f"{key}.jsonl") as partial, one_torch_thread(), torch.no_grad():
         rest = [(name, info) for name, info in wanted if name not in partial.results]
         if len(rest) < len(wanted):
             logger.info(
@@ -144,8 +145,7 @@ def _checked_roles(score: Iterable[str]) -> tuple[str, ...]:
 
 def _checked_jobs(jobs: int | None) -> int:
     if jobs is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cores, _MOST_JOBS)
+        return min(cores(), _MOST_JOBS)
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise OptionError(f"jobs is {jobs!r}, wanted an integer from 1 up.")
     return jobs
@@ -310,17 +310,6 @@ def _progress(total: int, done: int) -> Iterator[Callable[[], Any]]:
 
     with tqdm(total=total, initial=done, unit="matrix", desc="scan", file=sys.stderr) as bar:
         yield bar.update
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """torch's number of threads is the whole process's; it is set for the scan and put back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- results of a scan that may be killed ----------------------------------------------------------------------------

@@ -27,9 +27,10 @@ ARROWS = {
     "criteria": "",
     "weights": "",
     "svd": "",
+    "threads": "",
     "safetensors_io": "weights",
     "adapters": "svd weights",
-    "scan": "adapters criteria weights",
+    "scan": "adapters criteria threads weights",
     "probe": "adapters criteria scan svd weights",
     # decisions
     "policies": "",
@@ -41,7 +42,7 @@ ARROWS = {
     "tuner": "adapters config criteria plan policies probe scan svd weights",
     "loading": "config plan policies scan tuner weights",
     "memory": "config loading plan policies tuner weights",
-    "rewrite": "adapters safetensors_io weights",
+    "rewrite": "adapters safetensors_io threads weights",
     "export": "adapters rewrite safetensors_io tuner weights",
     # training
     "optim": "tuner",

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from .. import names
-from ..errors import CheckpointError, near_matches
+from ..errors import CheckpointError
 from ..records import Fingerprint, read_mapping
 from .quantized import dequantize_4bit, int8_values
-from .source import DTYPES, SAMPLE, TensorInfo, dtype_name, split_expert, structure_of
+from .source import DTYPES, SAMPLE, TensorInfo, dtype_name, split_found, structure_of
 
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -378,12 +378,7 @@ class FileWeights:
     # -- reading
 
     def read(self, name: str) -> Tensor:
-        base, expert = split_expert(name)
-        item = self._logical.get(base)
-        if item is None:
-            raise CheckpointError(f"{self.model_id}: no tensor {base!r}.{near_matches(base, self._logical)}")
-        if expert is not None and not (item.info.experts and 0 <= expert < item.info.experts):
-            raise CheckpointError(f"{self.model_id}: no tensor {name!r}, {base!r} has the shape {item.info.shape}.")
+        item, expert = split_found(name, self._logical, self.model_id)
         if item.slab:
             return self._stored(item.parts[0][0], slab=expert)
         if item.info.experts is None:

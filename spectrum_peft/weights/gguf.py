@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import names
-from ..errors import CheckpointError, near_matches
+from ..errors import CheckpointError
 from ..records import Fingerprint
 from .files import Logical, read_bytes, sample_file
-from .source import TensorInfo, split_expert, structure_of
+from .source import TensorInfo, split_found, structure_of
 
 # gguf architectures whose transformers twin has Llama's module names. Source: gguf.constants.MODEL_TENSORS and the
 # conversion classes of llama.cpp.
@@ -132,12 +132,7 @@ class GgufWeights:
         return [item.info for item in self._logical.values()]
 
     def read(self, name: str) -> Tensor:
-        base, expert = split_expert(name)
-        item = self._logical.get(base)
-        if item is None:
-            raise CheckpointError(f"{self.path}: no tensor {base!r}.{near_matches(base, self._logical)}")
-        if expert is not None and not (item.info.experts and 0 <= expert < item.info.experts):
-            raise CheckpointError(f"{self.path}: no tensor {name!r}, {base!r} has the shape {item.info.shape}.")
+        item, expert = split_found(name, self._logical, self.path)
         stored = item.parts[0]
         weight = (
             torch.cat([self._stored(part, expert) for part in stored], dim=-2)

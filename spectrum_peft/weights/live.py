@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import names
-from ..errors import CheckpointError, near_matches
+from ..errors import CheckpointError
 from ..records import Fingerprint
 from .files import FileWeights, find_shards
 from .quantized import int8_values, quantization_of, unpacked_4bit
-from .source import SAMPLE, TensorInfo, dtype_name, split_expert, structure_of
+from .source import SAMPLE, TensorInfo, dtype_name, split_expert, split_found, structure_of
 
 
 def expert_product(a: Tensor, b: Tensor, experts: int, expert: int) -> Tensor:
@@ -163,11 +163,7 @@ class LiveWeights:
 
     def read(self, name: str) -> Tensor:
         base, expert = split_expert(name)
-        item = self._live.get(base)
-        if item is None:
-            raise CheckpointError(
-                f"{self.model_id or type(self.model).__name__}: no parameter {base!r}.{near_matches(base, self._live)}"
-            )
+        item, expert = split_found(name, self._live, self.model_id or type(self.model).__name__)
         _refuse_meta(base, item.parameter)
         if item.quantized and base in self._file_name:
             assert self._files is not None

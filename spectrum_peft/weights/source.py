@@ -6,15 +6,16 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .. import names
+from ..errors import CheckpointError, near_matches
 from ..records import Fingerprint
 
 # safetensors' dtype tags, https://github.com/huggingface/safetensors, `Dtype`.
@@ -118,6 +119,21 @@ def split_expert(name: str) -> tuple[str, int | None]:
     """`a.gate_up_proj[3]` -> (`a.gate_up_proj`, 3); a name without brackets -> (name, None)."""
     match = _EXPERT_NAME.match(name)
     return (match[1], int(match[2])) if match else (name, None)
+
+
+def split_found(name: str, found: Mapping[str, Any], where: object) -> tuple[Any, int | None]:
+    """(item of `found` that holds a tensor, expert or None); items have an `info`.
+
+    Raises:
+        CheckpointError: no such tensor, or no such expert of it.
+    """
+    base, expert = split_expert(name)
+    item = found.get(base)
+    if item is None:
+        raise CheckpointError(f"{where}: no tensor {base!r}.{near_matches(base, found)}")
+    if expert is not None and not (item.info.experts and 0 <= expert < item.info.experts):
+        raise CheckpointError(f"{where}: no tensor {name!r}, {base!r} has the shape {item.info.shape}.")
+    return item, expert
 
 
 def structure_of(tensors: Iterable[TensorInfo]) -> str:
