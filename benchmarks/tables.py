@@ -25,6 +25,7 @@ WHEN = {
     "lora": "the usual baseline; on a 4-bit base this is QLoRA",
     "spectra_qlora": "QLoRA with half of the adapter memory",
     "alors": "one budget, spent where the scores are high; ranks may move during training",
+    "sgm": "adapters have to be small in number: blocks with like gradients share a factor; needs calibration data",
 }
 # Which contestant of benchmarks/modes.py stands for a mode; "4-bit" rows are compared with full training in float32, too.
 CONTESTANT = {

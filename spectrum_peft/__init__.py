@@ -25,6 +25,7 @@ _MODULE_OF = {
     "SpectrumError": "errors",
     "SpectrumModel": "tuner",
     "SpectrumScanner": "scanner",
+    "calibration_batches": "probe",
     "estimate_memory": "memory",
     "export_lora": "export",
     "fit_to_memory": "memory",
@@ -32,6 +33,7 @@ _MODULE_OF = {
     "make_plan": "plan",
     "merge_into_base": "export",
     "parameter_groups": "optim",
+    "probe_gradients": "probe",
     "quantization_config_for": "loading",
     "scan_weights": "scan",
 }
@@ -94,7 +96,8 @@ if TYPE_CHECKING:
     from .memory import estimate_memory, fit_to_memory
     from .optim import parameter_groups
     from .plan import make_plan
-    from .records import Plan, SnrReport
+    from .probe import calibration_batches, probe_gradients
+    from .records import GradientReport, Plan, SnrReport
     from .scan import scan_weights
     from .scanner import SpectrumScanner
     from .tuner import SpectrumModel

@@ -41,7 +41,7 @@ _TURNED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_t
 _WRAPPERS = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module|modules_to_save)(?=\.|$)")
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:"
-    r"(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?"
+    r"(?P<part>lora_[AB]\.(?:weight|shared|gain)|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?"
     r"|(?P<singular>lora_A\.(?:left|values|right|digest)|lora_B\.(?:shift|p|q))"
     r"|lora_spectrum\.(?P<held>.+)|token_adapter\.(?P<rows>trainable_tokens_delta))"
 )
@@ -280,6 +280,7 @@ class AdapterState:
                 raise CheckpointError(
                     f"{where}: {field_name} is {config[field_name]!r}; such an adapter is not a sum W + dW."
                 )
+        self._made: dict[str, Stored] = {}  # factors of single layers that follow from a group's
         plan = config.get("plan")
         self.plan: Plan | None = Plan.from_dict(plan, f"{where}: plan") if isinstance(plan, Mapping) else plan
 
@@ -361,12 +362,70 @@ class AdapterState:
                 low_rank.setdefault(match["module"], {})[match["part"]] = key
             elif match is not None and match["singular"]:
                 singular.setdefault(match["module"], {})[match["singular"].partition(".")[2]] = key
+        low_rank = self._with_shared(low_rank)
         for module, parts in sorted(low_rank.items(), key=lambda item: _WRAPPERS.sub("", f"{item[0]}.weight") in found):
             result += self._low_rank(module, parts, infos, found, model_type)
         for module, parts in singular.items():
             result.append(self._singular(module, parts, infos, found))
         self._check_complete(result)
         return result
+
+    def _with_shared(self, low_rank: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+        """{module: {part: key}} with every layer of a group, and `lora_A.weight` or `lora_B.weight` of each, where the file has
+        the group's factor only at the first layer.
+
+        Raises:
+            MismatchError: a shared factor that no group of the plan owns, or that two layers of a group hold.
+        """
+        held = [
+            (module, part)
+            for module, parts in low_rank.items()
+            for part in parts
+            if part.endswith((".shared", ".gain"))
+        ]
+        groups: dict[str, list[str]] = {}
+        for entry in self.plan.entries if self.plan else ():
+            if entry.group is not None and entry.trains:
+                groups.setdefault(entry.group, []).append(names.module_name(entry.name))
+        if not held and not groups:
+            return low_rank
+        modules = {_WRAPPERS.sub("", module): module for module in low_rank}
+        group_of = {owner: label for label, owners in groups.items() for owner in owners}
+        shared: dict[tuple[str, str], str] = {}
+        for module, part in held:
+            owner, letter = _WRAPPERS.sub("", module), part[: len("lora_A")]
+            label = group_of.get(owner)
+            if label is None or (part.endswith(".shared") and (label, letter) in shared):
+                raise MismatchError(
+                    f"{self.where}: tensor {low_rank[module][part]!r} is a factor that layers share, and "
+                    + ("no group of the plan has that layer." if label is None else f"group {label} has it twice.")
+                )
+            if part.endswith(".shared"):
+                shared[label, letter] = low_rank[module][part]
+        result = {module: dict(parts) for module, parts in low_rank.items()}
+        for (label, letter), key in shared.items():
+            for owner in groups[label]:
+                parts = result.setdefault(modules.get(owner, owner), {})
+                parts.pop(f"{letter}.shared", None)
+                parts[f"{letter}.weight"] = self._gained(key, parts.pop(f"{letter}.gain", None))
+        return result
+
+    def _gained(self, key: str, gain: str | None) -> str:
+        """Key of a group's factor as one layer has it: times the layer's gain, where there is one."""
+        if gain is None:
+            return key
+        made = gain.removesuffix(".gain") + ".weight"
+        factor, number = self.tensors[key], self.tensors[gain]
+        if number.shape != (1, 1):
+            raise MismatchError(f"{self.where}: tensor {gain!r} has the shape {number.shape}, wanted (1, 1).")
+
+        def read(begin: int, end: int, out: Tensor | None = None) -> Tensor:
+            # The product that the layer forms, so that its values are the same to the last bit.
+            values = factor.read(begin, end) * number.whole().reshape(())
+            return values if out is None else out.copy_(values)
+
+        self._made[made] = Stored(factor.shape, factor.dtype, read)
+        return made
 
     def factors(self, base: Sequence[TensorInfo] | None = None) -> Iterator[tuple[str, Tensor, Tensor, float]]:
         """(entry name, B, A, scale) of every low-rank update: dW = scale * B @ A; shapes as in `LowRank.factors`.
@@ -433,7 +492,7 @@ class AdapterState:
         choices = [info] if info else self._experts_in(owner, next(iter(parts.values())), infos)
         if a_key is None or b_key is None:
             raise MismatchError(f"{self.where}: {next(iter(parts.values()))!r} stands without both LoRA factors.")
-        a, b = self.tensors[a_key], self.tensors[b_key]
+        a, b = ((self._made.get(key) or self.tensors[key]) for key in (a_key, b_key))
         if len(a.shape) != 2 or len(b.shape) != 2:
             raise MismatchError(
                 f"{self.where}: {a_key!r} has the shape {a.shape}, wanted a matrix; convolutions are not supported."

@@ -103,6 +103,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
                 logger.info(
                     "adapter %s: float32 values given back, the trainer had rounded them to bfloat16", restored[0]
                 )
+        self._refuse_reentrant_sharing(args)
         self._stop_backward_early(args, model)
         default = MODES[self.plan.mode].default_lr
         if args.learning_rate and not 1 / _RATE_FACTOR <= args.learning_rate / default <= _RATE_FACTOR:
@@ -213,6 +214,17 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         if tuner is not None and kept["places"]:
             tuner.restore_plan(tuner.active_adapters[0], kept["places"])
             self._take_plan_of(tuner)
+
+    def _refuse_reentrant_sharing(self, args: TrainingArguments) -> None:
+        """DDP wants each parameter ready once in a backward, and reentrant checkpointing runs one backward a block."""
+        if args.world_size == 1 or not args.gradient_checkpointing or self.plan is None:
+            return
+        group = next((e.group for e in self.plan.entries if e.group is not None and e.trains), None)
+        if group is not None and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise TrainingSetupError(
+                f"gradient_checkpointing_kwargs has use_reentrant=True, and layers share factors (group {group}): over several "
+                "processes that marks a parameter ready twice. Wanted use_reentrant=False."
+            )
 
     def _stop_backward_early(self, args: TrainingArguments, model: Any) -> None:
         """Without a gradient to the embeddings, backward ends at the lowest block that trains.

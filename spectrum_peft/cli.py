@@ -24,7 +24,7 @@ from . import __version__
 from .arguments import Parser, Rest, boolean, dashed, flags_of, keys_of, set_defaults_from, steps, switch, take_config
 from .errors import CheckpointError, OptionError, SpectrumError, near_matches
 from .policies import MODES
-from .records import MemoryReport, Plan, SnrReport, read_mapping, write_text
+from .records import GradientReport, MemoryReport, Plan, SnrReport, read_mapping, write_text
 from .tasks import COLUMNS
 
 PROG = "spectrum-peft"
@@ -38,7 +38,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("plan options (defaults: `spectrum_peft.plan.OPTIONS`)").add_argument
     group = parser._action_groups[-1]
     add("--mode", help=", ".join(MODES))
-    add("--criterion", help="score of a matrix: spectrum, mp, mean_std, row_norm, kappa, random, last, first")
+    add("--criterion", help="score of a matrix: spectrum, mp, mean_std, row_norm, kappa, fisher, random, last, first")
     add("--spectrum-ratio", "--ratio", type=float, metavar="R", help="share of the matrices of each kind, in (0, 1]")
     add("--snr-threshold", type=float, metavar="X", help="every matrix that scores above X, instead of a ratio")
     add("--scope", help="per_kind (as published) or global")
@@ -169,6 +169,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("report", nargs="?", help="a report of `scan`, or a published SNR file")
     add("-o", "--output", metavar="FILE", help="write the plan there (.yaml or .json)")
+    add("--gradients", metavar="FILE", help="of `probe`; for --criterion fisher and modes that need data")
     add("--diff", nargs=2, metavar=("A", "B"), help="compare two plans instead")
     _plan_options(parser)
 
@@ -181,7 +182,7 @@ def _plan(options: argparse.Namespace, rest: Rest) -> None:
         return
     report = SnrReport.load(_required(options, "report", "REPORT"))
     check_writable(options.output)
-    plan = make_plan(report, **given_plan_options(options))
+    plan = make_plan(report, gradients=options.gradients, **given_plan_options(options))
     print(explain(plan, report))
     _write(plan, options.output)
 
@@ -371,12 +372,59 @@ def _export(options: argparse.Namespace, rest: Rest) -> None:
     print(f"wrote {output}")
 
 
+def _probe_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", nargs="?", help="hub id or folder of a model, or the folder of a trained adapter")
+    add("-o", "--output", metavar="FILE", help="write the gradients there (.json)")
+    add("--samples", type=int, metavar="N", help="rows that are measured; default 256")
+    add("--batch-size", type=int, metavar="N", help="samples at a time; the result does not depend on it; default 8")
+    add("--directions", type=int, metavar="N", help="gradient directions that are compared; 0: none; default 8")
+    add("--seed", type=int, default=0, help="of the draw of rows and of the sketches")
+    _data_options(parser)
+    _load_options(parser)
+
+
+def _probe(options: argparse.Namespace, rest: Rest) -> None:
+    from . import training
+
+    _required(options, "model", "MODEL")
+    _required(options, "dataset", "--dataset")
+    check_writable(options.output)
+    report = training.probe(options)
+    print(describe_gradients(report))
+    _write(report, options.output)
+
+
+def describe_gradients(report: GradientReport) -> str:
+    """A table by kind: Fisher mass, and how alike neighbours' gradients are where they were compared."""
+    rows = [("kind", "matrices", "lowest", "median", "highest", "neighbours alike", "best")]
+    alike = {}
+    for s in report.similarities:
+        steps = [s.subspace[i][i + 1] for i in range(len(s.names) - 1)]
+        alike[s.kind] = f"{sum(steps) / len(steps):.2f}"
+    kinds: dict[str, list[Any]] = {}
+    for stat in report.stats:
+        kinds.setdefault(stat.kind, []).append(stat)
+    for kind, stats in kinds.items():
+        ordered = sorted(stats, key=lambda s: s.fisher)
+        middle = ordered[(len(ordered) - 1) // 2]
+        masses = (f"{s.fisher:.3g}" for s in (ordered[0], middle, ordered[-1]))
+        rows.append((kind, str(len(stats)), *masses, alike.get(kind, "-"), ordered[-1].name))
+    head = f"{report.model_id or 'model'}: Fisher mass of {len(report.stats)} matrices on {report.samples} samples"
+    return "\n".join([f"{head}, mean loss {report.loss:.4f}", *_table(rows)])
+
+
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", metavar="MODEL", help="hub id or folder of the base")
     add("--output-dir", metavar="FOLDER", help="gets the model or adapter, the plan, the report and train_results.json")
     add("--report", metavar="FILE", help="of `scan`; without it the model is scanned")
     add("--plan", metavar="FILE", help="of `plan`; it wins over the report and the plan options")
+    add(
+        "--gradients",
+        metavar="FILE",
+        help="of `probe`; without it the first training rows are probed where it is needed",
+    )
     switch(parser, "--force", default=False, help="use a report or plan although its fingerprint differs")
     switch(parser, "--help-trainer", default=False, help="list the flags of the task's own training arguments")
     _data_options(parser)
@@ -578,6 +626,13 @@ VERBS: dict[str, Verb] = {
         _scan_arguments,
         _scan,
     ),
+    "probe": Verb(
+        "probe MODEL --dataset D [-o FILE] [flags]",
+        "measure gradients on data: for --criterion fisher, and for modes that need data",
+        "probe HuggingFaceTB/SmolLM2-135M-Instruct --dataset train.jsonl -o gradients.json",
+        _probe_arguments,
+        _probe,
+    ),
     "plan": Verb(
         "plan REPORT [-o FILE] [flags]   |   plan --diff A B",
         "decide what trains, from a report; or compare two plans",
@@ -752,7 +807,7 @@ def check_writable(path: str | os.PathLike[str] | None) -> None:
         raise CheckpointError(f"{path}: cannot be written, {folder} refuses ({error.strerror}).") from error
 
 
-def _write(record: SnrReport | Plan | MemoryReport, output: str | None) -> None:
+def _write(record: SnrReport | GradientReport | Plan | MemoryReport, output: str | None) -> None:
     if output is not None:
         record.save(output)
         print(f"wrote {output}")

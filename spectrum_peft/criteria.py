@@ -371,7 +371,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion(
             "fisher",
             "empirical Fisher mass per parameter on calibration batches",
-            "gradients on data; not computed by this version",
+            "Kunstner et al. (2019), arXiv:1905.12558; computed by `probe.probe_gradients`, not from weights",
             needs_weights=False,
             needs_data=True,
         ),

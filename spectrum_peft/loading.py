@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from . import names
 from .config import SpectrumConfig, candidates_of
 from .errors import OptionError, near_matches
-from .plan import make_plan
+from .plan import OPTIONS, make_plan, needs_gradients
 from .policies import MODES
 from .records import Plan
 from .scan import scan_weights
@@ -126,7 +126,7 @@ def load_model_with_spectrum(
         )
     loader = model_class or class_for(model_name, **revision, **_remote(kwargs))
     model = loader.from_pretrained(model_name, dtype=wanted, device_map=device_map, **kwargs)
-    return made_trainable(model, config), _tokenizer(model_name, **revision, **_remote(kwargs))
+    return made_trainable(model, config), load_tokenizer(model_name, **revision, **_remote(kwargs))
 
 
 def load_model_with_peft(
@@ -171,7 +171,7 @@ def load_model_with_peft(
     if quantization is not None:
         keep_4bit_differentiable(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, config), _tokenizer(model_name, **given, **_remote(kwargs))
+    return get_peft_model(model, config), load_tokenizer(model_name, **given, **_remote(kwargs))
 
 
 def _checked_quantization(value: str | None) -> str | None:
@@ -233,9 +233,9 @@ def load_trained(
     keep_4bit_differentiable(model)  # the products of training, not the faster ones for inference that round otherwise
     if adapter is not None:
         model = PeftModel.from_pretrained(model, model_name)
-    tokenizer = _tokenizer(model_name) if adapter is not None else None
+    tokenizer = load_tokenizer(model_name) if adapter is not None else None
     if tokenizer is None:
-        tokenizer = _tokenizer(base, **revision, **_remote(kwargs))
+        tokenizer = load_tokenizer(base, **revision, **_remote(kwargs))
     return model.eval(), tokenizer
 
 
@@ -266,10 +266,19 @@ def _as_config(value: Any) -> SpectrumConfig:
 
 def _plan_before_loading(model_name: str, config: SpectrumConfig, **revision: Any) -> Plan:
     """Which modules stay unquantized must be known before the weights are read."""
-    report = config.resolved_report()
+    report, gradients, options = config.resolved_report(), config.resolved_gradients(), config.options()
+    by_data = needs_gradients(options)
+    if by_data and gradients is None:
+        raise OptionError(
+            f"criterion {options['criterion']!r} chooses by gradients, and which modules stay unquantized must be known before "
+            "the model is loaded. Probe the float model first (probe_gradients, or the command `probe`) and give gradients=."
+        )
     if report is None:
-        report = scan_weights(model_name, config.criterion, cache=True, seed=config.seed, **revision)
-    return make_plan(report, candidates=candidates_of(config, report), **config.options())
+        criterion = OPTIONS["criterion"] if by_data else options["criterion"]
+        report = scan_weights(
+            model_name, criterion, score=() if by_data else ("linear",), cache=not by_data, seed=config.seed, **revision
+        )
+    return make_plan(report, gradients=gradients, candidates=candidates_of(config, report), **options)
 
 
 def class_for(model_name: str, **kwargs: Any) -> Any:
@@ -303,7 +312,8 @@ def task_type_of(model: Any) -> str | None:
     return next((task for ending, task in known.items() if name.endswith(ending)), None)
 
 
-def _tokenizer(model_name: str, **kwargs: Any) -> Any:
+def load_tokenizer(model_name: str, **kwargs: Any) -> Any:
+    """The tokenizer of a checkpoint; None, with a logged line, where a local folder has none."""
     folder = Path(model_name)
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
     if folder.is_dir() and not any((folder / name).exists() for name in files):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 # Words that name a list of blocks. Before a number they carry no meaning of their own (T5: `block.0.layer.1.`).
 _STACK_WORDS = frozenset({"layer", "layers", "block", "blocks", "h"})
@@ -19,6 +20,13 @@ HEADS = frozenset(
 )  # fmt: skip
 _EMBEDDING = re.compile(r"(^|[._])embed(?!_out)|^wte$|^wpe$|^shared$|relative_attention_bias|rotary|word_embeddings")
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+# Last matrices of an attention or MLP: what they put out is added to the residual stream.
+_WRITES = frozenset(
+    {
+        "o_proj", "out_proj", "down_proj", "c_proj", "dense_4h_to_h", "out_lin", "lin2", "fc2", "fc_out", "wo", "w2", "o",
+        "proj_out",
+    }
+)  # fmt: skip
 
 ROLES = ("linear", "embedding", "head", "norm", "bias", "router", "other")
 
@@ -123,6 +131,26 @@ def role(name: str, shape: Sequence[int] | None) -> str:
     if owner in _ROUTERS:
         return "router"
     return "linear" if leaf == "weight" else "other"
+
+
+def residual_side(kind: str, shape: Sequence[int], hidden: int | None = None) -> Literal["in", "out"]:
+    """The side of a matrix that faces the residual stream: `in` where it reads the stream, `out` where it adds to it.
+
+    The side that is as wide as the stream; where both are (a square query or output projection) or neither is, the name
+    decides: `o_proj`, `down_proj`, `c_proj` and their like, and what lies in a module `output` (BERT) or is called
+    `attention.dense` (GPT-NeoX), write; everything else reads.
+
+    Args:
+        kind: as `kinds` gives it.
+        shape: (out, in) of the layer, however the weight is stored.
+        hidden: width of the residual stream; None if not known.
+    """
+    wide = [side for side, width in zip(("out", "in"), shape, strict=True) if width == hidden]
+    if len(wide) == 1:
+        return "in" if wide[0] == "in" else "out"
+    owner, _, leaf = f".{kind}".rpartition(".")
+    dense = leaf == "dense" and (owner.endswith("attention") or "output" in owner.split("."))
+    return "out" if leaf in _WRITES or dense else "in"
 
 
 def in_head(name: str) -> bool:

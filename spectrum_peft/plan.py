@@ -11,6 +11,7 @@ import math
 import numbers
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from .policies import (
     smallest_budget,
     tier_ranks,
 )
-from .records import GradientReport, MatrixStat, Plan, PlanEntry, SnrReport
+from .records import GradientReport, MatrixStat, Plan, PlanEntry, SnrReport, count_trainable
 
 # Name -> default. None: derived, as the comment says.
 OPTIONS: dict[str, Any] = {
@@ -56,7 +57,7 @@ OPTIONS: dict[str, Any] = {
     "lr_ratio": (0.5, 2.0),
     "rescore_every": None,
     "similarity": "subspace",
-    "similarity_threshold": None,  # the mode's own, unless n_groups says how many
+    "similarity_threshold": None,  # `policies.LIKENESS`, unless n_groups says how many
     "n_groups": None,
     "share": "residual_side",
     "group_gain": False,
@@ -216,6 +217,11 @@ def check_options(**options: Any) -> dict[str, Any]:
             f"rescore_every={checked['rescore_every']!r}: mode {mode.name!r} cannot be re-evaluated during training; "
             f"these can: {able}."
         )
+    if checked["rescore_every"] is not None and checked["criterion"] == "fisher":
+        raise OptionError(
+            f"rescore_every={checked['rescore_every']!r} scores the weights anew during training; criterion 'fisher' is of "
+            "gradients on calibration data, which are not kept. Use another criterion, or leave rescore_every out."
+        )
     high, medium = tier_ranks(checked)
     if high < medium:
         raise OptionError(f"r_high is {high} and r_medium is {medium}, wanted r_high at least as large.")
@@ -224,6 +230,11 @@ def check_options(**options: Any) -> dict[str, Any]:
         raise OptionError(f"score_cuts is {cuts}: the tiers overlap; wanted (high, medium), high above medium.")
     if checked["lr_ratio"][0] > checked["lr_ratio"][1]:
         raise OptionError(f"lr_ratio is {checked['lr_ratio']}, wanted (lowest, highest).")
+    if checked["similarity_threshold"] is not None and checked["n_groups"] is not None:
+        raise OptionError(
+            f"similarity_threshold={checked['similarity_threshold']} and n_groups={checked['n_groups']} are both given; each "
+            "says where groups end, give one."
+        )
     if checked["backward_depth"] < 1 and (checked["train_embeddings"] or mode.whole_model):
         reason = "train_embeddings=True" if checked["train_embeddings"] else f"mode {mode.name!r} trains the embeddings"
         raise OptionError(
@@ -800,8 +811,10 @@ def _kind_table(matrices: Sequence[PlanEntry], report: SnrReport | None) -> str:
     """One row for each kind: how many are chosen, their scores, the best score that was left out."""
     signal = {s.name: s.n_signal for s in report.stats} if report is not None else {}
     adapters = any(e.rank for e in matrices)
+    grouped = any(e.group for e in matrices)
     header = ["kind", "chosen", "of", "scores chosen", "best left out", "parameters"]
     header += ["ranks"] if adapters else []
+    header += ["groups"] if grouped else []
     header += ["signal values"] if signal else []
     rows = []
     for kind in sorted({e.kind for e in matrices}):
@@ -809,7 +822,7 @@ def _kind_table(matrices: Sequence[PlanEntry], report: SnrReport | None) -> str:
         taken = [e for e in members if e.trains]
         left = [e.score for e in members if not e.trains and e.score is not None]
         scores = [e.score for e in taken if e.score is not None]
-        elements = sum(e.trainable_numel for e in taken)
+        elements = count_trainable(taken)
         row = [
             kind,
             f"{len(taken)}",
@@ -821,6 +834,9 @@ def _kind_table(matrices: Sequence[PlanEntry], report: SnrReport | None) -> str:
         if adapters:
             ranks = [e.rank or 0 for e in taken]
             row.append(", ".join(f"{rank} x {ranks.count(rank)}" for rank in sorted(set(ranks), reverse=True)) or "-")
+        if grouped:
+            sizes = Counter(e.group or e.name for e in taken)
+            row.append(" + ".join(str(n) for n in sorted(sizes.values(), reverse=True)) or "-")
         if signal:
             counts = [n for e in taken if (n := signal.get(e.name)) is not None]
             row.append(_span([str(min(counts)), str(max(counts))]) if counts else "-")

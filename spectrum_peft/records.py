@@ -12,7 +12,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -284,6 +284,7 @@ class Similarity:
     Attributes:
         kind, shape: what the matrices have in common.
         side: `in` or `out`, the side of the matrix that faces the residual stream.
+        width: of the matrix on that side.
         names: of the matrices, in model order; they index the rows and columns of both tables.
         subspace: overlap of the strongest gradient directions on that side, in [0, 1]; 1 on the diagonal.
         cosine: of the whole gradients, in [-1, 1].
@@ -292,6 +293,7 @@ class Similarity:
     kind: str
     shape: tuple[int, ...]
     side: str
+    width: int
     names: tuple[str, ...]
     subspace: tuple[tuple[float, ...], ...]
     cosine: tuple[tuple[float, ...], ...]
@@ -368,7 +370,10 @@ class PlanEntry:
             through `modules_to_save`), `freeze`.
         rank, alpha: of the adapter; the update is scaled by alpha / rank (alpha / sqrt(rank) with rsLoRA).
         lr_ratio: this tensor's learning rate over the optimizer's.
-        group: tensors of one group share an adapter factor; None alone.
+        group: tensors of one group share an adapter factor; None alone. The label begins with what they share: `A:`, `B:` or
+            `AB:`.
+        shared: elements of this entry's factors that are its group's, which has them once.
+        gain: a trained number of this entry scales the group's factor.
         components: `lorsa`: indexes of the singular components that train, ascending, 0 the largest; `rank` is the rank of
             their rotations then.
         active: False holds a place that re-evaluation may fill; nothing of it trains.
@@ -386,6 +391,8 @@ class PlanEntry:
     shape: tuple[int, ...] | None = None
     score: float | None = None
     components: tuple[int, ...] | None = None
+    shared: int = 0
+    gain: bool = False
 
     @property
     def trains(self) -> bool:
@@ -398,8 +405,8 @@ class PlanEntry:
 
     @property
     def trainable_numel(self) -> int:
-        """Elements that train for this entry on its own: the weight, both factors of a LoRA (per expert), or the shifts
-        and rotations of singular components."""
+        """Elements that train for this entry on its own: the weight, both factors of a LoRA (per expert) and its gain, or
+        the shifts and rotations of singular components."""
         if not self.trains or not self.shape:
             return 0
         if self.action in REAL_WEIGHT_ACTIONS:
@@ -407,7 +414,19 @@ class PlanEntry:
         if self.components is not None:
             return len(self.components) * (1 + 2 * (self.rank or 0))
         experts = self.shape[0] if len(self.shape) == 3 else 1
-        return experts * (self.rank or 0) * (self.shape[-1] + self.shape[-2])
+        return experts * (self.rank or 0) * (self.shape[-1] + self.shape[-2]) + self.gain
+
+
+def count_trainable(entries: Iterable[PlanEntry]) -> int:
+    """Elements that train for some entries together: what a group shares counts once."""
+    total = 0
+    seen: set[str] = set()
+    for entry in entries:
+        total += entry.trainable_numel
+        if entry.trains and entry.group is not None:
+            total -= entry.shared if entry.group in seen else 0
+            seen.add(entry.group)
+    return total
 
 
 @dataclass(frozen=True)
@@ -458,7 +477,7 @@ class Plan(_Record):
     @property
     def trainable_parameters(self) -> int:
         """Elements that the optimizer will see; factors shared in a group count once, the other side per layer."""
-        return sum(e.trainable_numel for e in self.entries)
+        return count_trainable(self.entries)
 
     @property
     def unfrozen_parameters(self) -> list[str]:
@@ -474,7 +493,17 @@ class Plan(_Record):
         Scores, notes and options are left out: two scans may differ in a last bit and still mean the same training.
         """
         acts = [
-            (e.name, e.action, e.rank, e.alpha, e.lr_ratio, e.group, e.active, *(e.components or ()))
+            (
+                e.name,
+                e.action,
+                e.rank,
+                e.alpha,
+                e.lr_ratio,
+                e.group,
+                e.active,
+                *(e.components or ()),
+                *["gain"] * e.gain,
+            )
             for e in self.entries
             if e.action != "freeze"
         ]

@@ -87,7 +87,10 @@ def scan_weights(
     """
     row = criteria.criterion_named(criterion)
     if row.needs_data:
-        raise OptionError(f"criterion {criterion!r} needs gradients on data, which a scan of weights does not have.")
+        raise OptionError(
+            f"criterion {criterion!r} needs gradients on data, which a scan of weights does not have: scan with the default "
+            "criterion, and give make_plan gradients=probe_gradients(model, batches), or SpectrumConfig calibration_data."
+        )
     roles = _checked_roles(score)
     jobs = _checked_jobs(jobs)
     where = _device(device)

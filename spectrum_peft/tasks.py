@@ -222,7 +222,12 @@ def label_names(dataset: Dataset, config: PretrainedConfig | None, source: str) 
     return found
 
 
-def _label_ids(dataset: Dataset, names: Sequence[str]) -> Callable[[Any], int]:
+def label_ids(dataset: Dataset, names: Sequence[str]) -> Callable[[Any], int]:
+    """How a value of the column `label` becomes the id of a class: by name, or as it is where the column holds ids.
+
+    Raises:
+        DataError: a value is none of `names`.
+    """
     import datasets
 
     feature = dataset.features["label"]
@@ -292,7 +297,7 @@ def _prepare_classification(
     limit = _limit(tokenizer, max_length)
 
     def encode(batch: Any, rows: Any) -> Any:
-        ids = _label_ids(rows, names)
+        ids = label_ids(rows, names)
         labels = [ids(value) for value in batch["label"]]
         return {**tokenizer(batch["text"], truncation=True, max_length=limit), "labels": labels}
 

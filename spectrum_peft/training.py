@@ -26,11 +26,12 @@ from .arguments import Rest, checked_value
 from .callback import SpectrumCallback
 from .config import SpectrumConfig
 from .errors import CheckpointError, OptionError, near_matches
-from .loading import fast_dtype, load_model_with_peft, load_model_with_spectrum, load_trained
+from .loading import fast_dtype, load_model_with_peft, load_model_with_spectrum, load_tokenizer, load_trained
 from .machine import peak_resident, reset_peak
-from .plan import OPTIONS, check_options
+from .plan import OPTIONS, check_options, needs_gradients
 from .policies import MODES, Mode, get_mode
-from .records import Plan, SnrReport, read_mapping, write_text
+from .probe import DEFAULT_SAMPLES, calibration_batches, probe_gradients
+from .records import GradientReport, Plan, SnrReport, read_mapping, write_text
 from .scan import scan_weights
 from .tasks import COLUMNS, TASKS, Task, build_trainer, evaluate, label_names, read_dataset, select_columns, task_of
 
@@ -398,9 +399,9 @@ def _load(
         "model_class": getattr(transformers, run.task.auto_class),
         **run.head,
     }
-    for name in ("revision", "trust_remote_code", "attn_implementation"):
-        if value := getattr(options, name):
-            kwargs[name] = value
+    kwargs |= _remote(options)
+    if options.attn_implementation:
+        kwargs["attn_implementation"] = options.attn_implementation
     began = time.perf_counter()
     if run.peft is not None:
         model, tokenizer = load_model_with_peft(options.model, {"task_type": run.task.task_type, **run.peft}, **kwargs)
@@ -413,11 +414,37 @@ def _load(
         **{name: value for name in _LORA_FIELDS if (value := getattr(options, name)) is not None},
         report=report,
         plan=run.plan,
+        gradients=options.gradients,
+        calibration_data=_calibration(run, options, plan_options),
         force=options.force,
         task_type=run.task.task_type,
     )
     model, tokenizer = load_model_with_spectrum(options.model, spectrum, **kwargs)
     return model, tokenizer, report, {"scan": scanned - began, "model": time.perf_counter() - scanned}
+
+
+def _calibration(
+    run: Run, options: argparse.Namespace, plan_options: Mapping[str, Any]
+) -> list[dict[str, torch.Tensor]] | None:
+    """The first training rows as batches, where the plan needs gradients and no report of them was given."""
+    if run.plan is not None or options.gradients or not needs_gradients(check_options(**plan_options)):
+        return None
+    rows = run.train_rows.select(range(min(DEFAULT_SAMPLES, len(run.train_rows))))
+    print(f"probing gradients on the first {len(rows)} training rows (--gradients gives a report of `probe` instead)")
+    limit = options.max_length or getattr(run.args, "max_length", None)
+    return calibration_batches(
+        rows,
+        load_tokenizer(options.model, **_remote(options)),
+        task=run.task.name,
+        batch_size=min(run.args.per_device_train_batch_size, len(rows)),
+        labels=list(run.head["label2id"]) if run.head else None,
+        **({} if limit is None else {"max_length": limit}),
+    )
+
+
+def _remote(options: argparse.Namespace) -> dict[str, Any]:
+    """Which version of a hub model to load, and whether to run its code, as `from_pretrained` wants it."""
+    return {name: value for name in ("revision", "trust_remote_code") if (value := getattr(options, name))}
 
 
 def _kept_in_float32(trainer: Any) -> list[tuple[torch.nn.Parameter, torch.dtype]]:
@@ -466,11 +493,14 @@ def _report(options: argparse.Namespace, plan_options: Mapping[str, Any], scored
     """The report that was given, else a scan; a mode that takes everything needs names and shapes, no scores."""
     if options.report:
         return SnrReport.load(options.report)
+    criterion = plan_options.get("criterion", OPTIONS["criterion"])
+    if criterion == "fisher":  # its scores come with the gradients
+        criterion, scored = OPTIONS["criterion"], False
     if scored:
         print(f"no --report was given: scanning {options.model}")
     return scan_weights(
         options.model,
-        criterion=plan_options.get("criterion", OPTIONS["criterion"]),
+        criterion=criterion,
         score=("linear",) if scored else (),
         cache=True,
         revision=options.revision,
@@ -534,6 +564,41 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(v) for v in value]
     return str(value) if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+
+
+# --- probe -----------------------------------------------------------------------------------------------------------
+
+
+def probe(options: argparse.Namespace) -> GradientReport:
+    """What the verb `probe` does: load a model or a trained adapter, draw rows, measure its gradients on them."""
+    quiet_progress()
+    adapter = Path(options.model) / "adapter_config.json"
+    described = read_mapping(adapter)["base_model_name_or_path"] if adapter.is_file() else options.model
+    config = _config_of(described, options)
+    task = _task(options.task or task_of(config, described))
+    dtype, why = _dtype_of(options)
+    print(f"task {task.name}, {why}", file=sys.stderr)
+    rows = read_dataset(options.dataset, options.dataset_split or "train")
+    rows = select_columns(rows, task.name, options.dataset, _renamed(options))
+    kwargs, labels = _remote(options), None
+    if options.attn_implementation:
+        kwargs["attn_implementation"] = options.attn_implementation
+    if task.labelled:
+        has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        labels = label_names(rows, config if has_head else None, options.dataset)
+        kwargs["num_labels"] = len(labels)
+    transformers.set_seed(options.seed)  # a new head is random
+    model_class = getattr(transformers, task.auto_class)
+    model, tokenizer = load_trained(
+        options.model, dtype=dtype, quantization=options.quantization, model_class=model_class, **kwargs
+    )
+    if tokenizer is None:
+        raise CheckpointError(f"{options.model}: has no tokenizer, which a probe on text needs.")
+    given = {name: value for name in ("batch_size", "max_length") if (value := getattr(options, name)) is not None}
+    samples = DEFAULT_SAMPLES if options.samples is None else options.samples
+    batches = calibration_batches(rows, tokenizer, samples, options.seed, task=task.name, labels=labels, **given)
+    directions = {} if options.directions is None else {"directions": options.directions}
+    return probe_gradients(model, batches, seed=options.seed, **directions)
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------
@@ -601,9 +666,7 @@ def open_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str] = (
     kwargs["model_class"] = getattr(transformers, task.auto_class)
     if task.labelled:
         kwargs |= {"num_labels": config.num_labels, "id2label": config.id2label, "label2id": config.label2id}
-    for given in ("revision", "trust_remote_code"):
-        if value := getattr(options, given):
-            kwargs[given] = value
+    kwargs |= _remote(options)
     if adapter is None and quantization not in (None, "none"):
         report = scan_weights(options.model, "last", revision=options.revision)
         untrained = SpectrumConfig(mode="lora", r=1, report=report, task_type=task.task_type)

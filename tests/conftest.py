@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from spectrum_peft.records import SnrReport
+    from spectrum_peft.records import GradientReport, SnrReport
 
 MARKERS = (
     "slow: needs a real model or more than a few seconds",
@@ -228,6 +228,38 @@ def _llama_report(
 def llama_report() -> Callable[..., SnrReport]:
     """Makes a report without a model: `llama_report(layers=4, seed=0, tied=False, experts=0, order=None)`."""
     return _llama_report
+
+
+def _gradients_of(report: SnrReport, seed: int = 0) -> GradientReport:
+    """Gradients for a report without a model: the residual side is the one of the embeddings' width; blocks are the more alike
+    the nearer they are."""
+    from spectrum_peft import names
+    from spectrum_peft.records import GradientReport, GradientStat, Similarity
+
+    random_ = random.Random(seed)
+    hidden = next(s.shape[1] for s in report.stats if s.role == "embedding" and s.shape)
+    linear = sorted((s for s in report.stats if s.role == "linear"), key=lambda s: names.block_index(s.name) or 0)
+    stats: list[GradientStat] = []
+    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for s in linear:
+        name = s.name.partition("[")[0]
+        assert s.shape is not None
+        if all(name != known.name for known in stats):
+            stats.append(GradientStat(name, s.kind, s.shape, random_.lognormvariate(-20, 1)))
+            if name == s.name:
+                alike.setdefault((s.kind, s.shape), []).append(name)
+    tables = []
+    for (kind, shape), members in alike.items():
+        side = names.residual_side(kind, shape, hidden)
+        near = tuple(tuple(0.5 ** abs(i - j) for j in range(len(members))) for i in range(len(members)))
+        tables.append(Similarity(kind, shape, side, hidden, tuple(members), near, near))
+    return GradientReport(tuple(stats), tuple(tables), samples=8, loss=2.0, fingerprint=report.fingerprint)
+
+
+@pytest.fixture(scope="session")
+def gradients_of() -> Callable[..., GradientReport]:
+    """Makes the gradients that go with `llama_report`: `gradients_of(report, seed=0)`."""
+    return _gradients_of
 
 
 # --- real models, for tests that are marked slow ---------------------------------------------------------------------

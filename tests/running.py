@@ -30,9 +30,19 @@ ADAPTER_MODES = [name for name, mode in MODES.items() if not mode.plain_model]
 QUANTIZABLE = [name for name, mode in MODES.items() if not mode.whole_model]
 
 
-def options_of(mode: str) -> dict[str, Any]:
-    """Options that fit a mode: half of the matrices where it chooses."""
-    return {"spectrum_ratio": 0.5} if MODES[mode].selective else {}
+def options_of(mode: str, batches: list[dict[str, torch.Tensor]] | None = None) -> dict[str, Any]:
+    """Options that fit a mode: half of the matrices where it chooses, and data where it needs some.
+
+    Args:
+        batches: of the model, with labels; None: tokens for a causal language model.
+    """
+    row = MODES[mode]
+    options: dict[str, Any] = {"spectrum_ratio": 0.5} if row.selective else {}
+    if row.needs_data:
+        options["calibration_data"] = [{"input_ids": IDS, "labels": IDS}] if batches is None else batches
+    if "similarity_threshold" in row.own_options:  # the blocks of a random model have little in common
+        options |= {"spectrum_ratio": 1.0, "similarity_threshold": -1.0}
+    return options
 
 
 def only_fast(params: Iterable[Any], fast: Iterable[Any]) -> list[Any]:

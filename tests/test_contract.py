@@ -15,6 +15,7 @@ import torch
 import transformers
 from architectures import ARCHITECTURES, Architecture, batch_for
 from peft import PeftModel, get_peft_model
+from running import options_of
 
 from spectrum_peft import SpectrumConfig, load_model_with_spectrum, parameter_groups
 from spectrum_peft.policies import MODES
@@ -29,10 +30,6 @@ QUICK += [("llama", "nf4"), ("bert", "nf4")]
 BASES = [*QUICK, *((family, None) for family in sorted(ARCHITECTURES) if (family, None) not in QUICK)]
 
 
-def options_of(mode: str) -> dict[str, Any]:
-    return {"spectrum_ratio": 0.5} if MODES[mode].selective else {}
-
-
 class Run:
     """A base on disk, an adapter trained three steps on it, and what was there before."""
 
@@ -40,14 +37,15 @@ class Run:
         self.architecture, self.mode, self.quantization, self.folder = architecture, mode, quantization, folder
         if not (folder / "config.json").exists():
             architecture.build().save_pretrained(folder)
+        self.batch = batch_for(architecture, architecture.build())
         base = self.fresh_base()
-        self.batch = batch_for(architecture, base)
         self.start = self.logits(base)
         stored = {n: owner._parameters[leaf] for n, (owner, leaf) in base_parameters(base).items()}
         self.before = {n: p.detach().clone() for n, p in stored.items() if p is not None}
         torch.manual_seed(1)
         if quantization is None:
-            config = SpectrumConfig(mode=mode, task_type=architecture.task_type, **options_of(mode))
+            options = options_of(mode, [self.batch])
+            config = SpectrumConfig(mode=mode, task_type=architecture.task_type, **options)
             self.model = get_peft_model(base, config)
         else:
             self.model = base
@@ -61,7 +59,8 @@ class Run:
         if self.quantization is None:
             return auto.from_pretrained(self.folder, dtype=torch.float32).eval()
         # What stays unquantized follows from the plan, so the 4-bit base comes with the adapter on it.
-        config = SpectrumConfig(mode=self.mode, task_type=self.architecture.task_type, **options_of(self.mode))
+        options = options_of(self.mode, [self.batch])
+        config = SpectrumConfig(mode=self.mode, task_type=self.architecture.task_type, **options)
         return load_model_with_spectrum(
             str(self.folder), config, quantization=self.quantization, dtype=torch.float32, model_class=auto
         )[0]

@@ -31,7 +31,7 @@ ARROWS = {
     "safetensors_io": "weights",
     "adapters": "svd weights",
     "scan": "adapters criteria threads weights",
-    "probe": "adapters criteria scan svd weights",
+    "probe": "adapters criteria scan svd tasks weights",
     # decisions
     "policies": "",
     "plan": "policies",
@@ -69,7 +69,8 @@ DOORS = {
 # A plan is made, and a file scanned, without these libraries.
 WITHOUT = {
     "torch": GROUND | {"policies", "plan", "plots", "arguments", "machine"},
-    "transformers": GROUND | {"policies", "plan", "plots", "arguments", "machine", "criteria", "weights", "adapters", "scan"},
+    "transformers": GROUND
+    | {"policies", "plan", "plots", "arguments", "machine", "criteria", "weights", "adapters", "scan"},
 }
 
 

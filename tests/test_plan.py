@@ -133,23 +133,25 @@ def test_whole_numbers_may_come_as_floats_and_pairs_as_lists():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_shuffled_report_gives_the_same_plan(llama_report, mode):
-    plan = make_plan(llama_report(6), mode=mode)
+def test_a_shuffled_report_gives_the_same_plan(llama_report, gradients_of, mode):
+    data = {"gradients": gradients_of(llama_report(6))} if MODES[mode].needs_data else {}
+    plan = make_plan(llama_report(6), mode=mode, **data)
     for order in range(4):
-        again = make_plan(llama_report(6, order=order), mode=mode)
+        again = make_plan(llama_report(6, order=order), mode=mode, **data)
         assert again == plan
         assert json.dumps(again.to_dict()) == json.dumps(plan.to_dict())
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("suffix", ["json", "yaml"])
-def test_a_plan_read_back_is_equal_and_its_options_make_it_again(llama_report, tmp_path, mode, suffix):
+def test_a_plan_read_back_is_equal_and_its_options_make_it_again(llama_report, gradients_of, tmp_path, mode, suffix):
     report = llama_report()
     scores = {s.name: math.inf for s in report.stats if s.kind.endswith("v_proj")}
     report = with_scores(report, scores)
-    plan = make_plan(report, mode=mode)
+    data = {"gradients": gradients_of(report)} if MODES[mode].needs_data else {}
+    plan = make_plan(report, mode=mode, **data)
     assert Plan.load(plan.save(tmp_path / f"plan.{suffix}")) == plan
-    assert make_plan(report, **plan.options) == plan
+    assert make_plan(report, **data, **plan.options) == plan
 
 
 @pytest.mark.parametrize("mode", SELECTIVE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from .. import names
 from ..config import SpectrumConfig, candidates_of
 from ..errors import CheckpointError, MismatchError, OptionError, near_matches
-from ..plan import make_plan
+from ..plan import OPTIONS, make_plan, needs_gradients
 from ..policies import MODES
-from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry, SnrReport
+from ..probe import probe_gradients
+from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, GradientReport, Plan, PlanEntry, SnrReport
 from ..scan import scan_weights
 from ..weights import open_weights
 from .layers import Original, SpectrumLayer
@@ -175,18 +176,64 @@ def _settled(model: nn.Module, config: SpectrumConfig) -> Plan:
         _settle_tokens(model, config, plan, present)
         return plan.replace(entries=(*plan.entries, *_saved_entries(model, config, plan, present)))
     report = config.resolved_report()
+    options = config.options()
     if report is None:
-        score = ("linear",) if MODES[config.mode].selective else ()
+        by_data = options["criterion"] == "fisher"  # whose scores the gradients hold: names and shapes will do
+        score = ("linear",) if MODES[config.mode].selective and not by_data else ()
         if score:
             logger.info("no report was given: scanning the model (a finished scan of the same weights is used again)")
-        report = scan_weights(base_of(model), config.criterion, score=score, cache=bool(score), seed=config.seed)
+        criterion = OPTIONS["criterion"] if by_data else options["criterion"]
+        report = scan_weights(base_of(model), criterion, score=score, cache=bool(score), seed=config.seed)
     else:
         _check_fingerprint(report.fingerprint, model, "the report", config.force)
     report = _report_with_model_names(report, present)
-    plan = make_plan(report, candidates=candidates_of(config, report), **config.options())
+    candidates = candidates_of(config, report)
+    gradients = _gradients(model, config, options, candidates, present) if needs_gradients(options) else None
+    plan = make_plan(report, gradients=gradients, candidates=candidates, **options)
     config.report = report
     _settle_tokens(model, config, plan, present)
     return plan.replace(entries=(*plan.entries, *_saved_entries(model, config, plan, present)))
+
+
+def _gradients(
+    model: nn.Module,
+    config: SpectrumConfig,
+    options: Mapping[str, Any],
+    candidates: list[str] | None,
+    present: Mapping[str, Any],
+) -> GradientReport | None:
+    """The gradients that were given, or those of the calibration data, which is then dropped; None without either."""
+    gradients = config.resolved_gradients()
+    if gradients is not None:
+        _check_fingerprint(gradients.fingerprint, model, "the gradients", config.force)
+        found = names.align(gradients.by_name, present)
+        for name in gradients.by_name:
+            if name not in found:
+                raise MismatchError(f"the gradients list {name}, which the model lacks." + near_matches(name, present))
+        # Checked here, where `force` is known.
+        return dataclasses.replace(_renamed(gradients, found), fingerprint=None)
+    if config.calibration_data is None:
+        return None
+    compared = "similarity" in MODES[config.mode].own_options
+    gradients = probe_gradients(
+        base_of(model),
+        config.calibration_data,
+        candidates=candidates,
+        seed=options["seed"],
+        **({} if compared else {"directions": 0}),
+    )
+    config.gradients, config.calibration_data = gradients, None
+    return gradients
+
+
+def _renamed(gradients: GradientReport, found: Mapping[str, str]) -> GradientReport:
+    return dataclasses.replace(
+        gradients,
+        stats=tuple(dataclasses.replace(s, name=found[s.name]) for s in gradients.stats),
+        similarities=tuple(
+            dataclasses.replace(s, names=tuple(found[name] for name in s.names)) for s in gradients.similarities
+        ),
+    )
 
 
 def _check_fingerprint(fingerprint: Any, model: nn.Module, what: str, force: bool) -> None:
@@ -418,7 +465,7 @@ def trainable_mismatch(model: nn.Module, plan: Plan) -> str | None:
     belongs = plan_parameters(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trains = {id(p) for p in parameters.values() if p.requires_grad}
-    entries = {belongs[n] for n, p in parameters.items() if n in belongs and id(p) in trains}
+    entries = with_groups(plan, {belongs[n] for n, p in parameters.items() if n in belongs and id(p) in trains})
     stray = sorted(n for n, p in parameters.items() if n not in belongs and p.requires_grad)
     wanted = set(plan.trainable_names)
     # Slots that re-evaluation may fill are trainable tensors for DDP's sake; the optimizer's step leaves them out.
@@ -439,6 +486,13 @@ def trainable_mismatch(model: nn.Module, plan: Plan) -> str | None:
         if found
     ]
     return "; ".join(parts)
+
+
+def with_groups(plan: Plan, names_: Iterable[str]) -> set[str]:
+    """The entries named, and those of their groups: a member that shares both factors has no parameter of its own."""
+    found = set(names_)
+    groups = {e.group for e in plan.entries if e.name in found and e.group is not None}
+    return found | {e.name for e in plan.entries if e.group in groups}
 
 
 def _tied_names(model: nn.Module) -> dict[str, list[str]]:

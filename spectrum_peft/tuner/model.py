@@ -27,10 +27,11 @@ from ..config import SpectrumConfig
 from ..errors import MismatchError, OptionError, TrainingSetupError, near_matches
 from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry
 from ..weights import keep_4bit_differentiable
-from .apply import original_keeper, plan_parameters, settle_plan, token_layers, trainable_mismatch
+from .apply import original_keeper, plan_parameters, settle_plan, token_layers, trainable_mismatch, with_groups
 from .layers import SpectrumLayer
 from .lorsa import install, singular_layers
 from .ranks import RankChange, allocate, is_sliced, moments, set_rank
+from .shared import refuse_unshareable, share_factors
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class SpectrumModel(LoraModel):
             keep_4bit_differentiable(model)
         self._aim(config, model)
         self._refuse_mixtures(config, model, adapter_name)
+        refuse_unshareable(config)
         # Of the plan that the adapter came with; the plan in the config may move.
         self.__dict__.setdefault("plan_digests", {})[adapter_name] = config.plan.digest
         self._keep_original = original_keeper(model, config.keep_base)
@@ -74,6 +76,7 @@ class SpectrumModel(LoraModel):
         self._repair_tied_modules(adapter_name, config)
         if is_movable(config):
             self._allocate(adapter_name, config)
+        share_factors(self.model, adapter_name, config.plan)
         _describe(config, config.plan)
         self._check_injected(model, adapter_name, config)
         self._arm()
@@ -219,7 +222,7 @@ class SpectrumModel(LoraModel):
 
     def _check_injected(self, model: nn.Module, adapter_name: str, config: SpectrumConfig) -> None:
         plan: Plan = config.plan
-        placed = set(plan_parameters(self, adapter_name).values())
+        placed = with_groups(plan, plan_parameters(self, adapter_name).values())
         wanted = {e.name for e in plan.entries if is_held(e, config) or is_placed(e, config)}
         missing = sorted(wanted - placed)
         if missing:

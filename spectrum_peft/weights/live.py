@@ -130,7 +130,7 @@ class LiveWeights:
                 else "dequantized one matrix at a time (no local float checkpoint)"
             )
             self.notes += (f"{len(quantized)} {quantized[0].dtype} weights were {how}",)
-        if any(_changes(item) for item in self._live.values()):
+        if self.adapted:
             self.notes += ("scores are of the weights with the active adapters applied",)
 
     @cached_property
@@ -160,6 +160,22 @@ class LiveWeights:
 
     def tensors(self) -> list[TensorInfo]:
         return [item.info for item in self._live.values()]
+
+    @property
+    def adapted(self) -> bool:
+        """Whether active adapters are added to any of the weights."""
+        return any(_changes(item) for item in self._live.values())
+
+    def place(self, name: str) -> tuple[nn.Module, Tensor]:
+        """The module that computes with a parameter, inside all PEFT layers around it, and the parameter itself.
+
+        Raises:
+            CheckpointError: the model has no such parameter.
+        """
+        item = self._live.get(name)
+        if item is None:
+            raise CheckpointError(f"no parameter {name!r} in the model.{near_matches(name, self._live)}")
+        return item.owner, item.parameter
 
     def read(self, name: str) -> Tensor:
         base, expert = split_expert(name)
@@ -192,7 +208,7 @@ class LiveWeights:
     def _content(self) -> str | None:
         """That of the checkpoint folder, if the weights in memory are still the ones in it."""
         files = self._files
-        if files is None or any(_changes(item) for item in self._live.values()):
+        if files is None or self.adapted:
             return None
         stored = {t.name: t for t in files.tensors()}
         plain = [
