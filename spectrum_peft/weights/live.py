@@ -172,9 +172,7 @@ class LiveWeights:
         Raises:
             CheckpointError: the model has no such parameter.
         """
-        item = self._live.get(name)
-        if item is None:
-            raise CheckpointError(f"no parameter {name!r} in the model.{near_matches(name, self._live)}")
+        item, _ = split_found(name, self._live, self.model_id or type(self.model).__name__)
         return item.owner, item.parameter
 
     def read(self, name: str) -> Tensor:
