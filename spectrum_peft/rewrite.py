@@ -21,9 +21,10 @@ from torch import Tensor
 
 from .adapters import LowRank, RowChange, Stored, Update, Value
 from .errors import CheckpointError
+from .machine import cores
 from .records import read_mapping, write_text
 from .safetensors_io import SafetensorsWriter, header_bytes, read_raw_header
-from .threads import cores, one_torch_thread
+from .threads import one_torch_thread
 from .weights import DTYPES, FileWeights, Place, Span, as_matrix, places
 
 INDEX = "model.safetensors.index.json"

@@ -27,8 +27,9 @@ from . import criteria, names
 from .adapters import AdapterState, Update, Value
 from .criteria import Criterion, MatrixScore
 from .errors import CheckpointError, OptionError, near_matches
+from .machine import cores
 from .records import Fingerprint, MatrixStat, SnrReport
-from .threads import cores, one_torch_thread
+from .threads import one_torch_thread
 from .weights import (
     FileWeights,
     TensorInfo,

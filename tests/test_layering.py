@@ -30,7 +30,7 @@ ARROWS = {
     "threads": "",
     "safetensors_io": "weights",
     "adapters": "svd weights",
-    "scan": "adapters criteria threads weights",
+    "scan": "adapters criteria machine threads weights",
     "probe": "adapters criteria scan svd tasks weights",
     # decisions
     "policies": "",
@@ -42,7 +42,7 @@ ARROWS = {
     "tuner": "adapters config criteria plan policies probe scan svd weights",
     "loading": "config plan policies scan tuner weights",
     "memory": "config loading plan policies tuner weights",
-    "rewrite": "adapters safetensors_io threads weights",
+    "rewrite": "adapters machine safetensors_io threads weights",
     "export": "adapters rewrite safetensors_io tuner weights",
     # training
     "optim": "tuner",
