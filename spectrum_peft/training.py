@@ -82,7 +82,10 @@ def trainer_arguments(
     parser = _trainer_parser(task)
     (arguments_class,) = parser.dataclass_types
     parser.set_defaults(**defaults)
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    actions: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        if action.dest != "help":
+            actions.setdefault(action.dest, action)  # a switch that is on by default has a second action, `--no-...`
     types = {name: str(hint) for name, hint in typing.get_type_hints(arguments_class).items()}
     for key, value in (rest.config or {}).items():
         if key not in actions:

@@ -345,6 +345,16 @@ def test_real_weights_step_in_float32_and_are_stored_in_the_dtype_they_were_load
     assert moved["master"] > 1.3 * moved["pure"]
 
 
+def test_a_switch_that_is_on_by_default_can_be_turned_off_in_a_file(tmp_path: Path) -> None:
+    from spectrum_peft.arguments import Rest
+    from spectrum_peft.training import trainer_arguments
+
+    defaults = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    for value in (False, True):
+        rest = Rest((), {"gradient_checkpointing": value}, "train.yaml")
+        assert trainer_arguments("causal_lm", rest, defaults).gradient_checkpointing is value
+
+
 def test_a_config_file_trains_as_the_same_flags_do(
     run: Callable[..., str], tiny_llama_folder: Path, texts: str
 ) -> None:
