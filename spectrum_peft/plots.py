@@ -67,12 +67,14 @@ def _figure(width: float, height: float) -> Figure:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     """Inside the axes while it is short; else below them, where it hides nothing."""
-    lines = len(axes.get_legend_handles_labels()[1])
-    if lines <= _SHORT_LEGEND:
+    labels = axes.get_legend_handles_labels()[1]
+    if len(labels) <= _SHORT_LEGEND and figure.get_figwidth() > 6:
         axes.legend(frameon=False, fontsize=9)
         return
-    figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(lines / 2))
-    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8)
+    # A letter of eight points is about a sixteenth of an inch wide, and a line's mark as wide as six letters.
+    columns = 2 if 2 * (max(map(len, labels)) + 6) <= 16 * figure.get_figwidth() else 1
+    figure.set_figheight(figure.get_figheight() + 0.17 * math.ceil(len(labels) / columns))
+    figure.legend(loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
 
 
 def _mark(i: int) -> str:
@@ -399,7 +401,13 @@ def _draw_overlap(axes: Axes, plans: Mapping[str, Plan]) -> None:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def curves(runs: Sequence[Mapping[str, Any]], *, y_label: str = "training loss", title: str = "") -> Figure:
+def curves(
+    runs: Sequence[Mapping[str, Any]],
+    *,
+    y_label: str = "training loss",
+    title: str = "",
+    size: tuple[float, float] = (7.6, 4.4),
+) -> Figure:
     """Training curves of several runs in one picture.
 
     Curves of many points are drawn faint under their running mean over a twentieth of the run.
@@ -407,13 +415,14 @@ def curves(runs: Sequence[Mapping[str, Any]], *, y_label: str = "training loss",
     Args:
         runs: mappings with `label`, `steps` and `loss` (two lists of one length); with `held_out` ({step: loss}) these
             are drawn as marks.
+        size: width and height in inches; a long legend below comes on top of it.
     Raises:
         OptionError: no run, or lists of different lengths; the message names the run.
         InstallError: matplotlib is missing.
     """
     if not runs:
         raise OptionError("there is no run to draw.")
-    figure = _figure(7.6, 4.4)
+    figure = _figure(*size)
     axes = figure.add_subplot()
     _quiet(axes)
     for i, run in enumerate(runs):
@@ -452,19 +461,26 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def trade_off(
-    points: Sequence[Mapping[str, Any]], *, x_label: str, y_label: str, title: str = "", log_x: bool = False
+    points: Sequence[Mapping[str, Any]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    log_x: bool = False,
+    size: tuple[float, float] = (7.6, 4.8),
 ) -> Figure:
     """What quality costs: one mark for each measurement, a line through those of one label, spread as bars.
 
     Args:
         points: mappings with `label`, `x`, `y`, and optionally `low` and `high`, the ends of the spread of y.
+        size: width and height in inches; a long legend below comes on top of it.
     Raises:
         OptionError: no point.
         InstallError: matplotlib is missing.
     """
     if not points:
         raise OptionError("there is no point to draw.")
-    figure = _figure(7.6, 4.8)
+    figure = _figure(*size)
     axes = figure.add_subplot()
     _quiet(axes)
     for i, label in enumerate(dict.fromkeys(p["label"] for p in points)):
@@ -486,7 +502,12 @@ def trade_off(
 
 
 def intervals(
-    rows: Sequence[Mapping[str, Any]], *, x_label: str, title: str = "", reference: tuple[str, float] | None = None
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    x_label: str,
+    title: str = "",
+    reference: tuple[str, float] | None = None,
+    width: float = 7.6,
 ) -> Figure:
     """One line for each contestant: a mark at the mean, a bar over its interval; the first row on top.
 
@@ -494,13 +515,14 @@ def intervals(
         rows: mappings with `label` and `x`, optionally `low` and `high` (None: a mark alone), `marked` (filled marks;
             the others are hollow) and `values` (single runs, as small ticks).
         reference: (label, value) of a line to compare with.
+        width: in inches; the height goes by the number of rows.
     Raises:
         OptionError: no row.
         InstallError: matplotlib is missing.
     """
     if not rows:
         raise OptionError("there is no row to draw.")
-    figure = _figure(7.6, 1.1 + 0.27 * len(rows))
+    figure = _figure(width, 1.1 + 0.27 * len(rows))
     axes = figure.add_subplot()
     _quiet(axes)
     if reference is not None:

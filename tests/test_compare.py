@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -325,6 +326,23 @@ def test_a_run_that_diverged_or_failed_is_said_and_ranks_nowhere() -> None:
     rows = list(csv.DictReader(results.as_csv(found).splitlines()))
     assert [r["error"] for r in rows] == ["", "", "", "out of memory", "", ""]
     json.dumps(results._finite(found), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "half", "text"),
+    [
+        ("peak_memory_bytes", 1.5 * 2**30, 0.06 * 2**30, "1.50 GiB ± 0.06"),  # in the unit of the mean
+        ("saved_bytes", 3 * 2**20, 0, "3 MiB"),
+        ("trainable_parameters", 134515008, 0, "135 M"),
+        ("seconds_per_step", 1.0, 0.02, "1 s ± 0.02"),
+        ("train_seconds", 1200, 60, "20.0 min ± 1.0"),
+        ("forgetting", 0.1, 0.05, "+0.1000 ± 0.0500"),
+        ("loss", 2.0, 0.01, "2.0000 ± 0.0100"),
+    ],
+)
+def test_a_figure_and_its_spread_are_in_one_unit(name: str, mean: float, half: float, text: str) -> None:
+    figure = {"mean": mean, "low": mean - half, "high": mean + half}
+    assert f"{results.shown(name, mean)} {results.spread(name, figure)}".strip() == text
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -696,3 +714,64 @@ def test_the_last_line_of_a_log_says_why(tmp_path: Path) -> None:
     assert runs.last_line(log, -9) == "ended by SIGKILL (out of memory, or killed)"
     log.write_text("")
     assert runs.last_line(log, 1) == "exit code 1"
+
+
+# --- in a browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Callable[..., str]:
+    """Opens a file in headless Chromium without a network; returns the document as it is after its scripts ran."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium is installed")
+
+    def opened(path: Path, *flags: str) -> str:
+        command = [
+            program, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+            "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}", *flags, path.resolve().as_uri(),
+        ]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+    return opened
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_in_a_browser_heads_sort_and_the_paper_follows_the_scheme(
+    browser: Callable[..., str], drawn: Callable[[dict[str, Any]], str], tmp_path: Path
+) -> None:
+    from matplotlib.image import imread
+
+    found = collected(
+        *(
+            outcome(name, seed, loss + seed / 100)
+            for name, loss in (("c", 1.0), ("a", 2.0), ("b", 3.0))
+            for seed in (0, 1)
+        ),
+        controls=[],
+    )
+    text = drawn(found)
+    path = tmp_path / "report.html"
+
+    def names_after(clicks: str) -> list[str]:
+        path.write_text(text.replace("</body>", f"<script>{clicks}</script></body>"))
+        rows = read_page(browser(path, "--dump-dom")).rows["contestants"]
+        return [row[0].replace("≈ best", "").strip() for row in rows[1:]]
+
+    click = "document.querySelectorAll('#contestants th button')[2].click();"
+    assert names_after("") == ["c", "a", "b", "untrained base"]
+    assert names_after(click) == ["c", "a", "untrained base", "b"]
+    assert names_after(click * 2) == ["b", "untrained base", "a", "c"]
+    assert (
+        names_after("document.querySelectorAll('#contestants th button')[1].click();")[-1] == "untrained base"
+    )  # no rate
+    path.write_text(text)
+    brightness = {}
+    for scheme, setting in (("dark", 0), ("light", 1)):
+        picture = tmp_path / f"{scheme}.png"
+        browser(
+            path, f"--screenshot={picture}", "--window-size=800,600", f"--blink-settings=preferredColorScheme={setting}"
+        )
+        brightness[scheme] = imread(picture)[:3, :3, :3].mean()
+    assert brightness["dark"] < 0.2 < 0.8 < brightness["light"]

@@ -231,9 +231,7 @@ def read_comparison(
         if key not in KEYS:
             raise OptionError(f"{source}: unknown key {key!r}." + near_matches(key, KEYS))
     for key, instead in _MATRIX.items():
-        if train.get(key) is not None or any(
-            a.partition("=")[0] == f"--{key.replace('_', '-')}" for a in arguments
-        ):
+        if train.get(key) is not None or any(a.partition("=")[0] == f"--{key.replace('_', '-')}" for a in arguments):
             hint = f"use {instead}" if instead else "leave it out"
             raise OptionError(f"{source}: {key} is one run's, and compare makes many: {hint}.")
     labelled = task == "classification"

@@ -17,12 +17,15 @@ from .results import FIGURES, FORGETTING, columns, figure_of, order, shown, spre
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SIZE = (5.4, 4.0)  # inches: on a phone a letter of it is nearly as large as on paper
+_SIZE = (4.1, 3.2)  # inches: on a phone a letter of it is nearly as large as on paper, on a desk it grows
+_GROWTH = 1.4
 _COSTS = {
     "peak_memory_bytes": ("memory", "peak memory, GiB", 2**30),
     "train_seconds": ("time", "seconds of training", 1),
     "trainable_parameters": ("parameters", "trained parameters, millions", 1e6),
 }
+# Colours of a picture that depend on the paper.
+_INK = {"#000000": "currentColor", "#ffffff": "var(--card)", "#e6e6e6": "var(--line)", "#0072b2": "var(--mark)"}
 _STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 _SCRIPT = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
 
@@ -56,7 +59,10 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, tuple[str, Path]
         reference = ("untrained", base) if near else None
         better = "higher" if METRICS[metric].higher else "lower"
         label = f"{title} ({better} is better)"
-        figures["quality"] = (f"{title} of each contestant", plots.intervals(rows, x_label=label, reference=reference))
+        figures["quality"] = (
+            f"{title} of each contestant",
+            plots.intervals(rows, x_label=label, reference=reference, width=4.8),
+        )
     for name, (short, label, unit) in _COSTS.items():
         points = [
             {
@@ -66,7 +72,9 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, tuple[str, Path]
             for s in have if name in s["figures"]
         ]  # fmt: skip
         if points:
-            figure = plots.trade_off(points, x_label=label, y_label=title, log_x=name == "trainable_parameters")
+            figure = plots.trade_off(
+                points, x_label=label, y_label=title, log_x=name == "trainable_parameters", size=_SIZE
+            )
             figures[short] = (f"{title} against {label.partition(',')[0]}", figure)
     curves = [
         {"label": s["label"], "steps": [p[0] for p in c], "loss": [p[1] for p in c]}
@@ -74,14 +82,12 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, tuple[str, Path]
         if (c := s.get("loss_curve"))
     ]
     if curves:
-        figures["curves"] = ("Training loss, mean over the seeds", plots.curves(curves))
+        figures["curves"] = ("Training loss, mean over the seeds", plots.curves(curves, size=_SIZE))
     if results["scan"] is not None:
         scan = SnrReport.from_dict(results["scan"])
         figures["scan"] = (f"The scan: scores by {scan.criterion!r} of every matrix", plots.heat_map(scan))
     drawn = {}
     for name, (text, figure) in figures.items():
-        if name not in ("scan", "quality"):
-            figure.set_size_inches(_SIZE[0], figure.get_figheight() * _SIZE[1] / 4.6)
         drawn[name] = (text, plots.save(figure, folder / f"{name}.svg"))
     return drawn
 
@@ -107,18 +113,21 @@ def inline(svg: str, name: str, text: str) -> str:
     box = re.search(r'viewBox="[^"]*"', head)
     width = re.search(r'\bwidth="([\d.]+)pt"', head)
     assert box is not None and width is not None
+    most = 4 / 3 * float(width[1]) * (1 if name == "scan" else _GROWTH)  # a point is 4/3 pixels
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box[0]} role="img" '
-        f'aria-label="{markup.escape(text)}" style="max-width: {4 * float(width[1]) / 3:.0f}px"'
+        f'aria-label="{markup.escape(text)}" style="max-width: {most:.0f}px"'
     )
 
     def ink(match: re.Match[str]) -> str:
         style = match[1]
         if style == "fill: #ffffff":
-            style = "fill: none"
-        elif "fill: #ffffff" not in style:
-            style = style.replace("#000000", "currentColor").replace("#e6e6e6", "var(--line)")
-            style = style.replace("stroke: #ffffff", "stroke: var(--card)")
+            return 'style="fill: none"'
+        dot = "fill: #ffffff; stroke: #000000" in style or style == "stroke: #000000"
+        if name == "scan" and dot:  # lies on colours that are the same in any scheme
+            return match[0]
+        for colour, variable in _INK.items():
+            style = style.replace(colour, variable)
         return f'style="{style}"'
 
     return f"{head}>" + re.sub(r'style="([^"]*)"', ink, rest)
@@ -258,10 +267,11 @@ def html(results: Mapping[str, Any], pictures: Mapping[str, tuple[str, Path]]) -
         pictures: of `draw`.
     """
     train = results["config"]["train"]
-    title = f"{Path(str(train['model'])).name} on {Path(str(train['dataset'])).stem}"
+    data = Path(str(train["dataset"]))
+    title = f"{Path(str(train['model'])).name} on {data.parent.name}/{data.stem}".replace(" on /", " on ")
     notes = "".join(f"<li>{_text(note)}</li>" for note in results["notes"])
     drawn = "".join(
-        f'<figure class="plot{" broad" if name in ("scan", "quality") else ""}">'
+        f'<figure class="plot{" broad" if name in ("scan", "quality") else ""}{" wide-only" if name == "scan" else ""}">'
         f"{inline(path.read_text(encoding='utf-8'), name, text)}<figcaption>{_text(text)}</figcaption></figure>"
         for name, (text, path) in pictures.items()
     )

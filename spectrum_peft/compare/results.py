@@ -301,31 +301,35 @@ def columns(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return shown + [(n, t) for n, t in others.items() if any(n in s["figures"] for s in results["contestants"])]
 
 
+def _form(name: str, size: float) -> tuple[float, str, str]:
+    """(divisor, format, unit) that a figure of this size is shown in."""
+    if name == "trainable_parameters":
+        return (1e6, ".3g", " M") if size >= 1e5 else (1, ",.0f", "")
+    if name.endswith("_bytes"):
+        return (2**30, ".2f", " GiB") if size >= 2**30 else (2**20, ".3g", " MiB")
+    if name == "train_seconds":
+        return (1, ".0f", " s") if size < 600 else (60, ".1f", " min")
+    if "seconds" in name and "tokens" not in name:
+        return 1, ".3g", " s"
+    if name.endswith("tokens_per_second"):
+        return (1, ",.0f", "") if size >= 100 else (1, ".3g", "")
+    return (1, ".4f", "") if size < 100 else (1, ".4g", "")
+
+
 def shown(name: str, value: float | None) -> str:
     """A figure for a reader."""
     if value is None:
         return ""
-    if name == "trainable_parameters":
-        return f"{value / 1e6:.3g} M" if value >= 1e5 else f"{value:,.0f}"
-    if name.endswith("_bytes"):
-        return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.3g} MiB"
-    if name in ("seconds_per_step", "setup_seconds"):
-        return f"{value:.3g} s"
-    if name == "train_seconds":
-        return f"{value:.0f} s" if value < 600 else f"{value / 60:.0f} min"
-    if name.endswith("tokens_per_second"):
-        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    if name == "forgetting":
-        return f"{value:+.4f}"
-    return f"{value:.4f}" if abs(value) < 100 else f"{value:.4g}"
+    divisor, form, unit = _form(name, abs(value))
+    return f"{value / divisor:{'+' if name == 'forgetting' else ''}{form}}{unit}"
 
 
 def spread(name: str, figure: Mapping[str, Any]) -> str:
-    """The half width of an interval, in the unit that the figure is shown in; nothing where it says nothing."""
+    """The half width of an interval, in the unit that the mean is shown in; nothing where it says nothing."""
     if figure.get("low") is None or name in ("trainable_parameters", "saved_bytes"):
         return ""
-    half = shown(name, figure["high"] - figure["mean"]).removeprefix("+").rpartition(" ")
-    return f"± {half[0] or half[2]}"
+    divisor, form, _ = _form(name, abs(figure["mean"]))
+    return f"± {(figure['high'] - figure['mean']) / divisor:{form}}"
 
 
 def figure_of(summary: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
