@@ -688,13 +688,24 @@ def test_a_comparison_that_is_killed_goes_on_where_it_was(config: dict[str, Any]
     command = [sys.executable, "-m", "spectrum_peft", "compare", "--config", "compare.yaml"]
     environment = runs._environment()
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
         until = time.monotonic() + 240
         while not list(Path("out/cells").glob("*/cell_results.json")) or len(list(Path("out/cells").iterdir())) < 2:
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGKILL)
+        # The second cell is at work, and goes with the comparison: the group of the two is empty soon.
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        while time.monotonic() < until:
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.1)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("the cell's process went on")
     [kept] = Path("out/cells").glob("*/cell_results.json")
     stamp = kept.stat().st_mtime_ns
     assert not Path("out/results.json").exists()

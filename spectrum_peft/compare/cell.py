@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,27 @@ from ..records import read_mapping, write_text
 
 RESULTS = "cell_results.json"
 TRAINED = "train_results.json"
+# Set for a cell that a comparison has started: the process that it must not outlive, however that ends.
+STARTED_BY = "SPECTRUM_PEFT_COMPARISON"
 # Figures of training that a cell's results repeat.
 _OF_TRAINING = (
     "mode", "task", "dtype", "quantization", "learning_rate", "trainable_parameters", "total_parameters", "steps",
     "step_seconds", "input_tokens", "peak_memory_bytes", "saved_bytes", "before",
 )  # fmt: skip
+
+
+def end_with_the_comparison() -> None:
+    """End this process when the one that started it is gone; a comparison that is started again would find it at work."""
+    parent = os.environ.get(STARTED_BY)
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def measure(
@@ -42,6 +61,7 @@ def measure(
         What was written: `metrics` {name: value} after training, `before` and `general` {before, after}, figures of
         training, seconds, bytes, tokens per second.
     """
+    end_with_the_comparison()
     cell = read_mapping(folder / "cell.json")
     settings = read_mapping(folder / "train.yaml")
     results: dict[str, Any] = {name: cell[name] for name in ("label", "seed", "control", "versions")}

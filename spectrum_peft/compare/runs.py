@@ -30,7 +30,7 @@ from ..errors import CheckpointError, ComparisonError, OptionError
 from ..machine import machine, versions
 from ..policies import MODES
 from ..records import SnrReport, read_mapping, write_text
-from .cell import RESULTS, TRAINED
+from .cell import RESULTS, STARTED_BY, TRAINED
 from .matrix import Cell, Comparison, cells_of, contestants_of, file_digest
 from .results import collect, write_results
 
@@ -300,7 +300,8 @@ def _environment() -> dict[str, str]:
     """This process' own, with the package that runs now found first, installed or not."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": root if not path else os.pathsep.join([root, path])}
+    path = root if not path else os.pathsep.join([root, path])
+    return {**os.environ, "PYTHONPATH": path, STARTED_BY: str(os.getpid())}
 
 
 def last_line(log: Path, code: int) -> str:
