@@ -342,7 +342,8 @@ class AdapterState:
             key: _KEY.fullmatch(key.removeprefix(PEFT_PREFIX)) for key in self.tensors
         }
         wanted = {key: _parameter(key, match) for key, match in keys.items()}
-        found = names.align(wanted.values(), infos)
+        grouped = [e.name for e in self.plan.entries if e.group is not None] if self.plan else []
+        found = names.align([*wanted.values(), *grouped], infos)
         # With a resized vocabulary PEFT writes saved tables once more, with the wrapper in the name.
         bare = {key: key.replace(".modules_to_save.", ".") for key in keys}
         spare = {key for key in keys if ".original_module." in key or (bare[key] != key and bare[key] in keys)}
@@ -395,10 +396,18 @@ class AdapterState:
         for module, part in held:
             owner, letter = _WRAPPERS.sub("", module), part[: len("lora_A")]
             label = group_of.get(owner)
-            if label is None or (part.endswith(".shared") and (label, letter) in shared):
+            problem = (
+                "no group of the plan has that layer"
+                if label is None
+                else f"group {label} does not share it"
+                if letter[-1] not in label.partition(":")[0]
+                else f"group {label} has it twice"
+                if part.endswith(".shared") and (label, letter) in shared
+                else None
+            )
+            if label is None or problem:
                 raise MismatchError(
-                    f"{self.where}: tensor {low_rank[module][part]!r} is a factor that layers share, and "
-                    + ("no group of the plan has that layer." if label is None else f"group {label} has it twice.")
+                    f"{self.where}: tensor {low_rank[module][part]!r} is of a factor that layers share, and {problem}."
                 )
             if part.endswith(".shared"):
                 shared[label, letter] = low_rank[module][part]
