@@ -193,31 +193,29 @@ def rotation_bases(seed: int, name: str, out: int, inside: int, rank: int) -> tu
 
 
 class _CoreMatrix(torch.autograd.Function):
-    """M with its derivative written out: some twenty small products and sums would each be a node of their own."""
+    """M = [I p]^T diag(s + ds) [I q], its first diagonal s + ds replaced by ds; and its derivative, written out.
+
+    In few operations: they are small, and each costs more to call than to compute.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, shift: Tensor, p: Tensor, q: Tensor) -> Tensor:
         count = len(values)
-        moved = values + shift
-        right = moved[:, None] * q
-        core = p.new_zeros(count + p.shape[1], count + p.shape[1])
-        core[:count, :count].diagonal().copy_(shift)
-        core[:count, count:] = right
-        core[count:, :count] = (moved[:, None] * p).T
-        core[count:, count:] = p.T @ right
-        ctx.save_for_backward(moved, p, q)
+        unit = torch.eye(count, dtype=p.dtype, device=p.device)
+        left, right = torch.cat((unit, p), dim=1), torch.cat((unit, q), dim=1)
+        moved = (values + shift)[:, None]
+        core = (left * moved).T @ right
+        core.diagonal()[:count].copy_(shift)
+        ctx.save_for_backward(moved, left, right)
         return core
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
-        moved, p, q = ctx.saved_tensors
+        moved, left, right = ctx.saved_tensors
         count = len(moved)
-        upper, lower, corner = grad[:count, count:], grad[count:, :count].T, grad[count:, count:]
-        by_right = torch.addmm(upper, p, corner)  # derivative by diag(s + ds) q
-        by_left = torch.addmm(lower, q, corner.T)  # and by diag(s + ds) p
-        shift = grad.diagonal()[:count] + (by_right * q).sum(1) + (lower * p).sum(1)
-        return None, shift, moved[:, None] * by_left, moved[:, None] * by_right
+        by_right, by_left = left @ grad, right @ grad.T  # derivatives by diag(s + ds) [I q] and diag(s + ds) [I p]
+        return None, (by_right * right).sum(1), by_left[:, count:] * moved, by_right[:, count:] * moved
 
 
 def core_matrix(values: Tensor, shift: Tensor, p: Tensor, q: Tensor) -> Tensor:
