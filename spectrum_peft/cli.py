@@ -379,6 +379,12 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, metavar="N", help="rows that are measured; default 256")
     add("--batch-size", type=int, metavar="N", help="samples at a time; the result does not depend on it; default 8")
     add("--directions", type=int, metavar="N", help="gradient directions that are compared; 0: none; default 8")
+    add(
+        "--svd-rank",
+        type=int,
+        metavar="K",
+        help="singular components whose importance is measured, for mode lorsa; default 0",
+    )
     add("--seed", type=int, default=0, help="of the draw of rows and of the sketches")
     _data_options(parser)
     _load_options(parser)

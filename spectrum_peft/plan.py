@@ -72,6 +72,8 @@ DEFAULT_RATIO = 0.5
 CRITERIA = ("spectrum", "mp", "mean_std", "row_norm", "kappa", "fisher", "random", "last", "first")
 # What decides how much is chosen; one of them only.
 _AMOUNTS = ("spectrum_ratio", "snr_threshold", "score_cuts", "trainable_parameters")
+# What decides which matrices are chosen by score.
+_CHOOSING = ("criterion", "spectrum_ratio", "snr_threshold", "scope", "measure", "backward_depth")
 # Added by the published script whatever the scores say.
 _PUBLISHED_ALWAYS = ("^lm_head.weight$", "^model.embed_tokens.weight$")
 _EXPERT = re.compile(r"^(?P<name>.+)\[(?P<expert>\d+)\]$")
@@ -356,6 +358,21 @@ def make_plan(
 def needs_gradients(options: Mapping[str, Any]) -> bool:
     """Whether a plan with these checked options can only be made with a `GradientReport`."""
     return MODES[options["mode"]].needs_data or options["criterion"] == "fisher"
+
+
+def worth_probing(
+    report: SnrReport, candidates: Iterable[str] | None, options: Mapping[str, Any]
+) -> Iterable[str] | None:
+    """Of the candidates, those whose gradients a plan with these checked options asks for; None for all.
+
+    A mode that looks at singular components asks for those of the matrices that the weights' scores choose; what goes by
+    the gradients themselves must see all.
+    """
+    if "svd_rank" not in MODES[options["mode"]].own_options or options["criterion"] == "fisher":
+        return candidates
+    shared = {name: options[name] for name in _CHOOSING}
+    plan = make_plan(report, candidates=candidates, mode="spectra_qlora", **shared)
+    return [e.name for e in plan.entries if e.action != "save" and e.trains]
 
 
 def _scored_by(gradients: GradientReport | None, report: SnrReport) -> SnrReport:

@@ -89,6 +89,11 @@ MODES: dict[str, Mode] = {
             action="shared", default_lr=2e-4, needs_data=True,
             own_options=frozenset({"similarity", "similarity_threshold", "n_groups", "share", "group_gain"}),
         ),
+        Mode(
+            "lorsa", "singular values shift and their vectors turn, for the components that the data ask for",
+            select="components", action="lorsa", default_lr=1e-3, needs_data=True,
+            own_options=frozenset({"n_components", "component_scope", "svd_rank", "rotation_rank"}),
+        ),
     )
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,16 @@ from torch.nn import functional
 from . import names
 from .errors import DataError, OptionError, near_matches
 from .records import GradientReport, GradientStat, Similarity
+from .scan import cache_folder
+from .svd import SingularTriplets, cached_svd
 from .tasks import IGNORED, label_ids, label_names, select_columns
-from .weights import LiveWeights, TensorInfo, keep_4bit_differentiable
+from .weights import LiveWeights, TensorInfo, keep_4bit_differentiable, matrix_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 DEFAULT_SAMPLES = 256
 _BATCH_SIZE = 8
@@ -192,6 +195,39 @@ class MeanGradients:
         return subspace, cosine
 
 
+class ComponentImportance:
+    """What each singular component of a matrix has to do with the loss: s_i^2 E[(dL/ds_i)^2], the mean over samples.
+
+    dL/ds_i = u_i^T G v_i is the sum over a sample's tokens of (g_t . u_i)(x_t . v_i), so that no gradient is formed.
+
+    Args:
+        bases: {parameter: its leading singular triplets}; what is not in it is not measured.
+    """
+
+    def __init__(self, bases: Mapping[str, SingularTriplets]) -> None:
+        self.bases = bases
+        self._squares: dict[str, Tensor] = {}
+
+    def see(self, name: str, x: Tensor, g: Tensor) -> None:
+        if name not in self.bases:
+            return
+        basis = self.bases[name]
+        right, left = (rows.to(device=x.device, dtype=x.dtype) for rows in (basis.right, basis.left))
+        slopes = ((x @ right.T).mul_(g @ left.T)).sum(dim=1)
+        square = slopes.double().square_().sum(dim=0)
+        self._squares[name] = square + self._squares[name] if name in self._squares else square
+
+    def see_whole(self, name: str, gradient: Tensor) -> None:
+        """Fused experts have no basis of their own."""
+
+    def fields(self, name: str, numel: int, samples: int) -> dict[str, Any]:
+        if name not in self.bases:
+            return {}
+        values = self.bases[name].values.double().cpu()
+        mean = self._squares[name].cpu() / samples if name in self._squares else torch.zeros_like(values)
+        return {"singular_values": tuple(values.tolist()), "importance": tuple((values.square() * mean).tolist())}
+
+
 def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
@@ -206,6 +242,7 @@ def probe_gradients(
     candidates: Iterable[str] | None = None,
     directions: int = 8,
     sketch: int = 32,
+    svd_rank: int = 0,
     seed: int = 0,
 ) -> GradientReport:
     """Measure the gradients of a model's matrices on calibration batches.
@@ -226,22 +263,29 @@ def probe_gradients(
         directions: of the strongest gradient directions that `Similarity.subspace` compares; 0: nothing is compared, and no
             sketch kept.
         sketch: rank of the sketches; 2.5 times that many vectors of each side are kept of a matrix.
+        svd_rank: singular components of each matrix whose importance is measured, the largest first; 0: none. Of the matrix
+            that the layer computes with, dequantized on 4 bit; memory holds their vectors meanwhile, 4 svd_rank (out + in)
+            bytes of a matrix, and `$SPECTRUM_PEFT_CACHE` keeps them.
         seed: of the sketches' random matrices.
     Raises:
         DataError: no batch, a batch without labels, a loss or gradient that is NaN or infinite (by batch), or no candidate
             that got a gradient.
-        OptionError: a candidate that the model lacks; directions above sketch.
+        OptionError: a candidate that the model lacks; directions above sketch; svd_rank below 0.
     """
+    if svd_rank < 0:
+        raise OptionError(f"svd_rank is {svd_rank}, wanted at least 0.")
     if not 0 <= directions <= sketch:
         raise OptionError(f"directions is {directions} and sketch is {sketch}, wanted 0 <= directions <= sketch.")
     source = LiveWeights(model)
     infos = _candidates(source, candidates)
     means = MeanGradients(sketch, seed) if directions else None
     collectors: list[Collector] = [FisherMass(), *([means] if means else [])]
+    if svd_rank:
+        collectors.append(ComponentImportance(_bases(source, infos, svd_rank)))
     with _undisturbed(model):
         probe = _Probe(model, source, infos, collectors)
         try:
-            for number, batch in enumerate(_counted(batches)):
+            for number, batch in enumerate(_with_bar(batches, "probe", "batch")):
                 probe.take(batch, number)
         finally:
             probe.remove()
@@ -264,6 +308,7 @@ def probe_gradients(
         settings={
             "directions": directions,
             "sketch": sketch,
+            "svd_rank": svd_rank,
             "seed": seed,
             "dtype": str(getattr(model, "dtype", next(model.parameters()).dtype)).removeprefix("torch."),
             "quantization": next((t.dtype for t in infos.values() if t.dtype in {"nf4", "fp4", "int8"}), None),
@@ -282,6 +327,20 @@ def _candidates(source: LiveWeights, wanted: Iterable[str] | None) -> dict[str, 
     if not chosen:
         raise OptionError("candidates: the model has no linear matrix that a plan could choose.")
     return chosen
+
+
+def _bases(source: LiveWeights, infos: Mapping[str, TensorInfo], svd_rank: int) -> dict[str, SingularTriplets]:
+    """{parameter: singular triplets of the matrix that its layer computes with}; fused experts are left out."""
+    folder = cache_folder() / "svd"
+    matrices = [name for name, info in infos.items() if len(info.shape) == 2 and name.endswith(".weight")]
+
+    def one(name: str) -> SingularTriplets:
+        matrix = matrix_of(source.place(name)[0])
+        if not torch.isfinite(matrix).all():
+            raise DataError(f"{name}: holds NaN or Inf, wanted a finite matrix to decompose.")
+        return cached_svd(matrix, min(svd_rank, *matrix.shape), folder)
+
+    return {name: one(name) for name in _with_bar(matrices, "decompose", "matrix")}
 
 
 def _similarities(
@@ -330,13 +389,13 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def _counted(batches: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
-    """The batches, with a bar on standard error where that is a terminal."""
+def _with_bar(items: Iterable[_T], what: str, unit: str) -> Iterable[_T]:
+    """The items, with a bar on standard error where that is a terminal."""
     if not sys.stderr.isatty():
-        return batches
+        return items
     from tqdm import tqdm
 
-    return tqdm(batches, unit="batch", desc="probe", file=sys.stderr)
+    return tqdm(items, unit=unit, desc=what, file=sys.stderr)
 
 
 @dataclasses.dataclass

@@ -601,7 +601,7 @@ def probe(options: argparse.Namespace) -> GradientReport:
     samples = DEFAULT_SAMPLES if options.samples is None else options.samples
     batches = calibration_batches(rows, tokenizer, samples, options.seed, task=task.name, labels=labels, **given)
     directions = {} if options.directions is None else {"directions": options.directions}
-    return probe_gradients(model, batches, seed=options.seed, **directions)
+    return probe_gradients(model, batches, seed=options.seed, svd_rank=options.svd_rank or 0, **directions)
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import names
 from ..config import SpectrumConfig, candidates_of
 from ..errors import CheckpointError, MismatchError, OptionError, near_matches
-from ..plan import OPTIONS, make_plan, needs_gradients
+from ..plan import OPTIONS, make_plan, needs_gradients, worth_probing
 from ..policies import MODES
 from ..probe import probe_gradients
 from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, GradientReport, Plan, PlanEntry, SnrReport
@@ -188,7 +188,9 @@ def _settled(model: nn.Module, config: SpectrumConfig) -> Plan:
         _check_fingerprint(report.fingerprint, model, "the report", config.force)
     report = _report_with_model_names(report, present)
     candidates = candidates_of(config, report)
-    gradients = _gradients(model, config, options, candidates, present) if needs_gradients(options) else None
+    gradients = None
+    if needs_gradients(options):
+        gradients = _gradients(model, config, options, worth_probing(report, candidates, options), present)
     plan = make_plan(report, gradients=gradients, candidates=candidates, **options)
     config.report = report
     _settle_tokens(model, config, plan, present)
@@ -199,7 +201,7 @@ def _gradients(
     model: nn.Module,
     config: SpectrumConfig,
     options: Mapping[str, Any],
-    candidates: list[str] | None,
+    candidates: Iterable[str] | None,
     present: Mapping[str, Any],
 ) -> GradientReport | None:
     """The gradients that were given, or those of the calibration data, which is then dropped; None without either."""
@@ -214,13 +216,14 @@ def _gradients(
         return dataclasses.replace(_renamed(gradients, found), fingerprint=None)
     if config.calibration_data is None:
         return None
-    compared = "similarity" in MODES[config.mode].own_options
+    own = MODES[config.mode].own_options
     gradients = probe_gradients(
         base_of(model),
         config.calibration_data,
         candidates=candidates,
         seed=options["seed"],
-        **({} if compared else {"directions": 0}),
+        svd_rank=options["svd_rank"] if "svd_rank" in own else 0,
+        **({} if "similarity" in own else {"directions": 0}),
     )
     config.gradients, config.calibration_data = gradients, None
     return gradients

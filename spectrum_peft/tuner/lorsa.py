@@ -156,16 +156,20 @@ class Basis(_KeepsDtype):
 
 
 class Core(_KeepsDtype):
-    """The trained part: `shift` (|S|,) of the singular values, `p` and `q` (|S|, r), turns of their vectors. Zero at first."""
+    """The trained part: `shift` (|S|,) of the singular values, `p` and `q` (|S|, r), turns of their vectors. Zero at first.
 
-    def __init__(self, basis: Basis, *, keeps_dtype: bool) -> None:
+    Args:
+        dtype: that they train in; None for float32 whatever the base's dtype is.
+    """
+
+    def __init__(self, basis: Basis, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self._basis = (basis,)
-        self.keeps_dtype = keeps_dtype
+        self.keeps_dtype = dtype is None
         count, device = len(basis.components), basis.values.device
-        self.shift = nn.Parameter(torch.zeros(count, device=device))
-        self.p = nn.Parameter(torch.zeros(count, basis.rank, device=device))
-        self.q = nn.Parameter(torch.zeros(count, basis.rank, device=device))
+        self.shift = nn.Parameter(torch.zeros(count, device=device, dtype=dtype or torch.float32))
+        self.p = nn.Parameter(torch.zeros(count, basis.rank, device=device, dtype=dtype or torch.float32))
+        self.q = nn.Parameter(torch.zeros(count, basis.rank, device=device, dtype=dtype or torch.float32))
 
     def matrix(self) -> Tensor:
         """M, (|S| + r, |S| + r), float32."""
@@ -226,7 +230,7 @@ def install(
     """
     trains = any(p.requires_grad for p in layer.lora_A[adapter].parameters())
     basis = Basis(layer, entry, svd_rank=svd_rank, seed=seed)
-    core = Core(basis, keeps_dtype=keeps_dtype)
+    core = Core(basis, None if keeps_dtype else layer.lora_B[adapter].weight.dtype)  # type: ignore[arg-type]
     layer.lora_A[adapter], layer.lora_B[adapter] = basis, core
     layer.lora_variant[adapter] = SingularBasis()
     total = len(basis.components) + basis.rank
