@@ -26,6 +26,7 @@ WHEN = {
     "spectra_qlora": "QLoRA with half of the adapter memory",
     "alors": "one budget, spent where the scores are high; ranks may move during training",
     "sgm": "adapters have to be small in number: blocks with like gradients share a factor; needs calibration data",
+    "lorsa": "a task shall be stored in a few thousand numbers that train: below LoRA of rank 1; needs calibration data",
 }
 # Which contestant of benchmarks/modes.py stands for a mode; "4-bit" rows are compared with full training in float32, too.
 CONTESTANT = {

@@ -245,7 +245,10 @@ def _gradients_of(report: SnrReport, seed: int = 0) -> GradientReport:
         name = s.name.partition("[")[0]
         assert s.shape is not None
         if all(name != known.name for known in stats):
-            stats.append(GradientStat(name, s.kind, s.shape, random_.lognormvariate(-20, 1)))
+            mass, few = random_.lognormvariate(-20, 1), random.Random(name)
+            values = tuple(sorted((few.lognormvariate(0, 0.5) for _ in range(min(s.shape))), reverse=True))
+            importance = tuple(few.lognormvariate(-5, 2) for _ in values)
+            stats.append(GradientStat(name, s.kind, s.shape, mass, values, importance))
             if name == s.name:
                 alike.setdefault((s.kind, s.shape), []).append(name)
     tables = []
