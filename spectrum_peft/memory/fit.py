@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import OptionError, SpectrumError
 from ..plan import OPTIONS, check_options, format_table, make_plan
 from ..policies import MODES
-from ..records import MemoryReport, Plan, SnrReport
+from ..records import GradientReport, MemoryReport, Plan, SnrReport
 from .estimate import estimate_memory
 from .step import EIGHT_BIT_ADAM
 
@@ -93,6 +93,7 @@ def find_fit(
     mode: str | Sequence[str] = "spectrum",
     budget: str = "24GiB",
     margin: float = 0.05,
+    gradients: GradientReport | str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Fit:
     """Search the largest plan that fits, with few dry runs.
@@ -106,11 +107,12 @@ def find_fit(
         mode: key of `policies.MODES`, or several, best first: the first of which any plan fits is taken.
         budget: with a unit, `24GiB` or `24GB`. What CUDA's context takes must be left out of it, or be in the margin.
         margin: share of the budget that stays free, in [0, 1).
+        gradients: for modes that need data, as `make_plan` takes them.
         options: of `make_plan`, and of `estimate_memory`. `gradient_checkpointing="auto"` tries without and then with,
             `batch_size="auto"` the largest power of two up to 64 at which the smallest plan fits.
     Raises:
-        OptionError: the budget has no unit, or is not above zero; nothing fits: the message says the smallest need,
-            whether the weights alone are above the budget, and what would help.
+        OptionError: the budget has no unit, or is not above zero; no mode is given; nothing fits: the message says the
+            smallest need, whether the weights alone are above the budget, and what would help.
     """
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < 1:
         raise OptionError(f"margin is {margin!r}, wanted a share in [0, 1): 0.05 leaves 5 % of the budget free.")
@@ -120,8 +122,10 @@ def find_fit(
     plan_options = {k: v for k, v in options.items() if k in OPTIONS}
     settings = {k: v for k, v in options.items() if k not in OPTIONS}
     modes = [mode] if isinstance(mode, str) else list(mode)
+    if not modes:
+        raise OptionError("mode is empty, wanted one or several of " + ", ".join(MODES) + ".")
     where = {k: settings.pop(k) for k in ("model_class", "revision", "trust_remote_code") if k in settings}
-    search = _Search(model, report, limit, where)
+    search = _Search(model, report, gradients, limit, where)
     checkpointing = settings.pop("gradient_checkpointing", False)
     batch = settings.pop("batch_size", 1)
     for one in modes:
@@ -137,8 +141,8 @@ def find_fit(
 class _Search:
     """Dry runs of plans of one report on one model, each made once."""
 
-    def __init__(self, model: Any, report: SnrReport, limit: int, where: Mapping[str, Any]) -> None:
-        self.model, self.report, self.limit, self.where = model, report, limit, where
+    def __init__(self, model: Any, report: SnrReport, gradients: Any, limit: int, where: Mapping[str, Any]) -> None:
+        self.model, self.report, self.gradients, self.limit, self.where = model, report, gradients, limit, where
         self.tried: list[tuple[str, float | None, int]] = []
         self._known: dict[tuple[str, str], MemoryReport] = {}
 
@@ -146,6 +150,8 @@ class _Search:
         key = (plan.digest, repr(sorted(settings.items())))
         if key not in self._known:
             found = estimate_memory(self.model, plan, **settings, **self.where)
+            if not found.complete:
+                logger.warning("%s", found.notes[0])
             self._known[key] = found
             self.tried.append((plan.mode, plan.options.get("spectrum_ratio"), found.peak_bytes))
             logger.info(
@@ -155,7 +161,7 @@ class _Search:
 
     def run(self, options: Mapping[str, Any], settings: Mapping[str, Any]) -> Fit | None:
         """The largest plan within the limit, or None where the smallest is above it."""
-        plans = _plans(self.report, options)
+        plans = self.plans(options)
         peaks: dict[int, int] = {}
 
         def peak(at: int) -> int:
@@ -179,21 +185,46 @@ class _Search:
                 high = at
                 if high - 1 > low and peak(high - 1) <= self.limit:
                     low = high - 1
-        note = f"fitted to {format_bytes(self.limit)}: predicted peak {format_bytes(peaks[low])} with " + ", ".join(
-            f"{k}={v}" for k, v in sorted(settings.items())
+        memory = self.memory(plans[low], settings)
+        note = (
+            f"fitted to {format_bytes(self.limit)}: predicted peak {format_bytes(peaks[low])} "
+            + ("" if memory.complete else "WITHOUT ACTIVATIONS, so that it may not fit, ")
+            + "with "
+            + ", ".join(f"{k}={v}" for k, v in sorted(settings.items()))
         )
         return Fit(
             plan=plans[low].replace(notes=(*plans[low].notes, note)),
-            memory=self.memory(plans[low], settings),
+            memory=memory,
             step=dict(settings),
             next_plan=plans[low + 1] if low + 1 < len(plans) else None,
             tried=tuple(self.tried),
         )
 
+    def plans(self, options: Mapping[str, Any]) -> list[Plan]:
+        """The distinct plans of a mode from the smallest ratio to 1; one plan where no ratio chooses."""
+        checked = check_options(**options)
+        if checked["spectrum_ratio"] is None or "spectrum_ratio" in options or not MODES[checked["mode"]].selective:
+            return [make_plan(self.report, gradients=self.gradients, **options)]
+        whole = make_plan(self.report, gradients=self.gradients, **{**options, "spectrum_ratio": 1.0})
+        sizes: Counter[str] = Counter()
+        for entry in whole.entries:
+            if entry.action != "save":
+                sizes[entry.kind if checked["scope"] == "per_kind" else ""] += 1
+        if checked["measure"] == "count":
+            ratios = sorted({k / n for n in set(sizes.values()) for k in range(1, n + 1)})
+        else:
+            ratios = [k / 200 for k in range(1, 201)]
+        found: list[Plan] = []
+        for ratio in ratios:
+            plan = make_plan(self.report, gradients=self.gradients, **{**options, "spectrum_ratio": ratio})
+            if not found or plan.digest != found[-1].digest:
+                found.append(plan)
+        return found
+
     def why_nothing_fits(
         self, budget: str, margin: float, options: Mapping[str, Any], settings: Mapping[str, Any]
     ) -> str:
-        smallest = _plans(self.report, options)[0]
+        smallest = self.plans(options)[0]
         need = self.memory(smallest, settings)
         frozen = sum(need.by_category.get(name, 0) for name in ("weights", "quantized_weights"))
         told = f"nothing fits {budget}" + (f" less {margin:.0%} margin" if margin else "")
@@ -232,28 +263,6 @@ class _Search:
             yield {"optimizer": "adamw_8bit"}
         if settings.get("quantization") is None:
             yield {"quantization": "nf4"}
-
-
-def _plans(report: SnrReport, options: Mapping[str, Any]) -> list[Plan]:
-    """The distinct plans of a mode from the smallest ratio to 1; one plan where no ratio chooses."""
-    checked = check_options(**options)
-    if checked["spectrum_ratio"] is None or "spectrum_ratio" in options or not MODES[checked["mode"]].selective:
-        return [make_plan(report, **options)]
-    whole = make_plan(report, **{**options, "spectrum_ratio": 1.0})
-    sizes: Counter[str] = Counter()
-    for entry in whole.entries:
-        if entry.action != "save":
-            sizes[entry.kind if checked["scope"] == "per_kind" else ""] += 1
-    if checked["measure"] == "count":
-        ratios = sorted({k / n for n in set(sizes.values()) for k in range(1, n + 1)})
-    else:
-        ratios = [k / 200 for k in range(1, 201)]
-    plans: list[Plan] = []
-    for ratio in ratios:
-        plan = make_plan(report, **{**options, "spectrum_ratio": ratio})
-        if not plans or plan.digest != plans[-1].digest:
-            plans.append(plan)
-    return plans
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
