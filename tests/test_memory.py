@@ -619,6 +619,8 @@ def test_sizes_are_read_with_their_units() -> None:
     ({"device": "tpu"}, "device is 'tpu'"),
     ({"checkpointing": True}, "unknown setting 'checkpointing'.*gradient_checkpointing"),
     ({"margin": 1.0}, "margin is 1.0, wanted a share"),
+    ({"mode": []}, "mode is empty, wanted one or several of full, spectrum"),
+    ({"mode": ("spectrum", "sparse")}, "mode is 'sparse'"),
 ])  # fmt: skip
 def test_a_setting_outside_its_range_is_refused(
     tiny_llama_folder: Path, report: SnrReport, settings: dict[str, Any], text: str
@@ -647,6 +649,15 @@ def test_code_that_asks_for_values_is_named_and_the_rest_is_counted(tmp_path: Pa
     assert found.by_category["optimizer"] == pytest.approx(8 * numel, rel=0.01)
     assert found.peak_bytes == pytest.approx(16 * numel, rel=0.01)
     assert "activations are missing" in describe_memory(found)
+
+
+def test_a_fit_without_activations_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    _, config = _families()["mixtral"]
+    config._experts_implementation = "eager"
+    fit = find_fit(config, report_of_config(config), mode="lora", budget="1GiB", r=2, **ON_CPU)
+    assert not fit.memory.complete
+    assert "WITHOUT ACTIVATIONS, so that it may not fit" in fit.plan.notes[-1]
+    assert "activations are missing: aten.nonzero" in caplog.text
 
 
 def test_errors_of_a_model_are_not_taken_for_missing_values(tiny_llama: Any, report: SnrReport) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import OptionError, SpectrumError
 from ..plan import OPTIONS, check_options, format_table, make_plan
-from ..policies import MODES
+from ..policies import MODES, get_mode
 from ..records import GradientReport, MemoryReport, Plan, SnrReport
 from .estimate import estimate_memory
 from .step import EIGHT_BIT_ADAM
@@ -124,6 +124,8 @@ def find_fit(
     modes = [mode] if isinstance(mode, str) else list(mode)
     if not modes:
         raise OptionError("mode is empty, wanted one or several of " + ", ".join(MODES) + ".")
+    for one in modes:
+        get_mode(one)
     where = {k: settings.pop(k) for k in ("model_class", "revision", "trust_remote_code") if k in settings}
     search = _Search(model, report, gradients, limit, where)
     checkpointing = settings.pop("gradient_checkpointing", False)
