@@ -241,7 +241,7 @@ def measure(cell: Cell, device: str) -> dict[str, Any]:
         None, **options,
     )  # fmt: skip
     del tokenizer  # some 30 MiB that are no part of the step
-    _out_of_the_file(model)
+    _out_of_the_file()
     gc.collect()
     _trim()
     loaded = common.resident() or 0
@@ -261,15 +261,19 @@ def measure(cell: Cell, device: str) -> dict[str, Any]:
     return found
 
 
-def _out_of_the_file(model: Any) -> None:
-    """Copy weights into memory of the process: transformers maps the file, and its pages, read once, would stay resident."""
+def _out_of_the_file() -> None:
+    """Copy tensors into memory of the process: transformers maps the file, and its pages, read once, would stay resident.
+
+    All tensors there are, not the model's parameters only: a second reference to one weight keeps the whole file mapped.
+    """
     import torch
 
-    copies: dict[int, torch.Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    copies: dict[Any, torch.Tensor] = {}
+    for tensor in [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]:
         if tensor.is_floating_point() and tensor.device.type == "cpu":
-            key = tensor.untyped_storage().data_ptr()
-            copies[key] = copies.get(key, tensor.detach().clone())
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if key not in copies:
+                copies[key] = tensor.detach().clone()
             tensor.data = copies[key]
 
 
