@@ -198,6 +198,7 @@ def _memory_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="of `scan`; without it the plans take the first blocks, the most expensive choice",
     )
+    add("--gradients", metavar="FILE", help="of `probe`; for modes that need data")
     add("-o", "--output", metavar="FILE", help="with --fit the plan, else the memory report, or the table as JSON")
     group = parser.add_argument_group("the step (defaults: what `train` does without flags, on one GPU)")
     add = group.add_argument
@@ -266,15 +267,17 @@ def _memory(options: argparse.Namespace, rest: Rest) -> None:
     if options.fit:
         margin = {} if options.margin is None else {"margin": options.margin}
         fit = memory.find_fit(
-            model, report, mode=mode or "spectrum", budget=options.fit, **margin, **chosen, **settings
-        )
+            model, report, mode=mode or "spectrum", budget=options.fit, gradients=options.gradients, **margin,
+            **chosen, **settings,
+        )  # fmt: skip
         print(fit.plan.notes[-1])
         print(memory.describe_memory(fit.memory))
         _write(fit.plan, options.output)
         return
     rows = memory.memory_table(
-        model, report, plan_options=chosen, **({} if mode is None else {"modes": [mode]}), **settings
-    )
+        model, report, modes=None if mode is None else [mode], gradients=options.gradients, plan_options=chosen,
+        **settings,
+    )  # fmt: skip
     print(memory.describe_table(rows))
     for note in dict.fromkeys(note for row in rows for note in row.memory.notes):
         print(f"note: {note}")

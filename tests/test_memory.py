@@ -26,6 +26,7 @@ from spectrum_peft.memory import (
     describe_memory,
     describe_table,
     find_fit,
+    gradients_of_report,
     measure_memory,
     memory_table,
     parse_bytes,
@@ -34,7 +35,8 @@ from spectrum_peft.memory import (
 )
 from spectrum_peft.memory.fakes import kernels_of, on_fake_tensors
 from spectrum_peft.memory.step import _EightBitAdamSizes
-from spectrum_peft.records import MemoryReport, Plan, SnrReport
+from spectrum_peft.policies import MODES
+from spectrum_peft.records import GradientReport, MemoryReport, Plan, SnrReport
 from spectrum_peft.weights import give_storage_without_values
 
 ON_CPU: dict[str, Any] = {"batch_size": 2, "max_length": 32, "dtype": "float32", "device": "cpu"}
@@ -132,13 +134,17 @@ def test_sizes_are_rounded_up_to_the_blocks_of_the_allocator() -> None:
         ("lora", {"r": 8}, {"optimizer": "sgd"}),
         ("alors", {"rescore_every": 5}, {}),
         ("alors", {}, {"gradient_checkpointing": True, "trainer": "sft"}),
+        ("sgm", {"group_gain": True}, {}),
+        ("sgm", {"share": "both", "spectrum_ratio": 0.75}, {"gradient_checkpointing": True}),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value,
 )
 def test_the_dry_run_is_the_real_step(
-    tiny_llama_folder: Path, report: SnrReport, mode: str, options: dict[str, Any], step: dict[str, Any]
-) -> None:
-    plan = make_plan(report, mode=mode, **options)
+    tiny_llama_folder: Path, report: SnrReport, gradients_of: Callable[..., GradientReport], mode: str,
+    options: dict[str, Any], step: dict[str, Any],
+) -> None:  # fmt: skip
+    gradients = gradients_of(report) if MODES[mode].needs_data else None
+    plan = make_plan(report, gradients=gradients, mode=mode, **options)
     found = predicted(tiny_llama_folder, plan, **step)
     assert found.complete, found.notes
     agree(found, measured(tiny_llama_folder, plan, **step))
@@ -243,6 +249,28 @@ def test_a_config_with_fields_of_lora_is_followed(tiny_llama_folder: Path, repor
     assert predicted(tiny_llama_folder, SpectrumConfig(**base, lora_dropout=0.1)).peak_bytes > plain.peak_bytes
     saved = predicted(tiny_llama_folder, SpectrumConfig(**base, modules_to_save=["lm_head"]))
     assert saved.trainable_parameters == plain.trainable_parameters + 264 * 64
+
+
+def test_a_mode_that_needs_data_is_counted_with_and_without_gradients(
+    tiny_llama_folder: Path, report: SnrReport, gradients_of: Callable[..., GradientReport]
+) -> None:
+    gradients, options = gradients_of(report), {"mode": "sgm", "spectrum_ratio": 0.5, "r": 4}
+    plan = make_plan(report, gradients=gradients, **options)
+    assert any(e.group for e in plan.entries)
+    config = SpectrumConfig(**options, report=report, gradients=gradients, task_type="CAUSAL_LM")
+    found = predicted(tiny_llama_folder, config)
+    assert found.peak_bytes == predicted(tiny_llama_folder, plan).peak_bytes
+    alone = make_plan(report, gradients=gradients_of_report(report), **options)
+    bound = predicted(tiny_llama_folder, alone)
+    assert bound.trainable_parameters == make_plan(report, **{**options, "mode": "spectra_qlora"}).trainable_parameters
+    assert bound.trainable_parameters > found.trainable_parameters
+    fit = find_fit(
+        tiny_llama_folder, report, mode="sgm", budget=f"{found.peak_bytes}B", margin=0.0, gradients=gradients, r=4,
+        spectrum_ratio=0.5, **ON_CPU,
+    )  # fmt: skip
+    assert fit.plan.digest == plan.digest
+    with pytest.raises(OptionError, match="mode 'sgm' needs gradients on data"):
+        find_fit(tiny_llama_folder, report, mode="sgm", **ON_CPU)
 
 
 def test_nothing_is_left_behind(tiny_llama_folder: Path, report: SnrReport) -> None:
@@ -442,9 +470,10 @@ def test_a_table_has_every_ratio_and_the_adapter_modes(tiny_llama_folder: Path, 
     peaks = [row.memory.peak_bytes for row in spectrum]
     assert peaks == sorted(peaks, reverse=True)
     assert {(row.plan.mode, row.memory.settings["quantization"]) for row in rows} == {
-        ("full", None), ("spectrum", None), ("lora", None), ("lora", "nf4"), ("spectra_qlora", None),
-        ("spectra_qlora", "nf4"), ("alors", None), ("alors", "nf4"),
-    }  # fmt: skip
+        (name, base) for name, mode in MODES.items() for base in ((None,) if mode.real_weights else (None, "nf4"))
+    }
+    assumed = {row.plan.mode for row in rows if any("without gradients on data" in note for note in row.memory.notes)}
+    assert assumed == {name for name, mode in MODES.items() if mode.needs_data}
     lines = describe_table(rows).splitlines()
     assert len(lines) == len(rows) + 2
     assert f"{rows[0].memory.trainable_parameters:,}" in lines[2]

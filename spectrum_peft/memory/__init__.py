@@ -15,7 +15,15 @@ products, blocks of 512 bytes. Not modelled: CUDA's context, cuBLAS workspaces, 
 not use.
 """
 
-from .estimate import SHARDINGS, estimate_memory, measure_memory, report_of_config, shard, usual_step
+from .estimate import (
+    SHARDINGS,
+    estimate_memory,
+    gradients_of_report,
+    measure_memory,
+    report_of_config,
+    shard,
+    usual_step,
+)
 from .fit import (
     RATIOS,
     Fit,
@@ -53,6 +61,7 @@ __all__ = [
     "find_fit",
     "fit_to_memory",
     "format_bytes",
+    "gradients_of_report",
     "measure_memory",
     "memory_table",
     "parse_bytes",

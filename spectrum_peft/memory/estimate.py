@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,9 +19,9 @@ from .. import names
 from ..config import SpectrumConfig, candidates_of
 from ..errors import MismatchError, OptionError, near_matches
 from ..loading import made_trainable
-from ..plan import make_plan
+from ..plan import OPTIONS, make_plan
 from ..policies import MODES
-from ..records import Fingerprint, MemoryReport, Plan, SnrReport
+from ..records import Fingerprint, GradientReport, GradientStat, MemoryReport, Plan, SnrReport
 from ..tuner import settle_plan
 from ..weights import base_module
 from .fakes import (
@@ -71,6 +72,20 @@ def report_of_config(
     settings = SpectrumConfig(mode="spectrum", criterion=criterion, seed=seed)
     settle_plan(skeleton, settings)
     return dataclasses.replace(settings.report, model_id=_name_of(model))
+
+
+def gradients_of_report(report: SnrReport, *, svd_rank: int = OPTIONS["svd_rank"]) -> GradientReport:
+    """Gradients as if no matrix were like another and all components weighed alike: for plans whose size is of interest.
+
+    With them `sgm` shares nothing, so that its memory is an upper bound; `lorsa` takes as many components of each matrix
+    whatever their importance, but for `component_scope="global"`.
+    """
+    stats = []
+    for s in report.stats:
+        if s.shape is not None and len(s.shape) == 2:
+            alike = (1.0,) * min(svd_rank, *s.shape)
+            stats.append(GradientStat(s.name, s.kind, s.shape, fisher=1.0, singular_values=alike, importance=alike))
+    return GradientReport(stats=tuple(stats), similarities=(), samples=0, loss=math.nan, model_id=report.model_id)
 
 
 def _name_of(model: Any) -> str | None:
@@ -219,8 +234,12 @@ def _asked(plan: Any) -> tuple[SpectrumConfig, Plan]:
             report = config.resolved_report()
             if report is None:
                 raise OptionError("the SpectrumConfig has neither plan nor report, and there are no weights to scan.")
-            first = make_plan(report, candidates=candidates_of(config, report), **config.options())
+            gradients = config.resolved_gradients()
+            first = make_plan(
+                report, gradients=gradients, candidates=candidates_of(config, report), **config.options()
+            )
             config.report = dataclasses.replace(report, fingerprint=Fingerprint(None, None, "live"))
+            config.gradients = None if gradients is None else dataclasses.replace(gradients, fingerprint=None)
             return config, first
     elif isinstance(plan, Plan | str | os.PathLike):
         config = SpectrumConfig(plan=plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ from ..errors import OptionError, SpectrumError
 from ..plan import OPTIONS, check_options, format_table, make_plan
 from ..policies import MODES, get_mode
 from ..records import GradientReport, MemoryReport, Plan, SnrReport
-from .estimate import estimate_memory
+from .estimate import estimate_memory, gradients_of_report
 from .step import EIGHT_BIT_ADAM
 
 logger = logging.getLogger(__name__)
@@ -286,8 +287,9 @@ def memory_table(
     report: SnrReport,
     *,
     ratios: Sequence[float] = RATIOS,
-    modes: Sequence[str] = ("full", "spectrum", "lora", "spectra_qlora", "alors"),
+    modes: Sequence[str] | None = None,
     quantization: str | None = "nf4",
+    gradients: GradientReport | str | os.PathLike[str] | None = None,
     plan_options: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> list[Row]:
@@ -295,14 +297,17 @@ def memory_table(
 
     Args:
         ratios: of the modes with real weights; adapter modes take the middle one.
+        modes: keys of `policies.MODES`; None for all that the model can have, a warning for each that it cannot.
         quantization: of the bases of adapter modes besides the float one; None for the float one only.
-        plan_options: of `make_plan`, for every row.
+        gradients: for modes that need data; without them they are counted with those of `gradients_of_report`, and the
+            memory report says so.
+        plan_options: of `make_plan`, for every row that takes them.
         settings: of `estimate_memory`, for every row.
     """
     rows = []
     options = dict(plan_options or {})
-    for mode in modes:
-        row = MODES[mode]
+    for mode in MODES if modes is None else modes:
+        row = get_mode(mode)
         own = {k: v for k, v in options.items() if _applies(k, v, mode)}
         bases = [settings.get("quantization")]
         if not row.real_weights and quantization is not None and quantization not in bases:
@@ -310,13 +315,26 @@ def memory_table(
         wanted: Sequence[float | None] = [None]
         if row.selective:
             wanted = ratios if row.real_weights else [options.get("spectrum_ratio") or sorted(ratios)[len(ratios) // 2]]
-        for base in bases:
-            for ratio in wanted:
-                chosen = {**own, "mode": mode, **({} if ratio is None else {"spectrum_ratio": ratio})}
-                plan = make_plan(report, **chosen)
+        assumed = row.needs_data and gradients is None
+        known = gradients_of_report(report, **{k: v for k, v in own.items() if k == "svd_rank"}) if assumed else gradients
+        for ratio in wanted:
+            try:
+                plan = make_plan(
+                    report, gradients=known, **own, mode=mode, **({} if ratio is None else {"spectrum_ratio": ratio})
+                )
+            except OptionError as error:
+                if modes is not None:
+                    raise
+                logger.warning("mode %s is left out: %s", mode, error)
+                break
+            for base in bases:
                 if base is not None and row.whole_model:
                     continue
-                rows.append(Row(plan, estimate_memory(model, plan, **{**settings, "quantization": base})))
+                memory = estimate_memory(model, plan, **{**settings, "quantization": base})
+                if assumed:
+                    note = f"mode {mode}: without gradients on data, as if no matrix were like another"
+                    memory = dataclasses.replace(memory, notes=(*memory.notes, note))
+                rows.append(Row(plan, memory))
     return rows
 
 
