@@ -546,6 +546,11 @@ class _Probe:
         if logits.shape[:-1] != labels.shape:
             raise DataError(f"{where}: labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}.")
         if labels.dim() == 1:
+            if logits.shape[-1] < 2:
+                raise DataError(
+                    f"{where}: the model has one output, of which class ids say nothing. Probe the language model it came "
+                    "from, and give the report as gradients=."
+                )
             return functional.cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels, dtype=torch.bool)
         if self._shift is None:
             self._shift = _shift(logits.detach(), labels, getattr(output, "loss", None))

@@ -16,6 +16,7 @@ from conftest import byte_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from running import (
+    IDS,
     LIBRARIES,
     QUANTIZABLE,
     QUIET,
@@ -47,6 +48,7 @@ from spectrum_peft import (
     SpectrumConfig,
     load_model_with_spectrum,
     make_plan,
+    probe_gradients,
     quantization_config_for,
     scan_weights,
 )
@@ -185,7 +187,10 @@ def test_sft_on_a_bfloat16_base_trains_in_float32(folders: dict[str, Path], tmp_
 
 @pytest.mark.parametrize("mode", only_fast(QUANTIZABLE, fast=["spectrum"]))
 def test_sft_with_peft_config_on_a_base_quantized_by_hand(folders: dict[str, Path], tmp_path: Path, mode: str) -> None:
-    plan = make_plan(scan_weights(str(folders["llama"])), mode=mode, **options_of(mode))
+    options = options_of(mode)
+    data = options.pop("calibration_data", None)
+    gradients = None if data is None else probe_gradients(load(folders["llama"]), data)
+    plan = make_plan(scan_weights(str(folders["llama"])), gradients=gradients, mode=mode, **options)
     base = AutoModelForCausalLM.from_pretrained(
         folders["llama"], dtype=torch.float32,
         quantization_config=quantization_config_for(plan, str(folders["llama"]), compute_dtype=torch.float32),
@@ -278,7 +283,9 @@ def test_dpo_with_peft_config_starts_from_the_base(folders: dict[str, Path], tmp
 
 @pytest.mark.parametrize(
     ("mode", "base"),
-    only_fast([(mode, base) for mode in MODES for base in ("float", "nf4")], fast=[("spectrum", "nf4"), ("alors", "float")]),
+    only_fast(
+        [(mode, base) for mode in MODES for base in ("float", "nf4")], fast=[("spectrum", "nf4"), ("alors", "float")]
+    ),
 )
 def test_the_reference_of_a_ready_adapter_is_its_start_and_does_not_follow(
     folders: dict[str, Path], tmp_path: Path, mode: str, base: str
@@ -334,9 +341,13 @@ def test_dpo_resumes_with_its_reference(folders: dict[str, Path], tmp_path: Path
 def test_reward_training_moves_the_new_head(folders: dict[str, Path], tmp_path: Path, mode: str) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(folders["llama"], num_labels=1, dtype=torch.float32)
     losses = Losses()
+    config = config_of(mode, "SEQ_CLS")
+    if config.calibration_data is not None:  # pairs of answers have no labels: the language model's gradients stand in
+        data, config.calibration_data = config.calibration_data, None
+        config.gradients = probe_gradients(load(folders["llama"]), data)
     run = RewardTrainer(
         model=model, args=RewardConfig(output_dir=str(tmp_path), max_length=32, **LOGGED),
-        train_dataset=preferences(), processing_class=byte_tokenizer(), peft_config=config_of(mode, "SEQ_CLS"),
+        train_dataset=preferences(), processing_class=byte_tokenizer(), peft_config=config,
         callbacks=[SpectrumCallback(), losses],
     )  # fmt: skip
     train_and_check(run)
@@ -374,7 +385,10 @@ def labelled_rows(count: int = 16) -> Dataset:
 @pytest.mark.parametrize("mode", only_fast(MODES, fast=["alors"]))
 def test_classification_with_an_adapter(folders: dict[str, Path], tmp_path: Path, mode: str) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(folders["bert"], num_labels=3, dtype=torch.float32)
-    model = get_peft_model(model, config_of(mode, "SEQ_CLS"))
+    config = config_of(mode, "SEQ_CLS")
+    if config.calibration_data is not None:
+        config.calibration_data = [{"input_ids": IDS, "labels": torch.tensor([0, 2])}]
+    model = get_peft_model(model, config)
     run = trainer(model, tmp_path, [SpectrumCallback()], labelled_rows(), learning_rate=1e-2)
     train_and_check(run)
     names = run.model.peft_config["default"].plan.trainable_names
