@@ -14,9 +14,17 @@ from pydoc_data.topics import topics  # 79 pages about Python that come with it
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from spectrum_peft import SpectrumCallback, SpectrumConfig, export_lora, load_model_with_spectrum, merge_into_base
+from spectrum_peft import (
+    SpectrumCallback,
+    SpectrumConfig,
+    calibration_batches,
+    export_lora,
+    load_model_with_spectrum,
+    merge_into_base,
+)
 from spectrum_peft.errors import SpectrumError
 from spectrum_peft.policies import MODES
 
@@ -38,10 +46,12 @@ def read_options() -> argparse.Namespace:
 def main(options: argparse.Namespace) -> None:
     mode, out = MODES[options.mode], Path(options.out)
     rate = options.learning_rate or mode.default_lr
-    model, tokenizer = load_model_with_spectrum(
-        options.model, SpectrumConfig(mode=mode.name), dtype=options.dtype, quantization=options.quantization
-    )
     texts = [{"text": text} for _, text in sorted(topics.items())]
+    config = SpectrumConfig(mode=mode.name)
+    if mode.needs_data:  # gradients on the first rows that it will train on
+        config.calibration_data = calibration_batches(texts[:16], AutoTokenizer.from_pretrained(options.model), n=16)
+    how = {"dtype": options.dtype, "quantization": options.quantization}
+    model, tokenizer = load_model_with_spectrum(options.model, config, **how)
     args = SFTConfig(
         output_dir=str(out / "runs"), max_steps=options.steps, learning_rate=rate, per_device_train_batch_size=2,
         max_length=256, report_to=[], bf16=model.dtype == torch.bfloat16, use_cpu=not torch.cuda.is_available(),

@@ -20,7 +20,16 @@ from architectures import ARCHITECTURES
 from conftest import byte_tokenizer
 from safetensors.torch import load_file, save_file
 
-from spectrum_peft import Plan, SnrReport, SpectrumConfig, SpectrumScanner, __version__, make_plan, memory
+from spectrum_peft import (
+    GradientReport,
+    Plan,
+    SnrReport,
+    SpectrumConfig,
+    SpectrumScanner,
+    __version__,
+    make_plan,
+    memory,
+)
 from spectrum_peft.arguments import keys_of
 from spectrum_peft.cli import VERBS, main, verb_parser
 from spectrum_peft.errors import OptionError
@@ -151,6 +160,47 @@ def test_plan_explains_and_writes(run: Callable[..., str], tiny_report: Path) ->
     plan = Plan.load("plan.yaml")
     assert len(plan.trainable_names) == 7
     assert "Training 7 of 28 matrices" in out
+
+
+def test_probe_and_plan_by_its_gradients(
+    run: Callable[..., str], refused: Callable[..., str], tiny_llama_folder: Path, tiny_report: Path, texts: str
+) -> None:
+    flags = "--samples 8 --batch-size 4 --max-length 32 --dtype float32"
+    said = run(f"probe {tiny_llama_folder} --dataset {texts} {flags} -o gradients.json")
+    assert "Fisher mass of 28 matrices on 8 samples" in said and "neighbours alike" in said
+    gradients = GradientReport.load("gradients.json")
+    assert gradients.samples == 8 and len(gradients.similarities) == 7
+    run(f"plan {tiny_report} --criterion fisher --gradients gradients.json -o fisher.yaml")
+    best = {
+        k: max((s for s in gradients.stats if s.kind == k), key=lambda s: s.fisher).name
+        for k in {s.kind for s in gradients.stats}
+    }
+    assert set(best.values()) <= set(Plan.load("fisher.yaml").trainable_names)
+    run(f"plan {tiny_report} --mode sgm --ratio 1 --n-groups 1 --share both --gradients gradients.json -o sgm.yaml")
+    assert {e.group.partition(":")[0] for e in Plan.load("sgm.yaml").entries if e.trains} == {"AB"}
+    assert "needs gradients on data" in refused(f"plan {tiny_report} --mode sgm")
+    assert "needs gradients on data" in refused(f"plan {tiny_report} --criterion fisher")
+    run(f"probe {tiny_llama_folder} --dataset {texts} {flags} --directions 0 --quantization nf4 -o bare.json")
+    bare = GradientReport.load("bare.json")
+    assert not bare.similarities and bare.settings["quantization"] == "nf4"
+    assert "no such file" in refused(f"probe {tiny_llama_folder} --dataset nothing.jsonl")
+    assert "rows, wanted at least one batch of 64" in refused(
+        f"probe {tiny_llama_folder} --dataset {texts} --batch-size 64 --samples 64"
+    )
+
+
+@pytest.mark.parametrize(
+    "how", ["--mode sgm --n-groups 2", "--mode lora --criterion fisher", "--ratio 0.5 --criterion fisher"]
+)
+def test_training_probes_the_first_training_rows_where_it_needs_to(
+    run: Callable[..., str], tiny_llama_folder: Path, texts: str, how: str
+) -> None:
+    said = run(f"train --model {tiny_llama_folder} --dataset {texts} {how} --output-dir out {TRAIN_FLAGS}")
+    assert "probing gradients on the first" in said
+    plan = Plan.load("out/spectrum_plan.yaml")
+    results = json.loads(Path("out/train_results.json").read_text())
+    assert results["trainable_parameters"] == plan.trainable_parameters > 0
+    assert plan.criterion == ("fisher" if "fisher" in how else "spectrum")
 
 
 def test_plan_says_how_two_plans_differ(run: Callable[..., str], tiny_report: Path) -> None:

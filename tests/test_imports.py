@@ -128,10 +128,7 @@ def spectrum_adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(
     "order",
-    [
-        name if name == "we come first" else pytest.param(name, marks=pytest.mark.slow)
-        for name in _ORDERS
-    ],
+    [name if name == "we come first" else pytest.param(name, marks=pytest.mark.slow) for name in _ORDERS],
 )
 def test_peft_reads_our_adapters_when(order: str, spectrum_adapter: str) -> None:
     assert run_python(_ORDERS[order] + _KNOWN, spectrum_adapter).split() == ["SpectrumConfig", "SPECTRUM"]

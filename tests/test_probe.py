@@ -15,9 +15,18 @@ from peft import LoraConfig, get_peft_model
 from running import same_bytes
 from transformers import LlamaForCausalLM
 
-from spectrum_peft import GradientReport, SpectrumConfig, calibration_batches, names, probe_gradients
+from spectrum_peft import (
+    GradientReport,
+    SpectrumConfig,
+    calibration_batches,
+    load_model_with_spectrum,
+    names,
+    probe_gradients,
+    scan_weights,
+)
 from spectrum_peft.errors import DataError, OptionError
 from spectrum_peft.memory.tracker import StorageTracker
+from spectrum_peft.policies import MODES
 from spectrum_peft.probe import MeanGradients
 from spectrum_peft.tuner import base_parameters
 from spectrum_peft.weights import LiveWeights
@@ -480,6 +489,45 @@ def test_a_report_is_saved_and_loaded_whole(tmp_path: Any) -> None:
     report = probe_gradients(ARCHITECTURES["llama"].build(), [batch_of(rows_of(2))])
     assert GradientReport.load(report.save(tmp_path / "gradients.json")) == report
     assert report.fingerprint is not None and report.fingerprint.structure
+
+
+# --- the criterion ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("mode", [name for name, row in MODES.items() if row.selective])
+def test_fisher_chooses_in_every_mode_on_float_and_4_bit_bases(mode: str, quantization: Any, tmp_path: Any) -> None:
+    ARCHITECTURES["llama"].build().save_pretrained(tmp_path)
+    batches = [batch_of(rows_of(4))]
+    options: dict[str, Any] = {"mode": mode, "criterion": "fisher", "task_type": "CAUSAL_LM", "spectrum_ratio": 0.5}
+    load: dict[str, Any] = {"dtype": torch.float32, "quantization": quantization}
+    if quantization and MODES[mode].real_weights:
+        # Which modules stay unquantized must be known before there is a model to probe.
+        with pytest.raises(OptionError, match="Probe the float model first"):
+            load_model_with_spectrum(str(tmp_path), SpectrumConfig(calibration_data=batches, **options), **load)
+        bases = {"svd_rank": 16} if "svd_rank" in MODES[mode].own_options else {}
+        options["gradients"] = probe_gradients(ARCHITECTURES["llama"].build(), batches, **bases)
+    else:
+        options["calibration_data"] = batches
+    config = SpectrumConfig(**options)
+    model, _ = load_model_with_spectrum(str(tmp_path), config, **load)
+    plan = model.peft_config["default"].plan if hasattr(model, "peft_config") else model.spectrum_plan
+    scores = config.resolved_gradients().scores
+    assert plan.criterion == "fisher" and {e.name: e.score for e in plan.entries} == pytest.approx(scores)
+    for kind in {e.kind for e in plan.entries}:
+        best, other = sorted((e for e in plan.entries if e.kind == kind), key=lambda e: -e.score)
+        assert best.trains and not other.trains
+    assert config.calibration_data is None
+
+
+def test_fisher_says_where_to_go(tmp_path: Any) -> None:
+    ARCHITECTURES["llama"].build().save_pretrained(tmp_path)
+    with pytest.raises(OptionError, match="gradients=probe_gradients"):
+        scan_weights(str(tmp_path), criterion="fisher")
+    with pytest.raises(OptionError, match=r"calibration_batches\(dataset, tokenizer\)"):
+        load_model_with_spectrum(str(tmp_path), SpectrumConfig(criterion="fisher"), dtype=torch.float32)
+    with pytest.raises(OptionError, match="criterion 'fisher' is of gradients on calibration data"):
+        SpectrumConfig(mode="alors", criterion="fisher", rescore_every=1).options()
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
