@@ -204,7 +204,11 @@ class _CoreMatrix(torch.autograd.Function):
         unit = torch.eye(count, dtype=p.dtype, device=p.device)
         left, right = torch.cat((unit, p), dim=1), torch.cat((unit, q), dim=1)
         moved = (values + shift)[:, None]
-        core = (left * moved).T @ right
+        if torch.is_autocast_enabled(p.device.type):  # which would round the product to 16 bit
+            with torch.autocast(p.device.type, enabled=False):
+                core = (left * moved).T @ right
+        else:
+            core = (left * moved).T @ right
         core.diagonal()[:count].copy_(shift)
         ctx.save_for_backward(moved, left, right)
         return core

@@ -182,3 +182,14 @@ def test_the_core_form_is_the_definition(out: int, inside: int, count: int, rank
     found = weight + torch.cat((u, P), dim=1) @ core @ torch.cat((v, Q), dim=1).T
     assert (found - wanted).abs().max() < 1e-12
     assert core_matrix(s, shift * 0, p * 0, q * 0).count_nonzero() == 0
+
+
+def test_the_core_is_not_rounded_under_autocast() -> None:
+    generator = torch.Generator().manual_seed(5)
+    values, shift = (torch.randn(4, generator=generator) for _ in range(2))
+    p, q = (torch.randn(4, 2, generator=generator).requires_grad_() for _ in range(2))
+    wanted = core_matrix(values, shift, p, q)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = core_matrix(values, shift, p, q)
+        (torch.ones(3, 6) @ found).sum().backward()
+    assert torch.equal(found, wanted) and p.grad is not None and p.grad.dtype == torch.float32
