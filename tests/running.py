@@ -44,7 +44,7 @@ def options_of(mode: str, batches: list[dict[str, torch.Tensor]] | None = None) 
         options |= {"spectrum_ratio": 1.0, "similarity_threshold": -1.0}
     if "svd_rank" in row.own_options:  # small matrices, and fused experts are none that it could take apart
         experts = ["experts.gate_up_proj", "experts.down_proj"]
-        options |= {"n_components": 8, "svd_rank": 16, "rotation_rank": 2, "exclude_modules": experts}
+        options |= {"n_components": 32, "svd_rank": 64, "spectrum_ratio": 1.0, "exclude_modules": experts}
     return options
 
 

@@ -188,8 +188,8 @@ def test_sft_on_a_bfloat16_base_trains_in_float32(folders: dict[str, Path], tmp_
 @pytest.mark.parametrize("mode", only_fast(QUANTIZABLE, fast=["spectrum"]))
 def test_sft_with_peft_config_on_a_base_quantized_by_hand(folders: dict[str, Path], tmp_path: Path, mode: str) -> None:
     options = options_of(mode)
-    data = options.pop("calibration_data", None)
-    gradients = None if data is None else probe_gradients(load(folders["llama"]), data)
+    data, _ = options.pop("calibration_data", None), options.pop("exclude_modules", None)
+    gradients = None if data is None else probe_gradients(load(folders["llama"]), data, svd_rank=64)
     plan = make_plan(scan_weights(str(folders["llama"])), gradients=gradients, mode=mode, **options)
     base = AutoModelForCausalLM.from_pretrained(
         folders["llama"], dtype=torch.float32,
@@ -344,7 +344,7 @@ def test_reward_training_moves_the_new_head(folders: dict[str, Path], tmp_path: 
     config = config_of(mode, "SEQ_CLS")
     if config.calibration_data is not None:  # pairs of answers have no labels: the language model's gradients stand in
         data, config.calibration_data = config.calibration_data, None
-        config.gradients = probe_gradients(load(folders["llama"]), data)
+        config.gradients = probe_gradients(load(folders["llama"]), data, svd_rank=64)
     run = RewardTrainer(
         model=model, args=RewardConfig(output_dir=str(tmp_path), max_length=32, **LOGGED),
         train_dataset=preferences(), processing_class=byte_tokenizer(), peft_config=config,
