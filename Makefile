@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install test slow lint demo bench clean
+.PHONY: help install test slow lint demo bench quality docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,7 +25,9 @@ help:
 	@echo "make test    the default tests (under 3 minutes after the install)"
 	@echo "make slow    the tests with real models and with several processes"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   the benchmarks; JSON in benchmarks/results/"
+	@echo "make bench   the timing benchmarks; JSON in benchmarks/results/"
+	@echo "make docs    the documentation site, in site/"
+	@echo "make quality the comparisons of quality, small grids (hours; resumable; never beside make bench)"
 
 install: $(INSTALLED)
 
@@ -52,8 +54,15 @@ demo: install
 	$(BIN)/python -m spectrum_peft demo
 
 bench: install
-	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out benchmarks/common.py benchmarks/quality.py,$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+docs: install
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+
+quality: install
+	$(BIN)/python benchmarks/quality.py --quick
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .coverage*

