@@ -32,7 +32,7 @@ class SpectrumConfig(LoraConfig):
     `trainable_token_indices` train as in PEFT and appear in the plan with action `save`.
 
     Args:
-        mode: key of `policies.MODES`: `full`, `spectrum`, `lora`, `spectra_qlora`, `alors`, `sgm`.
+        mode: key of `policies.MODES`: `full`, `spectrum`, `lora`, `spectra_qlora`, `alors`, `sgm`, `lorsa`.
         criterion: key of `criteria.CRITERIA`; what a matrix scores.
         spectrum_ratio: share of the matrices of each kind that are chosen, in (0, 1].
         snr_threshold: takes every matrix that scores above it, instead of a ratio.
