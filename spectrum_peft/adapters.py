@@ -294,7 +294,12 @@ class AdapterState:
         folder = Path(folder)
         config = folder / "adapter_config.json"
         if not config.is_file():
-            raise CheckpointError(f"{folder}: has no adapter_config.json, wanted the folder of a trained adapter.")
+            already = ""
+            if any(folder.glob("*.safetensors")):
+                already = " It holds a plain checkpoint: real weights trained without PEFT are saved as one, ready to be used."
+            raise CheckpointError(
+                f"{folder}: has no adapter_config.json, wanted the folder of a trained adapter.{already}"
+            )
         file = folder / "adapter_model.safetensors"
         if not file.is_file() and any(folder.glob("adapter_model.*")):
             raise CheckpointError(f"{folder}: the adapter is a pickle file, which is not read, wanted {file.name}.")

@@ -12,10 +12,12 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,7 +198,7 @@ def _memory_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--report",
         metavar="FILE",
-        help="of `scan`; without it the plans take the first blocks, the most expensive choice",
+        help="of `scan`; without it the plans take the first blocks of each kind, through which backward is longest",
     )
     add("--gradients", metavar="FILE", help="of `probe`; for modes that need data")
     add("-o", "--output", metavar="FILE", help="with --fit the plan, else the memory report, or the table as JSON")
@@ -274,8 +276,10 @@ def _memory(options: argparse.Namespace, rest: Rest) -> None:
         print(memory.describe_memory(fit.memory))
         _write(fit.plan, options.output)
         return
+    ratio = chosen.pop("spectrum_ratio", None)
+    ratios = {} if ratio is None else {"ratios": [ratio]}
     rows = memory.memory_table(
-        model, report, modes=None if mode is None else [mode], gradients=options.gradients, plan_options=chosen,
+        model, report, modes=None if mode is None else [mode], **ratios, gradients=options.gradients, plan_options=chosen,
         **settings,
     )  # fmt: skip
     print(memory.describe_table(rows))
@@ -727,10 +731,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     }.items():
         logging.getLogger(noisy).setLevel(level)
     try:
+        # What asks a process to end, a scheduler or `timeout`, lets it clean up as Ctrl-C does.
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         _run(argv)
     except SpectrumError as error:
         print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import statistics
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from . import generation
 from .arguments import Rest, checked_value
 from .callback import SpectrumCallback
 from .config import SpectrumConfig
-from .errors import CheckpointError, OptionError, near_matches
+from .errors import CheckpointError, DataError, OptionError, near_matches
 from .loading import fast_dtype, load_model_with_peft, load_model_with_spectrum, load_tokenizer, load_trained
 from .machine import peak_resident, reset_peak
 from .plan import OPTIONS, check_options, needs_gradients
@@ -243,6 +244,10 @@ def settle(
     dtype, why = _dtype_of(options)
     rate = MODES["lora"].default_lr if mode is None else mode.default_lr
     args = trainer_arguments(task.name, rest, _defaults(options, task, rate, dtype), flags)
+    if args.learning_rate < 0:
+        raise OptionError(f"learning_rate is {args.learning_rate:g}, wanted a rate of at least 0.")
+    if plan is not None:
+        _refuse_other_options(plan, plan_options, options.plan)
     resume = _resume(args.resume_from_checkpoint)
     eval_source = options.eval_dataset or (options.dataset if options.eval_split else None)
     if args.eval_strategy != "no" and eval_source is None:
@@ -260,6 +265,22 @@ def settle(
         ids = {name: i for i, name in enumerate(labels)}
         head = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": ids}
     return Run(name, mode, own, plan, task, dtype, why, args, resume, train_rows, eval_rows, head)
+
+
+def _refuse_other_options(plan: Plan, given: Mapping[str, Any], source: str) -> None:
+    """A plan is final: an option beside it that says something else would be of no effect.
+
+    Raises:
+        OptionError: names the first of them.
+    """
+    for name, value in given.items():
+        fixed = plan.options.get(name)
+        value = tuple(value) if isinstance(value, list) else value
+        if name not in ("mode", "seed") and fixed != value:
+            raise OptionError(
+                f"--{name.replace('_', '-')} is {value!r}, but {source} was made with {fixed!r}. Make another plan, or leave "
+                "the flag out."
+            )
 
 
 def _read_rows(options: argparse.Namespace, task: str, args: TrainingArguments) -> Rows:
@@ -290,6 +311,26 @@ def _peft_fields(options: argparse.Namespace, plan_options: Mapping[str, Any]) -
     if "peft_type" not in fields:
         raise OptionError(f"{options.peft_config}: peft_type is missing, wanted a name such as ADALORA.")
     return {**fields, "peft_type": str(fields["peft_type"]).upper()}
+
+
+class _Finite(TrainerCallback):
+    """Ends a run whose loss or weights have become NaN: what follows would be NaN, too, and nothing would say so."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            raise DataError(f"the loss is {float(loss)} at step {state.global_step}; nothing was saved. " + _NOT_FINITE)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step in (1, state.max_steps):
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                    raise DataError(f"{name} holds NaN or Inf after step {state.global_step}. " + _NOT_FINITE)
+
+
+_NOT_FINITE = (
+    "A lower learning rate may help; `spectrum-peft scan` tells whether the checkpoint itself holds such values."
+)
 
 
 class _Reallocation(TrainerCallback):
@@ -330,7 +371,7 @@ def train(
         raise CheckpointError(f"{options.model}: has no tokenizer, which training on text needs.")
     memory_loaded = peak_memory()
     clock = StepClock()
-    callbacks: list[TrainerCallback] = [clock]
+    callbacks: list[TrainerCallback] = [clock, _Finite()]
     callback = None
     if run.peft is None:
         callback = SpectrumCallback()
@@ -348,6 +389,11 @@ def train(
         max_length=options.max_length,
         callbacks=callbacks,
     )
+    if not len(trainer.train_dataset):
+        raise DataError(
+            f"{options.dataset}: none of its {len(run.train_rows)} rows is left to train on: in each the prompt alone fills the "
+            f"{getattr(args, 'max_length', options.max_length)} tokens of max_length."
+        )
     before = evaluate(task, trainer, trainer.eval_dataset) if run.eval_rows is not None else None
     rounded = _kept_in_float32(trainer) if hasattr(model, "spectrum_plan") else []
     reset_peak_memory()
@@ -357,7 +403,10 @@ def train(
         parameter.data = parameter.data.to(stored)
     after = evaluate(task, trainer, trainer.eval_dataset) if run.eval_rows is not None else None
 
+    plan = callback.plan if callback is not None else None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if plan is not None and plan.options.get("rescore_every") is not None:
+        trained = plan.trainable_parameters  # what is allocated is more than what is live
     output = Path(args.output_dir)
     trainer.save_model(str(output))
     results = {
@@ -478,6 +527,7 @@ def _defaults(options: argparse.Namespace, row: Task, rate: float, dtype: torch.
         "output_dir": options.output_dir,
         "learning_rate": rate,
         "include_num_input_tokens_seen": True,
+        "logging_nan_inf_filter": False,  # it logs a NaN as 0
         "disable_tqdm": not sys.stderr.isatty(),
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
@@ -662,9 +712,13 @@ def open_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str] = (
     described = options.model if (folder / "config.json").is_file() else base
     config = _config_of(described, options)
     task = _task(name or task_of(config, described))
-    dtype, why = _dtype_of(options)
-    print(f"task {task.name}, {why}", file=sys.stderr)
     quantization = options.quantization or (stated.get("quantization") if adapter is not None else None)
+    if options.dtype is None and stated.get("dtype") in _DTYPES:
+        dtype, why = getattr(torch, stated["dtype"]), f"{stated['dtype']} as in training"
+    else:
+        dtype, why = _dtype_of(options)
+    on = f", on a base in {quantization}" if quantization not in (None, "none") else ""
+    print(f"task {task.name}, {why}{on}", file=sys.stderr)
     kwargs: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
     kwargs["model_class"] = getattr(transformers, task.auto_class)
     if task.labelled:

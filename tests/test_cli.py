@@ -684,3 +684,79 @@ def test_the_config_of_an_adapter_that_was_trained_here_is_ours(
     config = SpectrumConfig.from_pretrained("out")
     assert config.task_type == "CAUSAL_LM"
     assert config.plan.mode == "lora"
+
+
+# --- what must not pass in silence -----------------------------------------------------------------------------------
+
+
+def test_a_run_that_becomes_nan_ends_before_anything_is_saved(
+    tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_llama_folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    name = next(n for n in weights if n.endswith("up_proj.weight"))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one two three"}\n' * 8)
+    output = tmp_path / "out"
+    code = main(
+        f"train --model {broken} --mode lora --dataset {rows} --output-dir {output} --max-steps 2 --dtype float32".split()
+    )
+    assert code == 2
+    assert "NaN" in capsys.readouterr().err
+    assert not list(output.glob("*.safetensors"))
+
+
+def test_rows_that_are_all_cut_away_are_told(
+    tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a long prompt " * 20, "completion": "end"}) + "\n")
+    code = main(
+        f"train --model {tiny_llama_folder} --mode lora --dataset {rows} --output-dir {tmp_path / 'out'} --max-steps 1 "
+        "--max-length 8 --dtype float32".split()
+    )
+    assert code == 2
+    assert "none of its 1 rows is left to train on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--mode lora --learning-rate -1", "learning_rate is -1"),
+        ("--plan {plan} --ratio 0.9", "--spectrum-ratio is 0.9"),
+    ],
+)
+def test_flags_that_would_be_of_no_effect_or_crash_later_are_refused(
+    tiny_llama_folder: Path,
+    tiny_report: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: str,
+    says: str,
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    assert main(f"plan {tiny_report} --mode spectrum --ratio 0.5 -o {plan}".split()) == 0
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one two three"}\n')
+    command = f"train --model {tiny_llama_folder} --dataset {rows} --output-dir {tmp_path / 'out'} --dtype float32"
+    assert main(f"{command} {flags.format(plan=plan)}".split()) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_merging_a_plain_checkpoint_says_that_it_is_one(
+    tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(f"merge {tiny_llama_folder} -o {tmp_path / 'merged'}".split()) == 2
+    assert "ready to be used" in capsys.readouterr().err
+
+
+def test_the_memory_table_takes_the_ratio_that_was_asked_for(
+    tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(f"memory {tiny_llama_folder} --mode spectrum --ratio 0.5 --max-length 8 --device cpu".split()) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("spectrum")]
+    assert len(rows) == 1
+    assert " 0.5 " in rows[0]

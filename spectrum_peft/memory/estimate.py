@@ -235,9 +235,7 @@ def _asked(plan: Any) -> tuple[SpectrumConfig, Plan]:
             if report is None:
                 raise OptionError("the SpectrumConfig has neither plan nor report, and there are no weights to scan.")
             gradients = config.resolved_gradients()
-            first = make_plan(
-                report, gradients=gradients, candidates=candidates_of(config, report), **config.options()
-            )
+            first = make_plan(report, gradients=gradients, candidates=candidates_of(config, report), **config.options())
             config.report = dataclasses.replace(report, fingerprint=Fingerprint(None, None, "live"))
             config.gradients = None if gradients is None else dataclasses.replace(gradients, fingerprint=None)
             return config, first

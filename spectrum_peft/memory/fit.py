@@ -316,7 +316,9 @@ def memory_table(
         if row.selective:
             wanted = ratios if row.real_weights else [options.get("spectrum_ratio") or sorted(ratios)[len(ratios) // 2]]
         assumed = row.needs_data and gradients is None
-        known = gradients_of_report(report, **{k: v for k, v in own.items() if k == "svd_rank"}) if assumed else gradients
+        known = (
+            gradients_of_report(report, **{k: v for k, v in own.items() if k == "svd_rank"}) if assumed else gradients
+        )
         for ratio in wanted:
             try:
                 plan = make_plan(

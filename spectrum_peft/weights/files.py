@@ -38,7 +38,10 @@ _BUFFERS = re.compile(
 _EXPERT = re.compile(
     r"^(?P<owner>.*\.experts)\.(?P<expert>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$"
 )
-CONVERT = " Convert them: AutoModel.from_pretrained(folder).save_pretrained(new_folder) writes safetensors."
+CONVERT = (
+    " Convert them: from_pretrained(folder) of the class that config.json names under architectures (AutoModel has no head), "
+    "then save_pretrained(new_folder), which writes safetensors."
+)
 
 
 class Span(NamedTuple):
