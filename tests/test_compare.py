@@ -333,6 +333,7 @@ def test_a_run_that_diverged_or_failed_is_said_and_ranks_nowhere() -> None:
     [
         ("peak_memory_bytes", 1.5 * 2**30, 0.06 * 2**30, "1.50 GiB ± 0.06"),  # in the unit of the mean
         ("saved_bytes", 3 * 2**20, 0, "3 MiB"),
+        ("peak_memory_bytes", 1001 * 2**20, 30.4 * 2**20, "1,001 MiB ± 30"),
         ("trainable_parameters", 134515008, 0, "135 M"),
         ("seconds_per_step", 1.0, 0.02, "1 s ± 0.02"),
         ("train_seconds", 1200, 60, "20.0 min ± 1.0"),
@@ -612,6 +613,20 @@ def test_methods_of_pefts_own_take_part(
     assert [(r["label"], r["mode"], r["error"]) for r in stored()["cells"]] == [
         ("adalora", "ADALORA", None), ("dora", "lora", None), ("loha", "LOHA", None),
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_mode_and_a_score_that_needs_data_take_part(
+    config: dict[str, Any], launched: list[str], compare: Callable[..., tuple[int, str]]
+) -> None:
+    code, said = compare(config | {"criteria": ["spectrum", "fisher"], "controls": ["uniform_rank"], "max_steps": 2})
+    assert code == 0, said
+    found = stored()["cells"]
+    assert {row["mode"] for row in found} == set(MODES)
+    assert {row["label"] for row in found} >= {f"{name} 0.5 by fisher" for name in SELECTIVE}
+    # Whatever a method puts on the base, it begins as the base.
+    assert len({round(row["loss_curve"][0][1], 4) for row in found}) == 1
+    assert len({row["metrics"]["loss"] for row in found}) > len(MODES)
 
 
 def test_classification_is_ranked_by_accuracy(

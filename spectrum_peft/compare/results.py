@@ -306,7 +306,8 @@ def _form(name: str, size: float) -> tuple[float, str, str]:
     if name == "trainable_parameters":
         return (1e6, ".3g", " M") if size >= 1e5 else (1, ",.0f", "")
     if name.endswith("_bytes"):
-        return (2**30, ".2f", " GiB") if size >= 2**30 else (2**20, ".3g", " MiB")
+        unit = 2**20
+        return (2**30, ".2f", " GiB") if size >= 2**30 else (unit, ",.0f" if size >= 100 * unit else ".3g", " MiB")
     if name == "train_seconds":
         return (1, ".0f", " s") if size < 600 else (60, ".1f", " min")
     if "seconds" in name and "tokens" not in name:
