@@ -183,6 +183,14 @@ def test_probe_and_plan_by_its_gradients(
     run(f"probe {tiny_llama_folder} --dataset {texts} {flags} --directions 0 --quantization nf4 -o bare.json")
     bare = GradientReport.load("bare.json")
     assert not bare.similarities and bare.settings["quantization"] == "nf4"
+    run(f"probe {tiny_llama_folder} --dataset {texts} {flags} --directions 0 --svd-rank 16 -o components.json")
+    for count in (4, 8):
+        given = f"--gradients components.json --svd-rank 16 --n-components {count} -o {count}.yaml"
+        run(f"plan {tiny_report} --mode lorsa {given}")
+        assert {len(e.components or ()) for e in Plan.load(f"{count}.yaml").entries if e.trains} == {count}
+    assert "wrote components.png" in run("plot --components 4.yaml 8.yaml -o components.png")
+    assert "chooses no singular components" in refused("plot --components sgm.yaml -o components.png")
+    assert "the gradients know none" in refused(f"plan {tiny_report} --mode lorsa --gradients gradients.json")
     assert "no such file" in refused(f"probe {tiny_llama_folder} --dataset nothing.jsonl")
     assert "rows, wanted at least one batch of 64" in refused(
         f"probe {tiny_llama_folder} --dataset {texts} --batch-size 64 --samples 64"
@@ -190,7 +198,13 @@ def test_probe_and_plan_by_its_gradients(
 
 
 @pytest.mark.parametrize(
-    "how", ["--mode sgm --n-groups 2", "--mode lora --criterion fisher", "--ratio 0.5 --criterion fisher"]
+    "how",
+    [
+        "--mode sgm --n-groups 2",
+        "--mode lorsa --svd-rank 16 --n-components 8",
+        "--mode lora --criterion fisher",
+        "--ratio 0.5 --criterion fisher",
+    ],
 )
 def test_training_probes_the_first_training_rows_where_it_needs_to(
     run: Callable[..., str], tiny_llama_folder: Path, texts: str, how: str
