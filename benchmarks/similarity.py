@@ -44,11 +44,11 @@ def exact_means(model: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str,
 
 
 def exact_table(record: Similarity, means: dict[str, torch.Tensor]) -> Similarity:
-    """The tables of one kind from whole gradients and their full singular value decompositions."""
+    """The tables of one kind from whole gradients and all their singular vectors of the residual side."""
     parts = []
     for name in record.names:
-        u, _, vh = torch.linalg.svd(means[name].double(), full_matrices=False)
-        parts.append((vh.T if record.side == "in" else u)[:, :DIRECTIONS])
+        gradient = means[name].double() if record.side == "in" else means[name].double().T
+        parts.append(torch.linalg.eigh(gradient.T @ gradient).eigenvectors[:, -DIRECTIONS:])
     flat = torch.stack([means[name].flatten().double() for name in record.names])
     flat /= flat.norm(dim=1, keepdim=True)
     subspace = [[float((a.T @ b).square().sum()) / DIRECTIONS for b in parts] for a in parts]
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--out", type=Path, default=common.RESULTS / "similarity.json")
+    parser.add_argument("--gradients", type=Path, help="keep what the probe found there")
     parser.add_argument("--picture", type=Path, default=common.ROOT / "docs" / "images" / "sgm_similarity.png")
     options = parser.parse_args()
     rows = Dataset.from_list([json.loads(line) for line in options.data.read_text().splitlines()])
@@ -139,7 +140,8 @@ def main() -> None:
     means = exact_means(model, batches)
     tables = [exact_table(s, means) for s in gradients.similarities]
     print("exact tables", flush=True)
-    gradients.save(options.out.with_name("similarity_gradients.json").with_suffix(".tmp.json"))
+    if options.gradients is not None:
+        gradients.save(options.gradients)
     report = scan_weights(folder)
     plans = [shared(report, gradients, spectrum_ratio=r) for r in (0.25, 0.5, 1.0)]
     plans += [shared(report, gradients, share="both", spectrum_ratio=r) for r in (0.25, 0.5, 1.0)]

@@ -180,10 +180,51 @@ def memory(name: str) -> str:
     return table(heads, rows) if heads else f"{rows[0][0]} ({machine(data)})\n"
 
 
+def similarity(part: str) -> str:
+    """How alike blocks' gradients are, how well sketches tell, and what sharing a factor saves."""
+    data = result("similarity")
+    if part == "kinds":
+        heads = [
+            "kind",
+            "side",
+            "neighbours, mean (least to most)",
+            "all pairs",
+            "by chance",
+            "largest cosine",
+            "mean |cosine|",
+        ]
+        rows = [
+            [
+                f"`{k['kind']}`", k["side"],
+                f"{k['neighbours']['mean']:.2f} ({k['neighbours']['min']:.2f} to {k['neighbours']['max']:.2f})",
+                f"{k['all_pairs']:.2f}", f"{k['chance']:.3f}", f"{k['cosine_max']:.2f}", f"{k['cosine_mean_absolute']:.3f}",
+            ]
+            for k in data["kinds"]
+        ]  # fmt: skip
+        note = f"{data['samples']} samples of {data['data']}, cut at {data['max_length']} tokens; `benchmarks/similarity.py`."
+        return f"{table(heads, rows)}\n{note}\n"
+    if part == "sketches":
+        heads = ["rank of the sketch", "subspace, largest error", "mean", "cosine, largest error", "mean"]
+        keys = ("subspace_max", "subspace_mean", "cosine_max", "cosine_mean")
+        return table(heads, [[n, *(f"{e[k]:.3f}" for k in keys)] for n, e in data["sketches"].items()])
+    heads = ["ratio", "similarity, threshold", "share", "groups", "largest", "alone", "trained", "of `spectra_qlora`"]
+    rows = []
+    for p in data["plans"]:
+        how = f"{p.get('similarity', 'subspace')}, {p.get('similarity_threshold', 'default')}"
+        rows.append(
+            [
+                f"{p['spectrum_ratio']:g}", how, p.get("share", "residual_side"), str(p["groups"]), str(p["largest_group"]),
+                str(p["alone"]), f"{p['trainable_parameters']:,}", f"{p['share_of_spectra_qlora']:.2f}",
+            ]
+        )  # fmt: skip
+    return table(heads, rows)
+
+
 _MEMORY = ("accuracy", "8b", "3b", "llama_8b", "qwen_7b", "70b", "tutorial")
 TABLES: dict[str, Callable[[], str]] = {
     "modes": modes, "claims": claims, "demo": demo, "scan": scan,
     "scan_short": partial(scan, short=True), "onto": onto, "merge": merge,
+    **{f"similarity_{part}": partial(similarity, part) for part in ("kinds", "sketches", "sharing")},
     **{f"memory_{part}": partial(memory, f"memory_{part}") for part in _MEMORY},
 }  # fmt: skip
 
