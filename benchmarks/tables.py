@@ -23,7 +23,7 @@ WHEN = {
     "full": "you have the memory and want the reference to compare with",
     "spectrum": "you want real weights, a plain checkpoint, and a fraction of the optimizer's memory",
     "lora": "the usual baseline; on a 4-bit base this is QLoRA",
-    "spectra_qlora": "QLoRA with half of the adapter memory",
+    "spectra_qlora": "on a 4-bit base: QLoRA with half of its adapter memory, at ratio 0.5",
     "alors": "one budget, spent where the scores are high; ranks may move during training",
     "sgm": "adapters have to be small in number: blocks with like gradients share a factor; needs calibration data",
     "lorsa": "a task shall be stored in a few thousand numbers that train: below LoRA of rank 1; needs calibration data",

@@ -679,6 +679,8 @@ def _checked_out(out: str | os.PathLike[str] | None) -> Path:
 @contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name when the block ends well, and goes when it does not."""
+    for left in out.parent.glob(f".{out.name}.*.part"):
+        logger.warning("%s: half a folder of a run that was killed, or of one that still runs; delete it if nothing runs", left)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".part"))
