@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
@@ -38,6 +39,8 @@ from .weights import (
     base_module,
     open_weights,
 )
+
+logger = logging.getLogger(__name__)
 
 ONTO = ("original", "dequantized")
 _TOKENIZER = re.compile(
@@ -680,7 +683,9 @@ def _checked_out(out: str | os.PathLike[str] | None) -> Path:
 def _whole_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name when the block ends well, and goes when it does not."""
     for left in out.parent.glob(f".{out.name}.*.part"):
-        logger.warning("%s: half a folder of a run that was killed, or of one that still runs; delete it if nothing runs", left)
+        logger.warning(
+            "%s: half a folder of a run that was killed, or of one that still runs; delete it if nothing runs", left
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".part"))
