@@ -91,7 +91,7 @@ MODES: dict[str, Mode] = {
         ),
         Mode(
             "lorsa", "singular values shift and their vectors turn, for the components that the data ask for",
-            select="components", action="lorsa", default_lr=1e-3, needs_data=True,
+            select="components", action="lorsa", default_lr=3e-3, needs_data=True,
             own_options=frozenset({"n_components", "component_scope", "svd_rank", "rotation_rank"}),
         ),
     )
