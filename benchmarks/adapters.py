@@ -420,6 +420,8 @@ def run_quality(
              "contestants": contestants(methods, size["steps"], rates)},
         )  # fmt: skip
         best = best_rates(searched, row["metric"])
+        if not best:
+            raise RuntimeError(f"{name}: every run of the search failed; their logs are in {folder / 'search' / 'cells'}")
         chosen = [m for m in methods if m["name"] in best]
         judged = compare(
             folder, "final",
