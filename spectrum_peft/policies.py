@@ -483,8 +483,8 @@ def _importance(
 
 # Least mean likeness to the rest of a group, by kind of similarity, where neither a threshold nor a number of groups is given.
 # Measured on SmolLM2-135M with instructions (docs/sgm.md): neighbours overlap by 0.3 to 0.6 in `subspace`, two blocks at random
-# by 0.014; whole gradients (`cosine`) are nearly orthogonal whatever the pair.
-LIKENESS = {"subspace": 0.25, "cosine": 0.05}
+# by 0.014; 0.15 is ten times that. Whole gradients (`cosine`) are nearly orthogonal whatever the pair.
+LIKENESS = {"subspace": 0.15, "cosine": 0.05}
 
 
 def alike(
