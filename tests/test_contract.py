@@ -24,10 +24,16 @@ from spectrum_peft.tuner import base_parameters, plan_parameters
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*")
 # float32, two to six blocks: a merged weight is one rounding (6e-8 of its size) off, and logits here are of order 1.
 ONE_ROUNDING = 2e-6
-# In the default run: plain and tied heads, Conv1D, a new head, fused experts, 4-bit. The other families run as `slow`.
+# In the default run: plain and tied heads, Conv1D, a new head, fused experts, 4-bit; every mode on Llama, one of each nature
+# on the others. The rest runs as `slow`.
 QUICK = [("llama", None), ("llama_tied", None), ("gpt2", None), ("bert", None), ("mixtral", None)]
 QUICK += [("llama", "nf4"), ("bert", "nf4")]
+SAMPLE = ("spectrum", "alors", "lorsa")
 BASES = [*QUICK, *((family, None) for family in sorted(ARCHITECTURES) if (family, None) not in QUICK)]
+
+
+def is_quick(family: str, mode: str, quantization: str | None) -> bool:
+    return (family, quantization) in QUICK and (family == "llama" or mode in SAMPLE)
 
 
 class Run:
@@ -108,7 +114,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.param(
             (family, mode, quantization),
             id=f"{family}-{mode}" + (f"-{quantization}" if quantization else ""),
-            marks=[] if (family, quantization) in QUICK else [pytest.mark.slow],
+            marks=[] if is_quick(family, mode, quantization) else [pytest.mark.slow],
         )
         for family, quantization in BASES
         for mode in MODES

@@ -136,6 +136,8 @@ def test_sizes_are_rounded_up_to_the_blocks_of_the_allocator() -> None:
         ("alors", {}, {"gradient_checkpointing": True, "trainer": "sft"}),
         ("sgm", {"group_gain": True}, {}),
         ("sgm", {"share": "both", "spectrum_ratio": 0.75}, {"gradient_checkpointing": True}),
+        ("lorsa", {"n_components": 8, "rotation_rank": 2}, {}),
+        ("lorsa", {"n_components": 8, "rotation_rank": 2}, {"gradient_checkpointing": True}),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value,
 )
