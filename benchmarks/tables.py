@@ -106,10 +106,10 @@ def demo() -> str:
 
 def claims() -> str:
     """The stated goals of the modes beside what was seen."""
-    data = result("modes")
     rows = [
         [c["model"], c["claim"], str(c["wanted"]), _short(c["seen"]), "yes" if c["pass"] else "no"]
-        for c in data["claims"]
+        for name in ("modes", "modes_350m")
+        for c in result(name)["claims"]
     ]
     return table(["model", "compared", "goal", "seen", "holds"], rows)
 

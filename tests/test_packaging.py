@@ -79,7 +79,8 @@ def _run(command: list[str], cwd: Path) -> str:
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_whole_and_nothing_else(wheel: Path) -> None:
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "spectrum_peft").rglob("*") if p.suffix in {".py", ".typed"}}
+    kinds = {".py", ".typed", ".css", ".js"}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "spectrum_peft").rglob("*") if p.suffix in kinds}
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
         (metadata,) = (name for name in held if name.endswith(".dist-info/METADATA"))
