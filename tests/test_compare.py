@@ -498,6 +498,7 @@ def stored() -> dict[str, Any]:
     return json.loads(Path("out/results.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_comparison_from_the_config_to_the_report(
     config: dict[str, Any], launched: list[str], compare: Callable[..., tuple[int, str]]
 ) -> None:
@@ -575,6 +576,7 @@ def test_a_cell_whose_training_was_done_only_measures(
     assert trained.stat().st_mtime_ns != stamp
 
 
+@pytest.mark.slow
 def test_what_is_asked_besides_is_measured_before_and_after(
     config: dict[str, Any], launched: list[str], compare: Callable[..., tuple[int, str]]
 ) -> None:

@@ -42,6 +42,7 @@ def test_importing_the_package_loads_no_heavy_library() -> None:
     assert loaded_by("import spectrum_peft") == []
 
 
+@pytest.mark.slow
 def test_the_checker_sees_a_library_that_is_loaded() -> None:
     assert loaded_by("import spectrum_peft, torch") == ["torch"]
 
@@ -56,6 +57,7 @@ def test_a_scan_from_the_command_line_imports_neither_peft_nor_modelling_code(
     assert not {"peft", "transformers", "transformers.modeling_utils", "trl"} & set(loaded)
 
 
+@pytest.mark.slow
 def test_the_same_check_fails_where_transformers_is_imported_after_the_scan(tiny_llama_folder: Path) -> None:
     program = "import sys; from spectrum_peft.cli import main; main(['scan', sys.argv[1]]); import transformers"
     assert "transformers" in loaded_by(program, str(tiny_llama_folder))

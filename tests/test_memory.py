@@ -245,6 +245,7 @@ def test_path_config_and_model_say_the_same(tiny_llama_folder: Path, tiny_llama:
     assert len(found) == 1
 
 
+@pytest.mark.slow
 def test_a_config_with_fields_of_lora_is_followed(tiny_llama_folder: Path, report: SnrReport) -> None:
     base = {"mode": "lora", "r": 4, "report": report, "task_type": "CAUSAL_LM"}
     plain = predicted(tiny_llama_folder, SpectrumConfig(**base))
@@ -539,6 +540,7 @@ def test_mode_checkpointing_and_batch_are_chosen_where_asked(tiny_llama_folder: 
     assert (fit.step["batch_size"], fit.step["gradient_checkpointing"]) == (4, False)
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_the_need_and_the_remedies_are_told(tiny_llama_folder: Path, report: SnrReport) -> None:
     smallest = predicted(tiny_llama_folder, make_plan(report, spectrum_ratio=0.25), max_length=256, batch_size=8)
     budget = int(0.8 * smallest.peak_bytes)
@@ -762,6 +764,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return run
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_plan_s_memory_a_fit_and_a_table(
     tiny_llama_folder: Path, report: SnrReport, command: Callable[..., str]
 ) -> None:
