@@ -1,23 +1,17 @@
 """Shared adapters (`sgm`) and adapters in the singular basis (`lorsa`): what they cost, and what they are worth.
 
-    python benchmarks/adapters.py --timing            # step times, bytes, set-up; about 20 minutes on two quiet cores
-    python benchmarks/adapters.py --quality --quick   # at most 3 hours on two cores
-    python benchmarks/adapters.py --quality           # about 40 hours
+    python benchmarks/adapters.py                     # step times, bytes, set-up; about 20 minutes on two quiet cores
+    python benchmarks/adapters.py --quality --quick   # scores: the suites adapters-* of quality.py, small grids
 
 The two parts never run together: training beside a timing would be what is timed. Step times are taken as in `modes.py`,
-all contestants alive at once and in turn, and a ratio is the median over the rounds. Quality goes through
-`spectrum-peft compare`: every run is a process and a folder of its own, and a stopped benchmark goes on where it was. Each
-method is trained at three learning rates on nine tenths of the training rows and judged on the last tenth; the best rate
-then trains on all of them, with every seed, and is judged on the validation rows, which nothing was chosen by.
+all contestants alive at once and in turn, and a ratio is the median over the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +21,7 @@ from typing import Any
 
 import common
 import modes
+import quality
 from modes import Contestant, Settings
 
 RANK, COMPONENTS, ROTATION = 16, 64, 4
@@ -228,6 +223,20 @@ def svd_times(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def draw_svd(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """What a decomposition costs against the size of a square matrix, one line for each k."""
+    from spectrum_peft import plots
+
+    points = [{"label": f"k = {row['k']}", "x": row["size"], "y": row["seconds"]} for row in rows]
+    figure = plots.trade_off(
+        points, x_label="rows, and as many columns", y_label="seconds of one decomposition", log_x=True,
+        title="Truncated SVD by a randomized range finder, float32",
+    )  # fmt: skip
+    [axes] = figure.axes
+    axes.set_yscale("log")
+    return plots.save(figure, path)
+
+
 def run_timing(data: str, quick: bool) -> dict[str, Any]:
     facts = common.machine()
     common.warn_if_busy()
@@ -290,235 +299,27 @@ def claims(parts: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-# --- quality ---------------------------------------------------------------------------------------------------------
-
-_LORA_RATES = [3e-4, 1e-3, 3e-3]
-_SINGULAR_RATES = [1e-3, 3e-3, 1e-2]
-# Every budget of every method; `rates` are its three learning rates. Of LoRA there is nothing below rank 1.
-METHODS: list[dict[str, Any]] = [
-    {"name": "full", "mode": "full", "rates": [1e-5, 3e-5, 1e-4]},
-    *({"name": f"LoRA r{r}", "peft": {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r, "target_modules": "all-linear"},
-       "rates": _LORA_RATES} for r in (1, 4, 16)),
-    {"name": "DoRA r4", "rates": _LORA_RATES,
-     "peft": {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_dora": True}},
-    {"name": "AdaLoRA r4", "rates": _LORA_RATES,
-     "peft": {"peft_type": "ADALORA", "init_r": 6, "target_r": 4, "lora_alpha": 8, "target_modules": "all-linear"}},
-    *({"name": f"spectra_qlora r{r}", "mode": "spectra_qlora", "r": r, "rates": _LORA_RATES} for r in (1, 4, 16)),
-    {"name": "sgm r4", "mode": "sgm", "r": 4, "rates": _LORA_RATES},
-    {"name": "sgm both r16", "mode": "sgm", "r": 16, "share": "both", "rates": _LORA_RATES},
-    *({"name": f"lorsa {n}, r{r}", "mode": "lorsa", "n_components": n, "rotation_rank": r, "spectrum_ratio": 1.0,
-       "rates": _SINGULAR_RATES} for n, r in ((8, 1), (64, 1), (64, 4), (128, 16))),
-]  # fmt: skip
-_MINILM = {
-    "task": "classification",
-    "max_length": 64,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 128,
-}
-_SMOLLM2 = {"task": "causal_lm", "max_length": 256, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
-# rows: of training and of validation, None for all. hours: of the whole dataset's part on two cores, an estimate.
-DATASETS: dict[str, dict[str, Any]] = {
-    "banking77": {"model": "minilm", "train": _MINILM, "metric": "accuracy", "seeds": [0, 1, 2]},
-    "goemotions_sentiment": {"model": "minilm", "train": _MINILM, "metric": "accuracy", "seeds": [0, 1, 2]},
-    "gsm8k": {"model": "smollm2-135m", "train": _SMOLLM2, "metric": "loss", "seeds": [0]},
-}
-FULL = {
-    "banking77": {"rows": (None, None), "steps": 750}, "goemotions_sentiment": {"rows": (None, None), "steps": 750},
-    "gsm8k": {"rows": (None, 300), "steps": 500},
-}  # fmt: skip
-QUICK = {
-    "banking77": {"rows": (4000, 500), "steps": 120}, "goemotions_sentiment": {"rows": (4000, 500), "steps": 120},
-    "gsm8k": {"rows": (200, 40), "steps": 25},
-}  # fmt: skip
-QUICK_METHODS = {
-    "banking77": [m["name"] for m in METHODS],
-    "goemotions_sentiment": ["full", "LoRA r1", "LoRA r4", "sgm r4", "lorsa 64, r4"],
-    "gsm8k": ["LoRA r1", "LoRA r4", "sgm r4", "lorsa 64, r4"],
-}
-
-
-def model_folder(name: str) -> Path:
-    from spectrum_peft.demo import minilm_folder, smollm2_folder
-
-    return minilm_folder() if name == "minilm" else smollm2_folder()
-
-
-def written_rows(source: Path, target: Path, rows: int | None, begin: float = 0.0, end: float = 1.0) -> str:
-    """The file of a share of the first `rows` rows of a dataset; shuffled once, always the same."""
-    import random
-
-    lines = source.read_text().splitlines()
-    random.Random(0).shuffle(lines)
-    lines = lines[:rows]
-    target.write_text("\n".join(lines[round(begin * len(lines)) : round(end * len(lines))]) + "\n")
-    return str(target)
-
-
-def contestants(methods: Sequence[Mapping[str, Any]], steps: int, rates: Mapping[str, Sequence[float]]) -> list[Any]:
-    """Rows for the key `contestants` of `compare`: each method at each of its rates."""
-    from spectrum_peft.policies import MODES
-
-    rows = []
-    for method in methods:
-        if method.get("mode", "full") not in MODES:
-            continue
-        settings = {k: v for k, v in method.items() if k not in ("rates", "name")}
-        if "peft" in settings and settings["peft"]["peft_type"] == "ADALORA":
-            schedule = {"tinit": steps // 10, "tfinal": max(1, 3 * steps // 10), "total_step": steps}
-            settings["peft"] = {**settings["peft"], **schedule}
-        for rate in rates[method["name"]]:
-            rows.append({"name": f"{method['name']} @ {rate:g}", **settings, "learning_rate": rate})
-    return rows
-
-
-def compare(folder: Path, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """One comparison by the command line, resumed where it was stopped; its results."""
-    import yaml
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    output = folder / name
-    command = [sys.executable, "-m", "spectrum_peft", "compare", "--config", str(path), "-o", str(output)]
-    done = subprocess.run(command, cwd=common.ROOT, check=False)
-    results = output / "results.json"
-    if not results.is_file():
-        raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode} and wrote no results")
-    return json.loads(results.read_text())
-
-
-def run_quality(
-    names: Sequence[str], data: Path, quick: bool, only: Sequence[str] | None, cells: Path
-) -> dict[str, Any]:
-    facts = common.machine()
-    found: dict[str, Any] = {}
-    left: list[str] = []
-    for name in names:
-        row, size = DATASETS[name], (QUICK if quick else FULL)[name]
-        wanted = only or (QUICK_METHODS[name] if quick else [m["name"] for m in METHODS])
-        methods = [m for m in METHODS if m["name"] in wanted]
-        left += [f"{name}: {m['name']}" for m in METHODS if m not in methods]
-        folder = cells / ("quick" if quick else "full") / name
-        folder.mkdir(parents=True, exist_ok=True)
-        train, held = size["rows"]
-        source = data / name / "train.jsonl"
-        files = {
-            "search": written_rows(source, folder / "search.jsonl", train, 0.0, 0.9),
-            "judge": written_rows(source, folder / "judge.jsonl", train, 0.9, 1.0),
-            "train": written_rows(source, folder / "train.jsonl", train),
-            "validation": written_rows(data / name / "validation.jsonl", folder / "validation.jsonl", held),
-        }
-        shared = {
-            **row["train"], "model": str(model_folder(row["model"])), "dtype": "float32", "max_steps": size["steps"],
-            "lr_scheduler_type": "linear", "warmup_steps": size["steps"] // 10, "modes": [], "controls": [],
-            "metric": row["metric"],
-        }  # fmt: skip
-        rates = {m["name"]: m["rates"] for m in methods}
-        searched = compare(
-            folder, "search",
-            {**shared, "dataset": files["search"], "eval_dataset": files["judge"], "seeds": [0],
-             "contestants": contestants(methods, size["steps"], rates)},
-        )  # fmt: skip
-        best = best_rates(searched, row["metric"])
-        if not best:
-            raise RuntimeError(f"{name}: every run of the search failed; their logs are in {folder / 'search' / 'cells'}")
-        chosen = [m for m in methods if m["name"] in best]
-        judged = compare(
-            folder, "final",
-            {**shared, "dataset": files["train"], "eval_dataset": files["validation"], "seeds": row["seeds"],
-             "contestants": contestants(chosen, size["steps"], {name: [rate] for name, rate in best.items()})},
-        )  # fmt: skip
-        found[name] = {
-            "metric": row["metric"], "model": row["model"], "steps": size["steps"], "rows": [train, held],
-            "rates": {"tried": rates, "taken": best}, "search": figures(searched, row["metric"]),
-            "final": figures(judged, row["metric"]),
-        }  # fmt: skip
-    return {"machine": facts, "quick": quick, "datasets": found, "not_run": left}
-
-
-def best_rates(results: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """{method: the rate with the best metric on the split of the training rows}; a method whose runs all failed is not in it."""
-    from spectrum_peft.compare.matrix import METRICS
-
-    best: dict[str, tuple[float, float]] = {}
-    for row in results["contestants"]:
-        value = row["metrics"].get(metric, {}).get("mean")
-        if value is None:
-            continue
-        name = row["label"].partition(" @ ")[0]
-        key = (value if METRICS[metric].higher else -value, row["settings"]["learning_rate"])
-        best[name] = max(best.get(name, key), key)
-    return {name: rate for name, (_, rate) in best.items()}
-
-
-def figures(results: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
-    """Of each contestant: the metric with its spread over the seeds, and what it trained."""
-    rows = []
-    for contestant in results["contestants"]:
-        mine = [c for c in results["cells"] if c["label"] == contestant["label"] and c["error"] is None]
-        values = [c["metrics"][metric] for c in mine]
-        rows.append(
-            {
-                "method": contestant["label"].partition(" @ ")[0],
-                "learning_rate": contestant["settings"]["learning_rate"],
-                "values": values,
-                **({"metric": common.spread(values)} if values else {}),
-                "trained_parameters": mine[0]["trainable_parameters"] if mine else None,
-                "step_seconds": statistics.median(c["seconds_per_step"] for c in mine) if mine else None,
-                "failed": contestant["failed"],
-            }
-        )
-    return rows
-
-
-def quality_plot(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """One picture for each dataset: score against trained parameters, the spread over seeds as bars."""
-    from spectrum_peft import plots
-
-    written = []
-    for name, data in result["datasets"].items():
-        points = [
-            {"label": row["method"].partition(" ")[0], "x": row["trained_parameters"], "y": row["metric"]["median"],
-             "low": row["metric"]["min"], "high": row["metric"]["max"]}
-            for row in data["final"] if "metric" in row
-        ]  # fmt: skip
-        figure = plots.trade_off(points, x_label="trained parameters (with the new head)", y_label=data["metric"],
-                                 title=f"{name}, {data['model']}: validation, median and range over seeds",
-                                 log_x=True)  # fmt: skip
-        written.append(plots.save(figure, folder / f"adapters_{name}.png"))
-    return written
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    part = parser.add_mutually_exclusive_group(required=True)
-    part.add_argument("--timing", action="store_true", help="step times, bytes, set-up")
-    part.add_argument("--quality", action="store_true", help="scores on three datasets")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, or the small grid")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--timing", action="store_true", help="step times, bytes, set-up; the default")
+    part.add_argument("--quality", action="store_true", help="the suites adapters-* of quality.py")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, or the small grids")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with a folder for each dataset")
-    parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
-    parser.add_argument("--methods", nargs="+", choices=[m["name"] for m in METHODS], help="only these")
-    parser.add_argument("--cells", type=Path, help="where runs are kept; default: in the cache folder")
-    parser.add_argument("--output", type=Path, help="default: results/adapters_timing.json or adapters_quality.json")
+    parser.add_argument("--output", type=Path, default=common.RESULTS / "adapters.json", help="of the timing")
+    parser.add_argument("--picture", type=Path, default=common.ROOT / "docs" / "images" / "lorsa_setup.png")
     options = parser.parse_args(arguments)
+    if options.quality:
+        names = [name for name in quality.SUITES if name.startswith("adapters-")]
+        quality.main([*names, "--data", str(options.data), *(["--quick"] if options.quick else [])])
+        return 0
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    kind = "adapters_timing" if options.timing else "adapters_quality"
-    output = options.output or common.RESULTS / f"{kind}.json"
-    if options.timing:
-        result = run_timing(str(options.data), options.quick)
-        for row in result["claims"]:
-            print(
-                f"{'pass' if row['pass'] else 'FAIL'}  {row['claim']}: {row['seen']:.4g}, wanted <= {row['wanted']:.4g}"
-            )
-    else:
-        from spectrum_peft.scan import cache_folder
-
-        cells = options.cells or cache_folder() / "benchmarks" / "adapters"
-        result = run_quality(options.datasets, options.data, options.quick, options.methods, cells.resolve())
-        for path in quality_plot(result, output.parent):
-            print(path)
-    print(common.save(output, kind, result))
+    result = run_timing(str(options.data), options.quick)
+    for row in result["claims"]:
+        print(f"{'pass' if row['pass'] else 'FAIL'}  {row['claim']}: {row['seen']:.4g}, wanted <= {row['wanted']:.4g}")
+    print(draw_svd(result["parts"]["svd"], options.picture))
+    print(common.save(options.output, "adapters", result))
     return 0
 
 

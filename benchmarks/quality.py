@@ -1,7 +1,7 @@
 """Which way to train is better, and does choosing by the spectrum matter: comparisons on real text, cell by cell.
 
     python benchmarks/quality.py --list                 # suites, their cells, their hours
-    python benchmarks/quality.py --quick                # the small grids: at most 4 hours on 2 cores
+    python benchmarks/quality.py --quick --jobs 2       # the small grids, two suites at a time
     python benchmarks/quality.py choice-banking77       # one suite, the whole grid
 
 Each suite is two runs of `spectrum-peft compare`: a search over learning rates, as many for every contestant, judged on
@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,16 +48,18 @@ class Suite:
         quick: keys that are other in the small grid; None: the suite is not part of it.
         step_seconds: what a step takes on 2 cores, about: for the hours that are stated before anything is run.
         evaluation: rows of the evaluation data.
+        reference: the contestant that the others are held against, seed by seed.
     """
 
     question: str
     model: str
     data: str
+    reference: str
     config: Mapping[str, Any]
     quick: Mapping[str, Any] | None = None
     step_seconds: float = 1.0
     evaluation: int = 1000
-    quick_evaluation: int = 1000
+    quick_evaluation: int = 500
     category: str | None = None
 
 
@@ -67,68 +71,119 @@ _COMMON: dict[str, Any] = {
 _CLASSIFY: dict[str, Any] = {
     **_COMMON, "task": "classification", "max_length": 64, "max_steps": 300, "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
-    # A new head on a small encoder wants more than the defaults, which are for large models.
-    "learning_rate_factors": [5, 15, 45],
+    # A new head on a small encoder wants more than the defaults, which are for large models; lorsa's is not.
+    "learning_rate_factors": [5, 15, 45], "learning_rates": {"lorsa": [2e-4]},
 }  # fmt: skip
 _WRITE: dict[str, Any] = {
     **_COMMON, "max_length": 256, "max_steps": 150, "per_device_train_batch_size": 4, "gradient_checkpointing": False,
-    "learning_rate_factors": [1, 3, 9],
+    "learning_rate_factors": [1, 3, 9], "learning_rates": {"lorsa": [1e-3]},
 }  # fmt: skip
 _CHOICE: dict[str, Any] = {
     "modes": ["spectrum"], "ratios": [0.1, 0.25, 0.5], "criteria": _CRITERIA, "controls": ["random", "last", "first"],
     "contestants": [{"name": "full", "mode": "full"}],
 }  # fmt: skip
-_CHOICE_QUICK: dict[str, Any] = {"ratios": [0.25], "criteria": ["spectrum", "mp"], "max_steps": 150}
 _MODES: dict[str, Any] = {"modes": list(MODES), "ratios": [0.5], "controls": ["random", "last", "uniform_rank"]}
+_RATIOS: dict[str, Any] = {
+    "modes": ["spectrum", "lora", "full"], "ratios": [1.0, 0.75, 0.5, 0.35, 0.25, 0.1], "controls": ["random"],
+}  # fmt: skip
+
+
+def _adapters(steps: int, only: Sequence[str] | None = None) -> dict[str, Any]:
+    """Adapters of several budgets beside `full`. Of LoRA there is nothing below rank 1."""
+    lora = {"peft_type": "LORA", "target_modules": "all-linear"}
+    schedule = {"tinit": steps // 10, "tfinal": max(1, 3 * steps // 10), "total_step": steps}
+    adalora = {**lora, **schedule, "peft_type": "ADALORA", "init_r": 6, "target_r": 4, "lora_alpha": 8}
+    rows: list[dict[str, Any]] = [
+        {"name": "full", "mode": "full"},
+        *({"name": f"LoRA r{r}", "peft": {**lora, "r": r, "lora_alpha": 2 * r}} for r in (1, 4, 16)),
+        {"name": "DoRA r4", "peft": {**lora, "r": 4, "lora_alpha": 8, "use_dora": True}},
+        {"name": "AdaLoRA r4", "peft": adalora},
+        *({"name": f"spectra_qlora r{r}", "mode": "spectra_qlora", "r": r} for r in (1, 4, 16)),
+        {"name": "sgm r4", "mode": "sgm", "r": 4},
+        {"name": "sgm both r16", "mode": "sgm", "r": 16, "share": "both"},
+        *(
+            {"name": f"lorsa {n}, r{r}", "mode": "lorsa", "n_components": n, "rotation_rank": r, "spectrum_ratio": 1.0}
+            for n, r in ((8, 1), (64, 1), (64, 4), (128, 16))
+        ),
+    ]
+    kept = [row for row in rows if only is None or row["name"] in only]
+    return {"modes": [], "controls": [], "contestants": kept}
+
+
+_MOST_ADAPTERS = [
+    "LoRA r1", "LoRA r4", "LoRA r16", "DoRA r4", "AdaLoRA r4", "spectra_qlora r4", "sgm r4", "sgm both r16",
+    "lorsa 8, r1", "lorsa 64, r4", "lorsa 128, r16",
+]  # fmt: skip
+_FEW_ADAPTERS = ["LoRA r1", "LoRA r4", "sgm r4", "lorsa 64, r4"]
+# Of language models a small grid judges few rows after few steps: what it can tell is which loss falls faster.
+_QUICK_WRITE: dict[str, Any] = {
+    "max_steps": 25, "per_device_train_batch_size": 2, "max_length": 192, "generate": [], "calibration_samples": 32,
+}  # fmt: skip
+# 1200 of 8000 rows, 20 tokens each or so.
+_QUICK_STEPS = 150
+_QUICK_CLASSIFY: dict[str, Any] = {"max_steps": _QUICK_STEPS, "per_device_train_batch_size": 8}
 
 SUITES: dict[str, Suite] = {
     "choice-banking77": Suite(
-        "Does the spectrum choose better than chance, or than depth alone?", "minilm", "banking77",
-        {**_CLASSIFY, **_CHOICE}, _CHOICE_QUICK, step_seconds=0.16,
+        "Does the spectrum choose better than chance, or than depth alone?", "minilm", "banking77", "spectrum 0.25",
+        {**_CLASSIFY, **_CHOICE}, {**_QUICK_CLASSIFY, "ratios": [0.25]}, step_seconds=0.16,
     ),
     "choice-goemotions": Suite(
-        "The same, on two classes.", "minilm", "goemotions_sentiment",
+        "The same, on two classes.", "minilm", "goemotions_sentiment", "spectrum 0.25",
         {**_CLASSIFY, **_CHOICE, "metric": "macro_f1"}, step_seconds=0.16,
     ),
     "choice-gsm8k": Suite(
-        "The same, in a language model on problems with worked solutions.", "smollm2", "gsm8k",
+        "The same, in a language model on problems with worked solutions.", "smollm2", "gsm8k", "spectrum 0.25",
         {**_WRITE, **_CHOICE, "ratios": [0.25], "generate": ["exact_match"], "generate_rows": 200},
-        {"criteria": ["spectrum"], "controls": ["random", "last"], "generate": [], "max_steps": 30}, step_seconds=2.0,
-        evaluation=300, quick_evaluation=60,
+        {**_QUICK_WRITE, "criteria": ["spectrum"], "controls": ["random", "last"]}, step_seconds=2.0,
+        evaluation=300, quick_evaluation=40,
     ),
     "choice-dolly": Suite(
-        "The same, on instructions.", "smollm2", "dolly", {**_WRITE, **_CHOICE, "ratios": [0.25]},
-        {"criteria": ["spectrum"], "controls": ["random", "last"], "max_steps": 30}, step_seconds=2.0,
-        evaluation=300, quick_evaluation=60,
+        "The same, on instructions.", "smollm2", "dolly", "spectrum 0.25", {**_WRITE, **_CHOICE, "ratios": [0.25]},
+        step_seconds=2.0, evaluation=300,
     ),
     "modes-banking77": Suite(
-        "All modes at their defaults, classification.", "minilm", "banking77", {**_CLASSIFY, **_MODES},
-        {"controls": [], "max_steps": 150}, step_seconds=0.16,
+        "All modes at their defaults, classification.", "minilm", "banking77", "lora", {**_CLASSIFY, **_MODES},
+        {**_QUICK_CLASSIFY, "controls": []}, step_seconds=0.16,
     ),
     "modes-dolly": Suite(
-        "All modes at their defaults, instructions, and what they forget of general text.", "smollm2", "dolly",
-        {**_WRITE, **_MODES, "general": "wikitext2_small"}, {"controls": [], "max_steps": 30}, step_seconds=2.0,
-        evaluation=300, quick_evaluation=60,
+        "All modes at their defaults, instructions, and what they forget of general text.", "smollm2", "dolly", "lora",
+        {**_WRITE, **_MODES, "general": "wikitext2_small"}, {**_QUICK_WRITE, "controls": []}, step_seconds=2.0,
+        evaluation=300, quick_evaluation=40,
     ),
     "modes-wikitext": Suite(
-        "All modes at their defaults, plain text.", "smollm2", "wikitext2_small", {**_WRITE, **_MODES},
+        "All modes at their defaults, plain text.", "smollm2", "wikitext2_small", "lora", {**_WRITE, **_MODES},
         step_seconds=2.0, evaluation=200,
     ),
+    "ratios-banking77": Suite(
+        "How much must train: ratios beside LoRA.", "minilm", "banking77", "lora", {**_CLASSIFY, **_RATIOS},
+        {**_QUICK_CLASSIFY, "ratios": [0.75, 0.5, 0.1], "controls": [], "modes": ["spectrum", "lora"]}, step_seconds=0.16,
+    ),
     "ratios-dolly": Suite(
-        "How much must train: ratios beside LoRA.", "smollm2", "dolly",
-        {
-            **_WRITE, "modes": ["spectrum", "lora", "full"], "ratios": [1.0, 0.75, 0.5, 0.35, 0.25, 0.1],
-            "controls": ["random"],
-        },
-        {"ratios": [0.5, 0.1], "controls": [], "max_steps": 30}, step_seconds=2.0, evaluation=300, quick_evaluation=60,
+        "The same, in a language model.", "smollm2", "dolly", "lora", {**_WRITE, **_RATIOS}, step_seconds=2.0, evaluation=300,
     ),
     "summaries-dolly": Suite(
-        "Which layers does summarization need, beside classification (choice-banking77)?", "smollm2", "dolly",
+        "Which layers does summarization need, beside classification (choice-banking77)?", "smollm2", "dolly", "spectrum 0.25",
         {
             **_WRITE, "modes": ["spectrum"], "ratios": [0.25], "controls": ["random", "last", "first"],
             "generate": ["rouge_l"], "generate_rows": 100, "max_new_tokens": 128, "max_length": 512,
         },
         step_seconds=4.0, evaluation=100, category="summarization",
+    ),
+    "adapters-banking77": Suite(
+        "Adapters of several budgets: shared ones (sgm) and those in the singular basis (lorsa) beside LoRA and its kin.",
+        "minilm", "banking77", "LoRA r4", {**_CLASSIFY, **_adapters(300)},
+        {**_QUICK_CLASSIFY, **_adapters(_QUICK_STEPS, _MOST_ADAPTERS)}, step_seconds=0.16,
+    ),
+    "adapters-goemotions": Suite(
+        "The same, on two classes.", "minilm", "goemotions_sentiment", "LoRA r4",
+        {**_CLASSIFY, **_adapters(300), "metric": "macro_f1"},
+        {**_QUICK_CLASSIFY, **_adapters(_QUICK_STEPS, _FEW_ADAPTERS)}, step_seconds=0.16,
+    ),
+    "adapters-gsm8k": Suite(
+        "The same, in a language model.", "smollm2", "gsm8k", "LoRA r4",
+        {**_WRITE, **_adapters(150), "seeds": [0]},
+        {**_QUICK_WRITE, **_adapters(25, _FEW_ADAPTERS)}, step_seconds=2.0, evaluation=300, quick_evaluation=40,
     ),
 }  # fmt: skip
 
@@ -205,40 +260,53 @@ def best_rates(results: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]
     return chosen, at_edge
 
 
-def compare(config: Mapping[str, Any], *flags: str) -> dict[str, Any]:
-    """One run of the command; failed cells are in its results and do not end the suite."""
+def compare(config: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
+    """One run of the command; failed cells are in its results and do not end the suite.
+
+    Args:
+        threads: of torch, and the command's lines go to a file, for suites that run beside each other; None: all cores.
+    """
     folder = Path(config["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    command = [sys.executable, "-m", "spectrum_peft", "compare", "--config", str(folder / "compare.yaml"), *flags]
-    done = subprocess.run(command, cwd=common.ROOT, check=False)
+    command = [sys.executable, "-m", "spectrum_peft", "compare", "--config", str(folder / "compare.yaml")]
+    if threads is None:
+        done = subprocess.run(command, cwd=common.ROOT, check=False)
+    else:
+        with (folder / "log.txt").open("a") as log:
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            done = subprocess.run(
+                command, cwd=common.ROOT, check=False, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
     if not (folder / "results.json").is_file():
         raise SystemExit(f"{folder}: no results, the command ended with {done.returncode}")
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return results
 
 
-def cells(config: Mapping[str, Any]) -> int:
-    """How many runs a config asks for, the untrained base not counted."""
+def labels(config: Mapping[str, Any]) -> list[str]:
+    """The contestants of a config, whatever their rates."""
     from spectrum_peft.compare import matrix
 
     keys = {k: v for k, v in config.items() if k in matrix.KEYS}
     train = {k: v for k, v in config.items() if k not in matrix.KEYS}
     task = train.get("task", "causal_lm")
     one = matrix.read_comparison(keys, train=train, arguments=(), task=task, output=Path(), source="suite")
-    return len(matrix.contestants_of(one)) * len(one.asked["seeds"])
+    made: dict[str, None] = {c.label.partition(" at ")[0]: None for c in matrix.contestants_of(one)}
+    return list(made)
 
 
 def hours(suite: Suite, config: Mapping[str, Any]) -> tuple[int, float]:
     """(runs of search and final, about how many hours on 2 cores)."""
-    searched = cells({**config, "seeds": [0]})
-    final = cells({k: v for k, v in config.items() if k != "learning_rate_factors"})
+    contestants = len(labels(config))
+    searched = contestants * len(config["learning_rate_factors"])
+    final = contestants * len(config["seeds"])
     written = config.get("generate_rows", 0) * 4.0 if config.get("generate") else 0.0  # seconds
     each = config["max_steps"] * suite.step_seconds + OVERHEAD_SECONDS
     return searched + final, (searched * each + final * (each + written)) / 3600
 
 
-def run(name: str, quick: bool, data: Path, work: Path, output: Path) -> None:
+def run(name: str, quick: bool, data: Path, work: Path, output: Path, threads: int | None = None) -> None:
     suite = SUITES[name]
     folder = work / (f"{name}-quick" if quick else name)
     config = settings(suite, quick, folder)
@@ -249,9 +317,9 @@ def run(name: str, quick: bool, data: Path, work: Path, output: Path) -> None:
     most = suite.quick_evaluation if quick else suite.evaluation
     judged = some_rows(source / "validation.jsonl", folder / "evaluation.jsonl", most, suite.category)
     print(f"\n== {name}: {suite.question}", flush=True)
-    found = compare(search_config(suite, config, train, folder, SEARCH_SHARE))
+    found = compare(search_config(suite, config, train, folder, SEARCH_SHARE), threads)
     rates, at_edge = best_rates(found)
-    results = compare(final_config(config, rates, train, judged, folder))
+    results = compare(final_config(config, rates, train, judged, folder), threads)
     kept = {k: v for k, v in results.items() if k not in ("record", "scan", "cells", "machine", "written")}
     kept["contestants"] = [{k: v for k, v in s.items() if k != "loss_curve"} for s in results["contestants"]]
     kept["cells"] = [{k: v for k, v in r.items() if k not in ("loss_curve", "log")} for r in results["cells"]]
@@ -266,8 +334,8 @@ def run(name: str, quick: bool, data: Path, work: Path, output: Path) -> None:
     common.save(
         output / f"quality-{folder.name}.json", "quality",
         {
-            "suite": name, "quick": quick, "question": suite.question, "machine": results["machine"],
-            "evaluation_rows": len(lines_of(judged)), "rates": rates,
+            "suite": name, "quick": quick, "question": suite.question, "reference": suite.reference,
+            "machine": results["machine"], "evaluation_rows": len(lines_of(judged)), "rates": rates,
             "rates_at_the_edge_of_the_search": at_edge, "search": searched, **kept,
         },
     )  # fmt: skip
@@ -277,6 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"default all: {', '.join(SUITES)}")
     parser.add_argument("--quick", action="store_true", help="the small grids")
+    parser.add_argument("--jobs", type=int, default=1, help="suites at a time; they share the cores")
     parser.add_argument("--list", action="store_true", help="say what there is and how long it takes; run nothing")
     parser.add_argument(
         "--data", type=Path, default=common.ROOT.parent / "shared" / "data", help="folder of the datasets"
@@ -301,8 +370,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{'in all':<20} {'':9}  about {total:5.1f} h on 2 cores", flush=True)
     if options.list:
         return
-    for name in names:
-        run(name, options.quick, options.data, options.work, options.output)
+    threads = None if options.jobs == 1 else max(1, (os.cpu_count() or 1) // options.jobs)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        where = (options.quick, options.data, options.work, options.output, threads)
+        for done in [pool.submit(run, name, *where) for name in names]:
+            done.result()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ on two quiet cores and 4 GB.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import common
 import torch
 from datasets import Dataset
+from sklearn.metrics import adjusted_rand_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spectrum_peft import GradientReport, calibration_batches, make_plan, names, plots, probe_gradients, scan_weights
@@ -77,22 +79,37 @@ def described(exact: Similarity) -> dict[str, Any]:
     }
 
 
-def sketch_errors(tables: list[Similarity], means: dict[str, torch.Tensor], sketch: int) -> dict[str, float]:
-    """Largest and mean error of both tables with sketches of a rank, over all pairs of all kinds."""
-    errors: dict[str, list[torch.Tensor]] = {"subspace": [], "cosine": []}
+def sketched(tables: list[Similarity], means: dict[str, torch.Tensor], sketch: int) -> list[Similarity]:
+    """The same tables from sketches of a rank."""
+    found = []
     for exact in tables:
         kept = MeanGradients(sketch)
         for name in exact.names:
             gradient = means[name][None]
             kept.see(name, gradient, torch.eye(gradient.shape[1])[None])
-        found = kept.similarities(exact.names, exact.side, DIRECTIONS)
-        for (which, into), table in zip(errors.items(), found, strict=True):
-            into.append((off_diagonal(table) - off_diagonal(getattr(exact, which))).abs())
-    return {
-        f"{which}_{label}": float(getattr(torch.cat(found), label)())
-        for which, found in errors.items()
-        for label in ("max", "mean")
-    }
+        subspace, cosine = kept.similarities(exact.names, exact.side, DIRECTIONS)
+        found.append(dataclasses.replace(exact, subspace=subspace, cosine=cosine))
+    return found
+
+
+def sketch_errors(exact: list[Similarity], found: list[Similarity]) -> dict[str, float]:
+    """Largest and mean error of both tables, over all pairs of all kinds."""
+    errors = {}
+    for which in ("subspace", "cosine"):
+        off = [
+            off_diagonal(getattr(a, which)) - off_diagonal(getattr(b, which)) for a, b in zip(found, exact, strict=True)
+        ]
+        errors |= {
+            f"{which}_max": float(torch.cat(off).abs().max()),
+            f"{which}_mean": float(torch.cat(off).abs().mean()),
+        }
+    return errors
+
+
+def grouped(report: Any, gradients: GradientReport, tables: list[Similarity]) -> list[str]:
+    """The group of each chosen matrix by these tables, at the defaults; one alone is its own group."""
+    plan = make_plan(report, mode="sgm", gradients=dataclasses.replace(gradients, similarities=tuple(tables)))
+    return [entry.group or entry.name for entry in plan.entries if entry.trains]
 
 
 def shared(report: Any, gradients: GradientReport, **options: Any) -> dict[str, Any]:
@@ -140,9 +157,15 @@ def main() -> None:
     means = exact_means(model, batches)
     tables = [exact_table(s, means) for s in gradients.similarities]
     print("exact tables", flush=True)
+    report = scan_weights(folder)
+    groups = grouped(report, gradients, tables)
+    sketches = {}
+    for n in (16, 32, 48, 64):
+        found = sketched(tables, means, n)
+        same = float(adjusted_rand_score(groups, grouped(report, gradients, found)))
+        sketches[str(n)] = sketch_errors(tables, found) | {"same_groups": same}
     if options.gradients is not None:
         gradients.save(options.gradients)
-    report = scan_weights(folder)
     plans = [shared(report, gradients, spectrum_ratio=r) for r in (0.25, 0.5, 1.0)]
     plans += [shared(report, gradients, share="both", spectrum_ratio=r) for r in (0.25, 0.5, 1.0)]
     plans += [shared(report, gradients, similarity_threshold=t) for t in (0.05, 0.15, 0.25, 0.35, 0.5)]
@@ -156,7 +179,7 @@ def main() -> None:
         "loss": gradients.loss,
         "probe_seconds": seconds,
         "kinds": [described(t) for t in tables],
-        "sketches": {str(n): sketch_errors(tables, means, n) for n in (16, 32, 48, 64)},
+        "sketches": sketches,
         "plans": plans,
     }
     common.save(options.out, "similarity", data)

@@ -108,8 +108,7 @@ def claims() -> str:
     """The stated goals of the modes beside what was seen."""
     rows = [
         [c["model"], c["claim"], str(c["wanted"]), _short(c["seen"]), "yes" if c["pass"] else "no"]
-        for name in ("modes", "modes_350m")
-        for c in result(name)["claims"]
+        for c in result("modes")["claims"]
     ]
     return table(["model", "compared", "goal", "seen", "holds"], rows)
 
@@ -204,8 +203,15 @@ def similarity(part: str) -> str:
         note = f"{data['samples']} samples of {data['data']}, cut at {data['max_length']} tokens; `benchmarks/similarity.py`."
         return f"{table(heads, rows)}\n{note}\n"
     if part == "sketches":
-        heads = ["rank of the sketch", "subspace, largest error", "mean", "cosine, largest error", "mean"]
-        keys = ("subspace_max", "subspace_mean", "cosine_max", "cosine_mean")
+        heads = [
+            "rank of the sketch",
+            "subspace, largest error",
+            "mean",
+            "cosine, largest error",
+            "mean",
+            "same groups",
+        ]
+        keys = ("subspace_max", "subspace_mean", "cosine_max", "cosine_mean", "same_groups")
         return table(heads, [[n, *(f"{e[k]:.3f}" for k in keys)] for n, e in data["sketches"].items()])
     heads = ["ratio", "similarity, threshold", "share", "groups", "largest", "alone", "trained", "of `spectra_qlora`"]
     rows = []
@@ -220,12 +226,95 @@ def similarity(part: str) -> str:
     return table(heads, rows)
 
 
+def adapters(part: str) -> str:
+    """What the adapters of `sgm` and `lorsa` cost beside LoRA; what a decomposition takes."""
+    data = result("adapters")
+    if part == "claims":
+        rows = []
+        for c in data["claims"]:
+            extent = f" ({c['min']:.2f} to {c['max']:.2f})" if "min" in c else ""
+            rows.append([c["claim"], f"<= {c['wanted']:g}", f"{c['seen']:.3g}{extent}", "yes" if c["pass"] else "no"])
+        return table(["compared", "goal", "seen", "holds"], rows) + (
+            f"\nSmolLM2-135M, all matrices of its blocks (`python benchmarks/adapters.py`; {machine(data)}).\n"
+        )
+    ranks = sorted({row["k"] for row in data["parts"]["svd"]})
+    rows = []
+    for size in sorted({row["size"] for row in data["parts"]["svd"]}):
+        seconds = {row["k"]: row["seconds"] for row in data["parts"]["svd"] if row["size"] == size}
+        rows.append([f"{size} x {size}", *(f"{seconds[k]:.3f} s" for k in ranks)])
+    return table(["matrix", *(f"k = {k}" for k in ranks)], rows)
+
+
+def quality(suite: str) -> str:
+    """Every contestant of a suite at the rate that was best for it, and its difference to one of them, paired by seed."""
+    sys.path.insert(0, str(ROOT))
+    from spectrum_peft.compare.matrix import METRICS
+    from spectrum_peft.compare.results import interval
+
+    name = f"quality-{suite}" if (RESULTS / f"quality-{suite}.json").exists() else f"quality-{suite}-quick"
+    data = result(name)
+    metric = data["metric"]
+    runs: dict[str, dict[int, float]] = {}
+    for cell in data["cells"]:
+        if cell["error"] is None:
+            runs.setdefault(cell["label"], {})[cell["seed"]] = cell["metrics"][metric]
+    finished = [c for c in data["contestants"] if c["label"] in runs]
+    finished.sort(key=lambda c: statistics.fmean(runs[c["label"]].values()), reverse=METRICS[metric].higher)
+    reference = data["reference"]
+    forgetting = any("forgetting" in c["figures"] for c in finished)
+    rows = []
+    for c in finished:
+        label, figures = c["label"], c["figures"]
+        values = runs[label]
+        differences = [value - runs[reference][seed] for seed, value in values.items() if seed in runs[reference]]
+        edge = ", at the edge" if label in data["rates_at_the_edge_of_the_search"] else ""
+        row = [
+            f"`{label}`", f"{figures['trainable_parameters']['mean']:,.0f}",
+            f"{c['settings']['learning_rate']:g}{edge}", _spread(interval(list(values.values()), 0.95), ""),
+            "reference" if label == reference else _spread(interval(differences, 0.95), "+"),
+        ]  # fmt: skip
+        if forgetting:
+            row.append(_spread(figures["forgetting"], "+"))
+        rows.append(row)
+    title = METRICS[metric].title
+    heads = ["trained how", "parameters", "learning rate", title, f"difference to `{reference}`"]
+    text = table([*heads, *(["forgetting"] if forgetting else [])], rows)
+    failed = sum(len(c["failed"]) for c in data["contestants"])
+    untrained = (data["untrained"] or {}).get("metrics", {}).get(metric)
+    train = data["config"]["train"]
+    facts = [
+        f"{Path(train['model']).name}, {train['max_steps']} steps of {train['per_device_train_batch_size']} rows",
+        f"judged on {data['evaluation_rows']} rows",
+        f"{len(data['config']['seeds'])} {'seeds' if len(data['config']['seeds']) > 1 else 'seed'}",
+        *([f"untrained {untrained:.3f}"] if untrained is not None else []),
+        *([f"{failed} runs failed"] if failed else []),
+        *(["the small grid"] if data["quick"] else []),
+    ]  # fmt: skip
+    return f"{text}\n{'; '.join(facts)} (`benchmarks/quality.py {suite}`; {machine(data)}).\n"
+
+
+def _spread(found: Mapping[str, Any], sign: str) -> str:
+    """Mean and 95 % interval; an interval of one run is left out."""
+    text = f"{found['mean']:{sign}.3f}"
+    return text if found["low"] is None else f"{text} ({found['low']:{sign}.3f} to {found['high']:{sign}.3f})"
+
+
+_SUITES = [
+    f"{what}-{data}"
+    for what, on in {
+        "choice": ("banking77", "goemotions", "gsm8k", "dolly"), "modes": ("banking77", "dolly", "wikitext"),
+        "ratios": ("banking77", "dolly"), "summaries": ("dolly",), "adapters": ("banking77", "goemotions", "gsm8k"),
+    }.items()
+    for data in on
+]  # fmt: skip
 _MEMORY = ("accuracy", "8b", "3b", "llama_8b", "qwen_7b", "70b", "tutorial")
 TABLES: dict[str, Callable[[], str]] = {
     "modes": modes, "claims": claims, "demo": demo, "scan": scan,
     "scan_short": partial(scan, short=True), "onto": onto, "merge": merge,
     **{f"similarity_{part}": partial(similarity, part) for part in ("kinds", "sketches", "sharing")},
     **{f"memory_{part}": partial(memory, f"memory_{part}") for part in _MEMORY},
+    **{f"adapters_{part}": partial(adapters, part) for part in ("claims", "svd")},
+    **{f"quality_{suite.replace('-', '_')}": partial(quality, suite) for suite in _SUITES},
 }  # fmt: skip
 
 
@@ -233,10 +322,11 @@ def written(text: str) -> str:
     """The page with every table made anew; a table without a result file stays empty."""
 
     def fill(match: re.Match[str]) -> str:
-        name = match[2]
-        file = "modes" if name == "claims" else name.partition("_")[0]
-        there = name == "modes" or (RESULTS / f"{file}.json").exists()
-        return f"{match[1]}{TABLES[name]() if there else ''}{match[4]}"
+        make = TABLES[match[2]]
+        try:
+            return f"{match[1]}{make()}{match[4]}"
+        except FileNotFoundError:
+            return f"{match[1]}{match[4]}"
 
     return PLACE.sub(fill, text)
 

@@ -419,9 +419,9 @@ def describe_gradients(report: GradientReport) -> str:
     for stat in report.stats:
         kinds.setdefault(stat.kind, []).append(stat)
     for kind, stats in kinds.items():
-        ordered = sorted(stats, key=lambda s: s.fisher)
+        ordered = sorted(stats, key=lambda s: report.scores[s.name])
         middle = ordered[(len(ordered) - 1) // 2]
-        masses = (f"{s.fisher:.3g}" for s in (ordered[0], middle, ordered[-1]))
+        masses = (f"{report.scores[s.name]:.3g}" for s in (ordered[0], middle, ordered[-1]))
         rows.append((kind, str(len(stats)), *masses, alike.get(kind, "-"), ordered[-1].name))
     head = f"{report.model_id or 'model'}: Fisher mass of {len(report.stats)} matrices on {report.samples} samples"
     return "\n".join([f"{head}, mean loss {report.loss:.4f}", *_table(rows)])
@@ -438,6 +438,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="of `probe`; without it the first training rows are probed where it is needed",
     )
+    add("--calibration-samples", type=int, metavar="N", help="training rows that are probed; default 256")
     switch(parser, "--force", default=False, help="use a report or plan although its fingerprint differs")
     switch(parser, "--help-trainer", default=False, help="list the flags of the task's own training arguments")
     _data_options(parser)

@@ -380,9 +380,15 @@ def _scored_by(gradients: GradientReport | None, report: SnrReport) -> SnrReport
 
     Raises:
         MismatchError: the probe saw a matrix that the report does not list.
+        OptionError: the probe did not measure the Fisher mass.
     """
     assert gradients is not None
     masses = gradients.scores
+    if gradients.stats and not masses:
+        raise OptionError(
+            "criterion 'fisher' scores by the Fisher mass, which these gradients do not have: they were measured with "
+            "fisher=False. Wanted probe_gradients(model, batches)."
+        )
     units = {_EXPERT.sub(r"\g<name>", s.name) for s in report.stats}
     for name in masses:
         if name not in units:

@@ -264,7 +264,7 @@ class GradientStat:
     Attributes:
         name, kind, shape: as in `MatrixStat`; a fused expert parameter is one, of shape (experts, ., .).
         fisher: mean over samples and elements of the squared derivative of a sample's loss: the empirical Fisher mass of
-            one parameter of it.
+            one parameter of it; None where it was not measured.
         singular_values: of the weight that the layer computes with, the largest first; empty where no basis was asked for.
         importance: s_i^2 E[(dL/ds_i)^2] for each of them, the mean over samples.
     """
@@ -272,7 +272,7 @@ class GradientStat:
     name: str
     kind: str
     shape: tuple[int, ...]
-    fisher: float
+    fisher: float | None = None
     singular_values: tuple[float, ...] = ()
     importance: tuple[float, ...] = ()
 
@@ -325,8 +325,8 @@ class GradientReport(_Record):
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """{name: Fisher mass per parameter}: the criterion `fisher`."""
-        return {s.name: s.fisher for s in self.stats}
+        """{name: Fisher mass per parameter}: the criterion `fisher`; empty where it was not measured."""
+        return {s.name: s.fisher for s in self.stats if s.fisher is not None}
 
     @cached_property
     def by_name(self) -> dict[str, GradientStat]:

@@ -481,7 +481,10 @@ def _calibration(
     """The first training rows as batches, where the plan needs gradients and no report of them was given."""
     if run.plan is not None or options.gradients or not needs_gradients(check_options(**plan_options)):
         return None
-    rows = run.train_rows.select(range(min(DEFAULT_SAMPLES, len(run.train_rows))))
+    samples = DEFAULT_SAMPLES if options.calibration_samples is None else options.calibration_samples
+    if samples < 1:
+        raise OptionError(f"--calibration-samples is {samples}, wanted at least 1.")
+    rows = run.train_rows.select(range(min(samples, len(run.train_rows))))
     print(f"probing gradients on the first {len(rows)} training rows (--gradients gives a report of `probe` instead)")
     limit = options.max_length or getattr(run.args, "max_length", None)
     return calibration_batches(

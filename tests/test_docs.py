@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from spectrum_peft.policies import MODES
+
 ROOT = Path(__file__).resolve().parents[1]
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_DATASET = 'load_dataset("trl-lib/Capybara", split="train")'
@@ -48,15 +50,30 @@ def test_there_are_blocks_to_run() -> None:
     assert languages.count("python") >= 5 and languages.count("bash") >= 2
 
 
+# Pages whose Python needs nothing but the hub's model; the others go on from data or files of the reader's own.
+WHOLE_PAGES = ["README.md", *(f"docs/{mode}.md" for mode in ("full", "spectrum", "lora", "spectra_qlora", "alors"))]
+
+
 @pytest.mark.slow
-def test_the_python_blocks_of_the_readme_run_in_order(workplace: Path, tiny_llama_folder: Path) -> None:
+@pytest.mark.parametrize("page", WHOLE_PAGES)
+def test_the_python_blocks_of_a_page_run_in_order(workplace: Path, tiny_llama_folder: Path, page: str) -> None:
     namespace: dict[str, Any] = {}
     ran = 0
-    for language, code in blocks(ROOT / "README.md"):
+    for language, code in blocks(ROOT / page):
         if language == "python":
-            exec(compile(at_home(code, tiny_llama_folder), f"README.md block {ran}", "exec"), namespace)
+            exec(compile(at_home(code, tiny_llama_folder), f"{page} block {ran}", "exec"), namespace)
             ran += 1
-    assert ran and (workplace / "spectrum_config.yaml").exists() and (workplace / "plan.yaml").exists()
+    assert ran
+    if page == "README.md":
+        assert (workplace / "spectrum_config.yaml").exists() and (workplace / "plan.yaml").exists()
+
+
+def test_every_mode_has_a_page() -> None:
+    for mode in MODES:
+        assert (ROOT / "docs" / f"{mode}.md").read_text(encoding="utf-8").startswith(f"# {mode}"), mode
+    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    missing = [page.name for page in (ROOT / "docs").glob("*.md") if page.name not in listed]
+    assert not missing, f"{missing} stand in docs/ and not in the navigation of mkdocs.yml"
 
 
 @pytest.mark.slow

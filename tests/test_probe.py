@@ -20,6 +20,7 @@ from spectrum_peft import (
     SpectrumConfig,
     calibration_batches,
     load_model_with_spectrum,
+    make_plan,
     names,
     probe_gradients,
     scan_weights,
@@ -411,6 +412,31 @@ def test_without_directions_nothing_is_compared_or_kept() -> None:
     report = probe_gradients(model, [batch], directions=0)
     assert report.similarities == ()
     assert report.stats == probe_gradients(model, [batch]).stats
+
+
+def test_without_fisher_the_rest_is_the_same_and_the_criterion_is_refused(tiny_llama: Any, tmp_path: Any) -> None:
+    batches = [batch_of(rows_of(4)), batch_of(rows_of(4, seed=1))]
+    whole = probe_gradients(tiny_llama, batches, svd_rank=8)
+    less = probe_gradients(tiny_llama, batches, svd_rank=8, fisher=False)
+    assert len(whole.scores) == len(whole.stats) and less.scores == {}
+    assert [s.importance for s in less.stats] == [s.importance for s in whole.stats]
+    assert less.similarities == whole.similarities and less.loss == whole.loss
+    less.save(tmp_path / "gradients.json")
+    assert GradientReport.load(tmp_path / "gradients.json") == less
+    with pytest.raises(
+        OptionError, match="criterion 'fisher' scores by the Fisher mass, which these gradients do not have"
+    ):
+        make_plan(scan_weights(tiny_llama), criterion="fisher", gradients=less)
+    with pytest.raises(OptionError, match="fisher is False, directions and svd_rank are 0"):
+        probe_gradients(tiny_llama, batches, fisher=False, directions=0)
+
+
+def test_only_the_first_batch_is_asked_for_the_models_own_loss(tiny_llama: Any) -> None:
+    seen: list[bool] = []
+    handle = tiny_llama.register_forward_pre_hook(lambda m, a, k: seen.append("labels" in k), with_kwargs=True)
+    probe_gradients(tiny_llama, [batch_of(rows_of(4)), batch_of(rows_of(4, seed=1))])
+    handle.remove()
+    assert seen == [False, True, False]  # the look at the model, the first batch, the second
 
 
 @pytest.mark.parametrize(

@@ -40,23 +40,34 @@ def test_the_search_never_sees_the_evaluation_data_and_gives_every_method_as_man
         search = quality.search_config(suite, config, train, tmp_path, 10)
         assert "eval_dataset" not in search and search["dataset"] == str(train), name
         assert (search["dataset_split"], search["eval_split"]) == ("train[20:]", "train[:20]"), name
-        assert len(search["learning_rate_factors"]) == 3 and "learning_rates" not in search, name
+        assert len(search["learning_rate_factors"]) == 3, name
+        assert all(len(rates) == 1 for rates in search.get("learning_rates", {}).values()), name
         assert not search.get("generate") and search.get("metric") not in ("exact_match", "rouge_l"), name
         final = quality.final_config(config, {"full": 1e-4}, train, Path("judged.jsonl"), tmp_path)
         assert final["learning_rates"] == {"full": [1e-4]} and "learning_rate_factors" not in final, name
         assert final["output_dir"] != search["output_dir"]
 
 
-def test_the_small_grids_take_four_hours_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_small_grids_take_the_hours_that_are_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "folder_of", lambda model: model)
-    times = []
-    for suite in quality.SUITES.values():
+    modes, adapters = [], []
+    for name, suite in quality.SUITES.items():
         if suite.quick is not None:
             config = quality.settings(suite, True, tmp_path)
-            assert len(config["seeds"]) >= 3 and len(config["learning_rate_factors"]) >= 3
-            times.append(quality.hours(suite, config)[1])
-    assert 0 < sum(times) <= 4
+            assert len(config["learning_rate_factors"]) >= 3
+            assert len(config["seeds"]) >= 3 or name == "adapters-gsm8k"
+            (adapters if name.startswith("adapters-") else modes).append(quality.hours(suite, config)[1])
+    assert 0 < sum(modes) <= 4 and 0 < sum(adapters) <= 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_suite_has_its_reference(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "folder_of", lambda model: str(tiny_llama_folder))
+    for name, suite in quality.SUITES.items():
+        for quick in (False, True) if suite.quick is not None else (False,):
+            assert suite.reference in quality.labels(quality.settings(suite, quick, tmp_path)), (name, quick)
 
 
 def test_every_mode_is_in_the_suites_of_modes() -> None:
@@ -79,7 +90,7 @@ def test_a_suite_runs_from_the_search_to_its_results(
         **quality._COMMON, "max_steps": 2, "max_length": 32, "per_device_train_batch_size": 2, "seeds": [0],
         "learning_rate_factors": [1, 100], "modes": ["lora"], "controls": [],
     }  # fmt: skip
-    monkeypatch.setitem(quality.SUITES, "tiny", quality.Suite("Does it run?", "smollm2", "tiny", config, {}))
+    monkeypatch.setitem(quality.SUITES, "tiny", quality.Suite("Does it run?", "smollm2", "tiny", "lora", config, {}))
     monkeypatch.setattr(quality, "folder_of", lambda model: str(tiny_llama_folder))
     words = ["tiny", "--quick", "--data", str(tmp_path / "data"), "--work", str(tmp_path / "work"), "-o", str(tmp_path)]
     quality.main(words)

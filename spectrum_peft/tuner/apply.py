@@ -223,6 +223,7 @@ def _gradients(
         candidates=candidates,
         seed=options["seed"],
         svd_rank=options["svd_rank"] if "svd_rank" in own else 0,
+        fisher=options["criterion"] == "fisher" or "svd_rank" not in own,
         **({} if "similarity" in own else {"directions": 0}),
     )
     config.gradients, config.calibration_data = gradients, None
