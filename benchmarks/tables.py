@@ -63,11 +63,11 @@ def modes() -> str:
     contestants = data["models"]["smollm2-135m"]["contestants"]
     rows = []
     for name, mode in MODES.items():
-        found = contestants.get(CONTESTANT.get(name, ""))
+        found = contestants.get(CONTESTANT.get(name, "")) or measured_beside(name)
         costs = ["", "", "not measured", ""]
         if found is not None:
             state = sum(found[k] for k in ("weight_bytes", "gradient_bytes", "optimizer_bytes"))
-            base = "4-bit" if CONTESTANT[name] in _ON_NF4 else "float32"
+            base = "4-bit" if CONTESTANT.get(name) in _ON_NF4 else "float32"
             trained = f"{found['trainable_parameters'] / 1e6:.1f} M"
             costs = [base, trained, f"{found['step']['median']:.2f} s", f"{state / 2**20:,.0f} MiB"]
         rows.append([f"`{name}`", mode.summary, *costs, f"{mode.default_lr:g}", WHEN[name]])
@@ -84,8 +84,21 @@ def modes() -> str:
     settings = data["settings"]
     return table(heads, rows) + (
         f"\nSmolLM2-135M, batch {settings['batch']} x {settings['length']} tokens, median of {settings['repeats']} repeats "
-        f"(`python benchmarks/modes.py`; {machine(data)}). `spectrum` at ratio 0.25, `spectra_qlora` and `alors` at 0.5.\n"
+        f"(`python benchmarks/modes.py`; {machine(data)}). `spectrum` at ratio 0.25, `spectra_qlora` and `alors` at 0.5, the "
+        "last two modes at 1.0 (`python benchmarks/adapters.py`, another run).\n"
     )
+
+
+def measured_beside(name: str) -> dict[str, Any] | None:
+    """A contestant of benchmarks/adapters.py, which measures as benchmarks/modes.py does: its step over all repeats."""
+    if not (RESULTS / "adapters.json").exists():
+        return None
+    repeats = result("adapters")["parts"]["steps"]
+    if name not in repeats[0]["contestants"]:
+        return None
+    found: dict[str, Any] = repeats[0]["contestants"][name]
+    steps = [statistics.median(repeat["contestants"][name]["step_seconds"]) for repeat in repeats]
+    return {**found, "step": {"median": statistics.median(steps)}}
 
 
 def demo() -> str:
@@ -237,6 +250,39 @@ def adapters(part: str) -> str:
         return table(["compared", "goal", "seen", "holds"], rows) + (
             f"\nSmolLM2-135M, all matrices of its blocks (`python benchmarks/adapters.py`; {machine(data)}).\n"
         )
+    if part == "setup":
+        rows = []
+        for one in data["parts"]["setup"]:
+            parts = one["parts"]
+            seconds = [
+                one["seconds"],
+                parts["scan"],
+                parts["svd"],
+                parts["probe"] - parts["svd"],
+                one["forward_and_backward"],
+            ]
+            what = f"{one['samples']} samples cut at {one['max_length']}"
+            rows.append([what, f"{one['tokens']:,}", *(f"{x:.0f} s" for x in seconds), f"{one['common']:.2f}"])
+        heads = [
+            "calibration",
+            "tokens",
+            "set-up",
+            "scan",
+            "SVD",
+            "importance",
+            "plain forward and backward",
+            "same components",
+        ]
+        return table(heads, rows)
+    if part == "layers":
+        rows = [
+            [
+                f"{layer['shape'][0]} x {layer['shape'][1]}", f"{layer['ratio']['median']:.2f}",
+                f"{layer['ratio']['min']:.2f} to {layer['ratio']['max']:.2f}",
+            ]
+            for layer in data["parts"]["layers"]
+        ]  # fmt: skip
+        return table(["one layer, 256 tokens", "over LoRA r = 16", "least to most"], rows)
     ranks = sorted({row["k"] for row in data["parts"]["svd"]})
     rows = []
     for size in sorted({row["size"] for row in data["parts"]["svd"]}):
@@ -313,7 +359,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scan_short": partial(scan, short=True), "onto": onto, "merge": merge,
     **{f"similarity_{part}": partial(similarity, part) for part in ("kinds", "sketches", "sharing")},
     **{f"memory_{part}": partial(memory, f"memory_{part}") for part in _MEMORY},
-    **{f"adapters_{part}": partial(adapters, part) for part in ("claims", "svd")},
+    **{f"adapters_{part}": partial(adapters, part) for part in ("claims", "setup", "layers", "svd")},
     **{f"quality_{suite.replace('-', '_')}": partial(quality, suite) for suite in _SUITES},
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -691,11 +691,42 @@ def _rows(cls: type[_T], data: Mapping[str, Any], key: str, source: str) -> tupl
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+class _TwiceError(Exception):
+    """A key of a mapping stands twice; without this the last one would win in silence."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(repr(next(key for i, key in enumerate(keys) if key in keys[:i])))
+    return found
+
+
+@cache
+def _yaml_loader() -> Any:
+    """The safe loader, that of C where it was built, which refuses a key that stands twice."""
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if (key.tag, key.value) in seen:
+                        raise _TwiceError(f"{key.value!r} (line {key.start_mark.line + 1})")
+                    seen.add((key.tag, key.value))
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
 def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON or YAML file that holds a mapping; YAML by the safe loader only.
 
     Raises:
-        CheckpointError: not there, empty, cannot be parsed (a YAML tag that asks for an object included), no mapping.
+        CheckpointError: not there, empty, cannot be parsed (a YAML tag that asks for an object included), no mapping, a key
+            that stands twice.
     """
     path = Path(path)
     try:
@@ -710,13 +741,14 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
         if path.suffix in {".yaml", ".yml"}:
             import yaml
 
-            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
             try:
-                data = yaml.load(text, Loader=loader)
+                data = yaml.load(text, Loader=_yaml_loader())
             except yaml.YAMLError as error:
                 raise CheckpointError(f"{path}: not plain YAML: {_one_line(error)}.") from error
         else:
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=_unique)
+    except _TwiceError as error:
+        raise CheckpointError(f"{path}: the key {error} stands twice in one mapping, wanted once.") from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: not JSON: {error}.") from error
     if not isinstance(data, dict):

@@ -119,7 +119,10 @@ def scan_weights(
 
     def one(name: str, info: TensorInfo) -> MatrixScore:
         matrix = source.read(name).to(where)
-        return criteria.score(matrix.T if info.transposed else matrix, criterion, name=name, seed=seed)
+        try:
+            return criteria.score(matrix.T if info.transposed else matrix, criterion, name=name, seed=seed)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source.model_id or 'model'}: {error}") from None
 
     with _Partial(cache_folder() / "partial" / f"{key}.jsonl") as partial, one_torch_thread(), torch.no_grad():
         rest = [(name, info) for name, info in wanted if name not in partial.results]

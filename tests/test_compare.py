@@ -29,7 +29,7 @@ import yaml
 
 from spectrum_peft.cli import main
 from spectrum_peft.compare import matrix, page, read_comparison, results, runs
-from spectrum_peft.errors import OptionError
+from spectrum_peft.errors import ComparisonError, OptionError
 from spectrum_peft.machine import machine
 from spectrum_peft.policies import MODES
 
@@ -731,6 +731,17 @@ def test_a_comparison_that_is_killed_goes_on_where_it_was(config: dict[str, Any]
     assert kept.stat().st_mtime_ns == stamp
     assert [r["error"] for r in stored()["cells"]] == [None, None]
     assert "2 cells, 1 of them finished before" in done.stdout
+
+
+def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
+    with (
+        runs._alone_in(tmp_path),
+        pytest.raises(ComparisonError, match="another comparison is at work"),
+        runs._alone_in(tmp_path),
+    ):
+        pass
+    with runs._alone_in(tmp_path):
+        pass
 
 
 def test_the_last_line_of_a_log_says_why(tmp_path: Path) -> None:

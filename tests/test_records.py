@@ -101,6 +101,8 @@ def changed(**fields):
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("p.json", "", "the file is empty"),
     ("p.yaml", " \n", "the file is empty"),
+    ("p.yaml", "a: 1\nb: {c: 1, c: 2}\n", r"the key 'c' \(line 2\) stands twice"),
+    ("p.json", '{"a": 1, "b": [{"c": 1, "c": 2}]}', "the key 'c' stands twice"),
     ("p.json", changed()[:-20], "not JSON"),
     ("p.yaml", "a: [1", "not plain YAML"),
     ("p.yaml", "!!python/object/apply:os.system ['true']", "not plain YAML"),

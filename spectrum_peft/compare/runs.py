@@ -17,7 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from ..machine import machine, versions
 from ..policies import MODES
 from ..records import SnrReport, read_mapping, write_text
 from .cell import RESULTS, STARTED_BY, TRAINED
-from .matrix import Cell, Comparison, cells_of, contestants_of, file_digest
+from .matrix import Cell, Comparison, Contestant, cells_of, contestants_of, file_digest
 from .results import collect, write_results
 
 _MODEL = "model"
@@ -83,7 +84,7 @@ def run_comparison(
         What `results.json` holds.
     Raises:
         OptionError, DataError, CheckpointError: before anything is run.
-        ComparisonError: cells failed; the results of the others are written.
+        ComparisonError: cells failed, and the results of the others are written; another comparison is at work in the folder.
     """
     contestants = contestants_of(comparison)
     cells = cells_of(comparison, contestants, inputs_of(comparison))
@@ -91,6 +92,25 @@ def run_comparison(
         check(cell)
     output = comparison.output
     _check_folder(output)
+    with _alone_in(output):
+        outcomes = _run_cells(comparison, contestants, cells, announce)
+    results = collect(comparison, contestants, outcomes, machine(), scan_of(comparison, output))
+    write_results(results, output)
+    failed = [o for o in outcomes if o.results is None]
+    if failed:
+        first = failed[0]
+        raise ComparisonError(
+            f"{len(failed)} of {len(cells)} cells failed, the first is {first.cell.label!r}: {first.error} (log: "
+            f"{first.log}). The others are in {output / 'report.html'}; the same command tries the failed ones again."
+        )
+    return results
+
+
+def _run_cells(
+    comparison: Comparison, contestants: Sequence[Contestant], cells: Sequence[Cell], announce: Callable[[str], None]
+) -> list[Outcome]:
+    """Run the cells that are not finished; one outcome for each, in their order."""
+    output = comparison.output
     finished = {cell.digest for cell in cells if finished_results(output, cell, comparison.asked["keep_models"])}
     announce(
         f"{len(contestants)} contestants, {len(comparison.asked['seeds'])} seeds: {len(cells)} cells, "
@@ -115,16 +135,25 @@ def run_comparison(
             else:
                 outcome = Outcome(cell, finished_results(output, cell), None, _folder(output, cell) / "log.txt")
             outcomes.append(outcome)
-    results = collect(comparison, contestants, outcomes, machine(), scan_of(comparison, output))
-    write_results(results, output)
-    failed = [o for o in outcomes if o.results is None]
-    if failed:
-        first = failed[0]
+    return outcomes
+
+
+@contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    """Hold the folder as long as cells run; a process that dies lets go of it.
+
+    Raises:
+        ComparisonError: another comparison is at work in it.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(output / ".lock", timeout=0):
+            yield
+    except Timeout:
         raise ComparisonError(
-            f"{len(failed)} of {len(cells)} cells failed, the first is {first.cell.label!r}: {first.error} (log: "
-            f"{first.log}). The others are in {output / 'report.html'}; the same command tries the failed ones again."
-        )
-    return results
+            f"{output}: another comparison is at work in this folder; wait for its end, or give another with --output-dir."
+        ) from None
 
 
 def check_measures(comparison: Comparison, run: Any) -> None:
