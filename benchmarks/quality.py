@@ -319,7 +319,8 @@ def run(name: str, quick: bool, data: Path, work: Path, output: Path, threads: i
     print(f"\n== {name}: {suite.question}", flush=True)
     found = compare(search_config(suite, config, train, folder, SEARCH_SHARE), threads)
     rates, at_edge = best_rates(found)
-    results = compare(final_config(config, rates, train, judged, folder), threads)
+    asked = {**config, "reference": suite.reference}
+    results = compare(final_config(asked, rates, train, judged, folder), threads)
     kept = {k: v for k, v in results.items() if k not in ("record", "scan", "cells", "machine", "written")}
     kept["contestants"] = [{k: v for k, v in s.items() if k != "loss_curve"} for s in results["contestants"]]
     kept["cells"] = [{k: v for k, v in r.items() if k not in ("loss_curve", "log")} for r in results["cells"]]

@@ -295,7 +295,7 @@ def quality(suite: str) -> str:
     """Every contestant of a suite at the rate that was best for it, and its difference to one of them, paired by seed."""
     sys.path.insert(0, str(ROOT))
     from spectrum_peft.compare.matrix import METRICS
-    from spectrum_peft.compare.results import interval
+    from spectrum_peft.compare.results import interval, paired
 
     name = f"quality-{suite}" if (RESULTS / f"quality-{suite}.json").exists() else f"quality-{suite}-quick"
     data = result(name)
@@ -312,12 +312,11 @@ def quality(suite: str) -> str:
     for c in finished:
         label, figures = c["label"], c["figures"]
         values = runs[label]
-        differences = [value - runs[reference][seed] for seed, value in values.items() if seed in runs[reference]]
         edge = ", at the edge" if label in data["rates_at_the_edge_of_the_search"] else ""
         row = [
             f"`{label}`", f"{figures['trainable_parameters']['mean']:,.0f}",
             f"{c['settings']['learning_rate']:g}{edge}", _spread(interval(list(values.values()), 0.95), ""),
-            "reference" if label == reference else _spread(interval(differences, 0.95), "+"),
+            "reference" if label == reference else _spread(paired(data["cells"], label, reference, metric, 0.95), "+"),
         ]  # fmt: skip
         if forgetting:
             row.append(_spread(figures["forgetting"], "+"))
@@ -339,8 +338,10 @@ def quality(suite: str) -> str:
     return f"{text}\n{'; '.join(facts)} (`benchmarks/quality.py {suite}`; {machine(data)}).\n"
 
 
-def _spread(found: Mapping[str, Any], sign: str) -> str:
+def _spread(found: Mapping[str, Any] | None, sign: str) -> str:
     """Mean and 95 % interval; an interval of one run is left out."""
+    if found is None:
+        return ""
     text = f"{found['mean']:{sign}.3f}"
     return text if found["low"] is None else f"{text} ({found['low']:{sign}.3f} to {found['high']:{sign}.3f})"
 

@@ -164,6 +164,7 @@ def test_adalora_plans_over_the_whole_run() -> None:
         ({"contestants": [{"name": "lora", "mode": "lora", "r": 2}]}, "two contestants are called 'lora'"),
         ({"train": {"seed": 3}}, "seed is one run's, and compare makes many: use seeds"),
         ({"train": {"mode": "lora"}}, "use modes"),
+        ({"modes": ["lora"], "controls": [], "reference": "lor"}, "reference: 'lor' is no contestant. Did you mean 'lora'"),
         ({"task": "classification", "general_text": "g.jsonl"}, "general_text is for models that write text"),
     ],
 )  # fmt: skip
@@ -291,6 +292,19 @@ def test_a_row_says_what_the_cell_measured() -> None:
     assert row["merged_generation_tokens_per_second"] is None
     assert found["untrained"]["metrics"]["loss"] == 3.0
     assert found["untrained"]["general_loss"] == 2.25
+
+
+def test_a_difference_is_taken_seed_by_seed() -> None:
+    # The seeds differ by much more than the two methods, which differ by 0.1 always.
+    runs_ = [outcome("a", s, 2.0 + s) for s in range(3)] + [outcome("b", s, 1.9 + s) for s in range(4)]
+    runs_ += [outcome("c", 0, 1.0, error="lost"), outcome("d", 0, math.inf)]
+    found = collected(*runs_, reference="a", contestants=[{"name": n, "mode": "lora"} for n in "abcd"])
+    figures = {s["label"]: s["figures"].get("difference") for s in found["contestants"]}
+    assert figures["a"] is None and figures["c"] is None and figures["d"] is None
+    assert figures["b"] == pytest.approx({"mean": -0.1, "low": -0.1, "high": -0.1, "n": 3})
+    assert results.columns(found)[1] == ("difference", "difference to a")
+    assert any("seed by seed" in note for note in found["notes"])
+    assert "-0.1000" in results.as_markdown(found) and "difference to a" in results.as_markdown(found)
 
 
 def test_one_seed_names_no_winner_and_says_why() -> None:

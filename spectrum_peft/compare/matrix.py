@@ -31,6 +31,7 @@ KEYS: dict[str, str] = {
     "controls": "what the claim must beat; default random, last",
     "contestants": "more of them: mappings of name, mode (or peft: a PEFT config) and flags of train",
     "metric": "what the report ranks by; default accuracy for classification, else loss",
+    "reference": "name of a contestant: the others are held against it, seed by seed",
     "generate": "metrics of completed prompts: exact_match, rouge_l",
     "generate_rows": "how many prompts of the evaluation set are completed; default 100",
     "max_new_tokens": "of a completion; default 256",
@@ -241,7 +242,7 @@ def read_comparison(
         "learning_rate_factors": [1.0], "controls": ["random", "last"], "contestants": [],
         "metric": "accuracy" if labelled else "loss", "generate": [], "generate_rows": 100, "max_new_tokens": 256,
         "general_text": None, "general_split": "train", "generation_speed": False, "keep_models": False,
-        "confidence": 0.95, "modes": None,
+        "confidence": 0.95, "modes": None, "reference": None,
     }  # fmt: skip
     asked |= {key: value for key, value in given.items() if value is not None}
     checks: dict[str, Callable[[str, Any], Any]] = {
@@ -498,6 +499,12 @@ def contestants_of(comparison: Comparison, shapes: Shapes | None = None) -> list
             raise OptionError(f"{comparison.source}: two contestants are called {c.label!r}.")
         kept[same] = c
         labels.add(c.label)
+    reference = comparison.asked["reference"]
+    if reference is not None and reference not in labels:
+        raise OptionError(
+            f"{comparison.source}: reference: {reference!r} is no contestant."
+            + near_matches(str(reference), sorted(labels))
+        )
     if not kept:
         raise OptionError(f"{comparison.source}: there is nothing to compare: modes and contestants are empty.")
     return list(kept.values())

@@ -170,6 +170,7 @@ _WHY = {
     "general_loss": "loss on the general text after training",
     "forgetting": "by how much the loss on the general text has grown",
     "trainable_parameters": "parameters that train",
+    "difference": "taken seed by seed; an interval that holds 0 shows no difference",
 }
 
 

@@ -71,6 +71,27 @@ def not_told_apart(summaries: Mapping[str, Mapping[str, Any]], higher: bool) -> 
     return [name for name, s in summaries.items() if (s["high"] >= edge if higher else s["low"] <= edge)]
 
 
+def paired(cells: Sequence[Mapping[str, Any]], label: str, reference: str, metric: str, confidence: float) -> Any:
+    """The difference of two contestants, run by run of one seed, and its interval as in `interval`.
+
+    Runs with one seed see the same rows in the same order and begin with the same new weights, so what a seed does to both
+    falls out of the difference: its interval is as a rule much narrower than those of the two means.
+
+    Args:
+        cells: rows of `row_of`.
+    Returns:
+        As `interval`; None where no seed has a finite figure of both.
+    """
+    found: dict[str, dict[Any, float]] = {label: {}, reference: {}}
+    for row in cells:
+        value = _number(row.get("metrics", {}).get(metric))
+        if row["label"] in found and row["error"] is None and value is not None and math.isfinite(value):
+            found[row["label"]][row["seed"]] = value
+    mine, other = found[label], found[reference]
+    differences = [mine[seed] - other[seed] for seed in mine if seed in other]
+    return interval(differences, confidence) if differences else None
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +198,11 @@ def collect(
     rows = [row_of(o, general["loss"] if general else None) for o in outcomes]
     cells = [r for o, r in zip(outcomes, rows, strict=True) if o.cell.contestant is not None]
     summaries = [summary_of(c, [r for r in cells if r["label"] == c.label], confidence) for c in contestants]
-    metric = comparison.metric
+    metric, reference = comparison.metric, comparison.asked["reference"]
+    for summary in summaries if reference else ():
+        figure = paired(cells, summary["label"], reference, metric, confidence)
+        if summary["label"] != reference and figure is not None:
+            summary["figures"]["difference"] = figure
     ranked = {
         s["label"]: s["metrics"][metric] for s in summaries if s["metrics"].get(metric, {}).get("mean") is not None
     }
@@ -242,6 +267,10 @@ def _notes(
         notes.append("there is no evaluation set: quality was not measured")
     if any(r.get("steps", math.inf) < 50 for r in cells):
         notes.append("fewer than 50 steps: this shows costs rather than quality")
+    if asked["reference"]:
+        notes.append(
+            f"differences to {asked['reference']} are taken seed by seed, with {percent} intervals: one that holds 0 shows none"
+        )
     if not any(s["control"] for s in summaries):
         notes.append("no controls: whether choosing by the spectrum matters cannot be seen here")
     seen = {json.dumps(r["versions"], sort_keys=True) for r in cells if "versions" in r}
@@ -297,6 +326,9 @@ def columns(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     first = results["metric"]
     names = [first, *(n for n in METRICS if n != first)]
     shown = [(n, METRICS[n].title) for n in names if any(n in s["metrics"] for s in results["contestants"])]
+    reference = results["config"].get("reference")
+    if reference and any("difference" in s["figures"] for s in results["contestants"]):
+        shown.insert(1, ("difference", f"difference to {reference}"))
     others = {**FORGETTING, **{name: title for name, (title, _) in FIGURES.items()}}
     return shown + [(n, t) for n, t in others.items() if any(n in s["figures"] for s in results["contestants"])]
 
@@ -322,7 +354,7 @@ def shown(name: str, value: float | None) -> str:
     if value is None:
         return ""
     divisor, form, unit = _form(name, abs(value))
-    return f"{value / divisor:{'+' if name == 'forgetting' else ''}{form}}{unit}"
+    return f"{value / divisor:{'+' if name in ('forgetting', 'difference') else ''}{form}}{unit}"
 
 
 def spread(name: str, figure: Mapping[str, Any]) -> str:
