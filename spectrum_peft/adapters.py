@@ -521,7 +521,7 @@ class AdapterState:
         if rank == 0 or b.shape[1] != rank or (experts and rank % experts) or sorted(info.shape[-2:]) != sorted(made):
             raise MismatchError(
                 f"{self.where}: {b_key!r} {b.shape} times {a_key!r} {a.shape} gives {made}, wanted {info.shape} for "
-                f"{info.name}."
+                f"{info.name}, with one rank for both factors."
             )
         rank //= experts or 1
         scale = self._scale(info.name if experts else owner, rank)
@@ -565,9 +565,11 @@ class AdapterState:
         shapes = {"left": (count, out), "values": (count,), "right": (count, inside), "digest": (32,)}
         shapes |= {"shift": (count,), "p": (count, rank), "q": (count, rank)}
         for part, shape in shapes.items():
-            if self.tensors[parts[part]].shape != shape or sorted(info.shape) != sorted((out, inside)):
+            stored = self.tensors[parts[part]].shape
+            if stored != shape or sorted(info.shape) != sorted((out, inside)):
+                sides = f"{(out, inside)} by left and right, and " if stored == shape else ""
                 raise MismatchError(
-                    f"{self.where}: tensor {parts[part]!r} has the shape {self.tensors[parts[part]].shape}, wanted {shape} "
+                    f"{self.where}: tensor {parts[part]!r} has the shape {stored}, wanted {shape} {sides}"
                     f"for {len(entry.components)} components of {info.name}, {info.shape}."
                 )
         p_rows, q_rows = rotation_bases(int(self.plan.options["seed"]), name, out, inside, rank)

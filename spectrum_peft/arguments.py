@@ -70,7 +70,13 @@ def take_config(argv: list[str]) -> tuple[str, dict[str, Any]] | None:
     path = finder.parse_known_args(argv)[0].config
     if path is None:
         return None
-    return path, {str(key).replace("-", "_"): value for key, value in read_mapping(path).items()}
+    found: dict[str, Any] = {}
+    for key, value in read_mapping(path).items():
+        name = str(key).replace("-", "_")
+        if name in found:
+            raise OptionError(f"{path}: {name} stands twice, once with - and once with _; wanted once.")
+        found[name] = value
+    return path, found
 
 
 def set_defaults_from(parser: argparse.ArgumentParser, source: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,12 +11,13 @@ from typing import Any
 
 from peft import LoraConfig, PeftType
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 
 from . import names
 from .errors import OptionError, near_matches
 from .plan import OPTIONS, check_options
-from .policies import get_mode
-from .records import GradientReport, Plan, SnrReport
+from .policies import MODES, get_mode
+from .records import ADAPTER_ACTIONS, GradientReport, Plan, SnrReport
 
 PEFT_TYPE = "SPECTRUM"
 # Inits that rewrite the base weight when the adapter is made. What such an adapter computes depends on a base that is
@@ -127,11 +129,10 @@ class SpectrumConfig(LoraConfig):
             self.plan_from_file = True
         if self.plan is not None:
             self._take_options_of_plan(self.plan)
-        elif self.options()["mode"] == "alors" and (self.rank_pattern or self.alpha_pattern):
-            raise OptionError(
-                "rank_pattern and alpha_pattern are given together with mode='alors', which sets them. Leave them out, "
-                "or use mode='lora'."
-            )
+        else:
+            self.options()  # refuses what is outside its range
+            if self.rank_pattern or self.alpha_pattern:
+                self._check_patterns()
         init = self.init_lora_weights
         if isinstance(init, str) and init.lower().startswith(_INITS_THAT_REWRITE_THE_BASE):
             raise OptionError(
@@ -151,6 +152,49 @@ class SpectrumConfig(LoraConfig):
             self.lora_alpha = 2 * self.r
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType[PEFT_TYPE]
+
+    def _check_patterns(self) -> None:
+        """Ranks and scales by hand go with adapters whose rank is the user's to choose, module by module."""
+        mode = get_mode(self.mode)
+        fitting = [m.name for m in MODES.values() if m.action == "lora" and "r_high" not in m.own_options]
+        if mode.action in ADAPTER_ACTIONS and mode.name not in fitting:
+            raise OptionError(
+                f"rank_pattern or alpha_pattern is given together with mode={self.mode!r}, which sets ranks and scales itself. "
+                f"Leave them out, or use one of the modes {', '.join(map(repr, fitting))}."
+            )
+        if self.rescore_every is not None:
+            raise OptionError(
+                f"rank_pattern or alpha_pattern is given together with rescore_every={self.rescore_every!r}, which moves ranks. "
+                "Leave out one of them."
+            )
+        for pattern, rank in (self.rank_pattern or {}).items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise OptionError(f"rank_pattern: {pattern!r} has rank {rank!r}, wanted a whole number of at least 1.")
+
+    def with_patterns(self, plan: Plan) -> Plan:
+        """The plan with the ranks and scales of `rank_pattern` and `alpha_pattern`, matched as PEFT matches them.
+
+        As in PEFT a rank of its own does not change alpha: the scale is then lora_alpha / rank.
+
+        Raises:
+            OptionError: a pattern that matches no adapter of the plan.
+        """
+        if not (self.rank_pattern or self.alpha_pattern) or get_mode(self.mode).action != "lora":
+            return plan
+        ranks, alphas = self.rank_pattern or {}, self.alpha_pattern or {}
+        modules = {e.name: names.module_name(e.name) for e in plan.entries if e.action in ("lora", "freeze")}
+        for where, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+            for pattern in patterns:
+                if not any(get_pattern_key([pattern], module) == pattern for module in modules.values()):
+                    raise OptionError(f"{where}: {pattern!r} matches no module that could have an adapter.")
+        entries = []
+        for entry in plan.entries:
+            if entry.action == "lora" and entry.rank:
+                by_rank, by_alpha = (get_pattern_key(list(p), modules[entry.name]) for p in (ranks, alphas))
+                alpha = float(alphas.get(by_alpha, self.lora_alpha or 2 * self.r))
+                entry = dataclasses.replace(entry, rank=ranks.get(by_rank, entry.rank), alpha=alpha)
+            entries.append(entry)
+        return plan.replace(entries=tuple(entries))
 
     def options(self) -> dict[str, Any]:
         """The plan's options as given here, validated, with defaults filled in."""

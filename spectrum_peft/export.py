@@ -743,7 +743,8 @@ def export_lora(adapter_or_model: Any, out: str | os.PathLike[str], *, adapter_n
                 at += tensors[key].nbytes
         if state.folder is not None:
             for entry in sorted(state.folder.iterdir()):
-                if _TOKENIZER.fullmatch(entry.name):
+                # config.json has the names of a classifier's labels, and with them the size of its head.
+                if _TOKENIZER.fullmatch(entry.name) or entry.name == "config.json":
                     _copy_entry(entry, folder)
         write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     return target

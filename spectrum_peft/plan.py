@@ -308,6 +308,8 @@ def make_plan(
             f"{what} needs gradients on data: give calibration_data=calibration_batches(dataset, tokenizer) to "
             "SpectrumConfig, or gradients=probe_gradients(model, batches) to make_plan."
         )
+    if gradients is not None and gradients.stats:
+        gradients = _with_names_of(report, gradients)
     if checked["criterion"] == "fisher":
         report = _scored_by(gradients, report)
     if checked["criterion"] != report.criterion:
@@ -375,24 +377,33 @@ def worth_probing(
     return [e.name for e in plan.entries if e.action != "save" and e.trains]
 
 
+def _with_names_of(report: SnrReport, gradients: GradientReport) -> GradientReport:
+    """The gradients under the report's names: a model in memory may have a prefix that its checkpoint has not.
+
+    Raises:
+        MismatchError: the probe saw a matrix that the report does not list.
+    """
+    units = {_EXPERT.sub(r"\g<name>", s.name) for s in report.stats}
+    found = names.align(gradients.by_name, units)
+    for name in gradients.by_name:
+        if name not in found:
+            raise MismatchError(f"the gradients list {name}, which the report lacks." + near_matches(name, units))
+    return gradients.renamed(found)
+
+
 def _scored_by(gradients: GradientReport | None, report: SnrReport) -> SnrReport:
     """The report with the gradients' Fisher mass for scores; what the probe did not see has none.
 
     Raises:
-        MismatchError: the probe saw a matrix that the report does not list.
         OptionError: the probe did not measure the Fisher mass.
     """
     assert gradients is not None
     masses = gradients.scores
-    if gradients.stats and not masses:
+    if not masses:
         raise OptionError(
             "criterion 'fisher' scores by the Fisher mass, which these gradients do not have: they were measured with "
             "fisher=False. Wanted probe_gradients(model, batches)."
         )
-    units = {_EXPERT.sub(r"\g<name>", s.name) for s in report.stats}
-    for name in masses:
-        if name not in units:
-            raise MismatchError(f"the gradients list {name}, which the report lacks." + near_matches(name, units))
     stats = tuple(
         dataclasses.replace(
             s, score=masses.get(_EXPERT.sub(r"\g<name>", s.name)), n_signal=None, s_max=None, power_law=None

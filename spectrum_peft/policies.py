@@ -476,7 +476,8 @@ def _importance(
         have = f"{len(stat.importance)} of them" if stat.importance else "none"
         raise OptionError(
             f"svd_rank={options['svd_rank']} looks at {wanted} components of {candidate.name}, the gradients know {have}: "
-            f"probe_gradients(model, batches, svd_rank={options['svd_rank']})."
+            f"probe_gradients(model, batches, svd_rank={options['svd_rank']}), or `spectrum-peft probe --svd-rank "
+            f"{options['svd_rank']}`."
         )
     return stat.importance[:wanted]
 
@@ -500,6 +501,7 @@ def alike(
     assert gradients is not None
     draft = top(candidates, options, gradients)
     taken = {e.name for e in draft.entries if e.trains}
+    _check_compared([e for e in draft.entries if e.trains], gradients)
     groups_of: dict[str, str] = {}
     widths: dict[str, int] = {}
     counts: dict[str, int] = {}
@@ -532,6 +534,30 @@ def alike(
         f"of their own (similarity {options['similarity']})."
     )
     return Draft(tuple(entries), tuple(notes))
+
+
+def _check_compared(taken: Sequence[PlanEntry], gradients: GradientReport) -> None:
+    """What was never compared would pass for what has no like.
+
+    Raises:
+        OptionError: gradients that do not list a chosen matrix, or that compared none.
+    """
+    compared = {name for table in gradients.similarities for name in table.names}
+    by_shape: dict[tuple[Any, ...], list[str]] = {}
+    for entry in taken:
+        if entry.name not in gradients.by_name:
+            raise OptionError(
+                f"{entry.name} is chosen, and the gradients do not list it."
+                + near_matches(entry.name, gradients.by_name)
+            )
+        if entry.shape is None or len(entry.shape) == 2:
+            by_shape.setdefault((entry.kind, entry.shape), []).append(entry.name)
+    some = [members[0] for members in by_shape.values() if len(members) > 1]
+    if some and not compared:
+        raise OptionError(
+            f"the gradients compare no two matrices, of {some[0]} and its like: they were measured with directions=0. Wanted "
+            "probe_gradients(model, batches), or `spectrum-peft probe` without --directions 0."
+        )
 
 
 def _clusters(likeness: Sequence[Sequence[float]], options: Mapping[str, Any]) -> list[list[int]]:

@@ -560,7 +560,9 @@ class _Probe:
                     f"{where}: the model has one output, of which class ids say nothing. Probe the language model it came "
                     "from, and give the report as gradients=."
                 )
-            return functional.cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels, dtype=torch.bool)
+            if (top := int(labels.max())) >= logits.shape[-1]:
+                raise DataError(f"{where}: a class id is {top}, and the model has {logits.shape[-1]} classes.")
+            return functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED), labels != IGNORED
         if self._shift is None:
             self._shift = _shift(logits.detach(), labels, getattr(output, "loss", None))
         return _token_losses(logits, labels, self._shift)
@@ -701,7 +703,8 @@ def calibration_batches(
         batch_size: samples of a batch; the results do not depend on it, memory does.
         max_length: in tokens; longer rows are cut.
         task: `causal_lm`, `seq2seq` or `classification`; None: classification where there is a label, else causal_lm.
-        labels: names of the classes in the order of their ids; None: as `label_names` finds them in the column.
+        labels: names of the classes in the order of the model's ids, `list(model.config.label2id)`; None: numbered as
+            `label_names` finds them in the column, which is the model's order only where it was trained on the same column.
     Raises:
         DataError: fewer rows than one batch, no usable column, a label that is none of `labels`.
         OptionError: n below 1.

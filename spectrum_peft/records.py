@@ -332,6 +332,14 @@ class GradientReport(_Record):
     def by_name(self) -> dict[str, GradientStat]:
         return {s.name: s for s in self.stats}
 
+    def renamed(self, found: Mapping[str, str]) -> GradientReport:
+        """The same under other names of the parameters, {old: new}."""
+        stats = tuple(dataclasses.replace(s, name=found[s.name]) for s in self.stats)
+        similarities = tuple(
+            dataclasses.replace(s, names=tuple(found.get(name, name) for name in s.names)) for s in self.similarities
+        )
+        return dataclasses.replace(self, stats=stats, similarities=similarities)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "record": self._kind,

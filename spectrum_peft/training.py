@@ -489,7 +489,8 @@ def _calibration(
     limit = options.max_length or getattr(run.args, "max_length", None)
     return calibration_batches(
         rows,
-        load_tokenizer(options.model, **_remote(options)),
+        n=len(rows),
+        tokenizer=load_tokenizer(options.model, **_remote(options)),
         task=run.task.name,
         batch_size=min(run.args.per_device_train_batch_size, len(rows)),
         labels=list(run.head["label2id"]) if run.head else None,
@@ -629,9 +630,14 @@ def probe(options: argparse.Namespace) -> GradientReport:
     """What the verb `probe` does: load a model or a trained adapter, draw rows, measure its gradients on them."""
     quiet_progress()
     adapter = Path(options.model) / "adapter_config.json"
-    described = read_mapping(adapter)["base_model_name_or_path"] if adapter.is_file() else options.model
+    described, name = options.model, options.task
+    if adapter.is_file():
+        stated = read_mapping(adapter)
+        name = name or next((t.name for t in TASKS.values() if t.task_type == stated.get("task_type")), None)
+        if not (adapter.parent / "config.json").is_file():  # the trained adapter's own has the labels of its head
+            described = stated["base_model_name_or_path"]
     config = _config_of(described, options)
-    task = _task(options.task or task_of(config, described))
+    task = _task(name or task_of(config, described))
     dtype, why = _dtype_of(options)
     print(f"task {task.name}, {why}", file=sys.stderr)
     rows = read_dataset(options.dataset, options.dataset_split or "train")
@@ -640,7 +646,9 @@ def probe(options: argparse.Namespace) -> GradientReport:
     if options.attn_implementation:
         kwargs["attn_implementation"] = options.attn_implementation
     if task.labelled:
-        has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        has_head = adapter.is_file() or any(
+            name.endswith("ForSequenceClassification") for name in config.architectures or ()
+        )
         labels = label_names(rows, config if has_head else None, options.dataset)
         kwargs["num_labels"] = len(labels)
     transformers.set_seed(options.seed)  # a new head is random

@@ -594,6 +594,7 @@ def test_a_checkpoint_that_cannot_be_scanned_is_named(
         ("train_norms: perhaps\n", "c.yaml: train_norms is 'perhaps', wanted true or false"),
         ("lr_ratio: [0.5]\n", "c.yaml: lr_ratio has 1 values, wanted 2"),
         ("- ratio\n", "c.yaml: holds a list, wanted a mapping"),
+        ("max_steps: 10\nmax-steps: 3\n", "c.yaml: max_steps stands twice, once with - and once with _"),
         ("", "c.yaml: the file is empty"),
     ],
 )

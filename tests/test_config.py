@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from architectures import ARCHITECTURES
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 
 from spectrum_peft import SpectrumConfig, make_plan
 from spectrum_peft.config import candidates_of
 from spectrum_peft.errors import MismatchError, OptionError
+
+PATTERNS = {
+    "rank_pattern": {"q_proj": 4, r"^model\.layers\.1\.mlp\..*": 2, "model.layers.0.mlp.down_proj": 3},
+    "alpha_pattern": {"k_proj": 5, "layers.1.mlp.up_proj": 7},
+}
+
+
+def test_ranks_and_scales_by_hand_are_those_of_plain_peft(tiny_llama: Any) -> None:
+    fields: dict[str, Any] = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", **PATTERNS}
+    plain = get_peft_model(copy.deepcopy(tiny_llama), LoraConfig(target_modules="all-linear", **fields))
+    ours = get_peft_model(copy.deepcopy(tiny_llama), SpectrumConfig(mode="lora", **fields))
+
+    def found(model: Any) -> dict[str, tuple[int, float]]:
+        layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+        return {n: (m.lora_A["default"].weight.shape[0], m.scaling["default"]) for n, m in layers.items()}
+
+    assert found(ours) == found(plain) and len({rank for rank, _ in found(plain).values()}) == 4
+    with pytest.raises(OptionError, match="rank_pattern: 'q_porj' matches no module"):
+        get_peft_model(tiny_llama, SpectrumConfig(mode="lora", rank_pattern={"q_porj": 4}))
 
 
 @pytest.mark.parametrize(
@@ -29,7 +49,11 @@ from spectrum_peft.errors import MismatchError, OptionError
         ({"spectrum_ratio": 0.5, "snr_threshold": 1.0}, "spectrum_ratio.*snr_threshold"),
         ({"mode": "alors", "trainable_parameters": 1000, "spectrum_ratio": 0.5}, "trainable_parameters"),
         ({"mode": "alors", "score_cuts": (1.0, 2.0)}, "score_cuts"),
-        ({"mode": "alors", "rank_pattern": {"q_proj": 4}}, "rank_pattern.*alors"),
+        ({"mode": "alors", "rank_pattern": {"q_proj": 4}}, "rank_pattern.*alors.*modes 'lora', 'spectra_qlora'"),
+        ({"mode": "sgm", "rank_pattern": {"q_proj": 4}}, "rank_pattern.*sgm"),
+        ({"mode": "lorsa", "alpha_pattern": {"q_proj": 4}}, "alpha_pattern.*lorsa"),
+        ({"mode": "lora", "rank_pattern": {"q_proj": 0}}, "rank_pattern: 'q_proj' has rank 0, wanted"),
+        ({"mode": "spectra_qlora", "rank_pattern": {"q_proj": 4}, "rescore_every": 5}, "rank_pattern.*rescore_every=5"),
         ({"mode": "lora", "init_lora_weights": "pissa"}, "init_lora_weights='pissa' rewrites the base"),
         ({"mode": "alors", "use_dora": True, "rescore_every": 5}, "use_dora=True together with rescore_every"),
         ({"backward_depth": 0.5, "train_embeddings": True}, "backward_depth.*train_embeddings"),

@@ -477,6 +477,21 @@ def test_bad_batches_are_refused() -> None:
         probe_gradients(model, [good], directions=9, sketch=8)
 
 
+def test_class_ids_fit_the_head_or_are_masked() -> None:
+    model = ARCHITECTURES["bert"].build()
+    good = batch_for(ARCHITECTURES["bert"], model)
+    ids = good["labels"]
+    assert ids.dim() == 1
+    with pytest.raises(DataError, match=r"a class id is 99, and the model has \d+ classes"):
+        probe_gradients(model, [{**good, "labels": torch.full_like(ids, 99)}])
+    with pytest.raises(DataError, match="no sample has a token to predict"):
+        probe_gradients(model, [{**good, "labels": torch.full_like(ids, -100)}])
+    half = {**good, "labels": torch.where(torch.arange(len(ids)) == 0, ids, -100)}
+    alone = probe_gradients(model, [{k: v[:1] for k, v in good.items()}])
+    assert probe_gradients(model, [half]).samples == 1
+    close(probe_gradients(model, [half]), alone.scores, 1e-4)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_refused(value: float) -> None:
     model = ARCHITECTURES["llama"].build()

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from architectures import ARCHITECTURES
 from peft import PeftModel, get_peft_model
 from running import IDS, assert_same, logits, token_rows, trainer, values
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spectrum_peft import (
     Plan,
     SpectrumCallback,
     SpectrumConfig,
     calibration_batches,
+    demo,
     export_lora,
     make_plan,
     merge_into_base,
@@ -88,6 +91,23 @@ def test_only_what_was_chosen_is_grouped_and_the_choice_is_that_of_the_scores(ll
     assert all(e.group is None for e in plan.entries if not e.trains)
 
 
+@pytest.mark.slow
+def test_on_a_real_model_sharing_saves_what_it_is_for(smollm2: Path) -> None:
+    """At one rank, of what `spectra_qlora` trains: at most 0.75 by default, 0.35 with both factors shared."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    texts = [{"text": text} for text in demo.topics()[0]]
+    batches = calibration_batches(texts, tokenizer, 16, batch_size=4, max_length=96)
+    gradients = probe_gradients(
+        AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), batches, fisher=False
+    )
+    report = scan_weights(smollm2)
+    for ratio in (0.5, 1.0):
+        plain = make_plan(report, mode="spectra_qlora", spectrum_ratio=ratio).trainable_parameters
+        for share, most in (("residual_side", 0.75), ("both", 0.35)):
+            plan = make_plan(report, mode="sgm", spectrum_ratio=ratio, gradients=gradients, share=share)
+            assert plan.trainable_parameters <= most * plain, (ratio, share)
+
+
 @pytest.mark.parametrize("n_groups", [1, 2, 3, 50])
 def test_a_number_of_groups_of_each_kind(llama_report, gradients_of, n_groups):
     report = llama_report(6)
@@ -147,6 +167,26 @@ def test_a_shared_factor_counts_once(llama_report, gradients_of):
             == wanted
         )
     assert "groups" in explain(plan) and f"{wanted:,}" in explain(plan)
+
+
+def test_what_was_not_compared_does_not_pass_for_what_has_no_like(llama_report, gradients_of):
+    report = llama_report()
+    gradients = gradients_of(report)
+    with pytest.raises(OptionError, match=r"compare no two matrices.*directions=0"):
+        make_plan(report, mode="sgm", gradients=dataclasses.replace(gradients, similarities=()))
+    few = dataclasses.replace(gradients, stats=gradients.stats[1:])
+    with pytest.raises(OptionError, match="is chosen, and the gradients do not list it"):
+        make_plan(report, mode="sgm", spectrum_ratio=1.0, gradients=few)
+
+
+def test_gradients_under_a_prefix_that_the_report_lacks_make_the_same_plan(llama_report, gradients_of):
+    report = llama_report()
+    gradients = gradients_of(report)
+    renamed = gradients.renamed({name: f"base.{name}" for name in gradients.by_name})
+    for options in ({"mode": "sgm"}, {"criterion": "fisher"}):
+        wanted = make_plan(report, gradients=gradients, **options)
+        assert make_plan(report, gradients=renamed, **options) == wanted
+    assert any(e.group for e in make_plan(report, gradients=renamed, mode="sgm", similarity_threshold=-1.0).entries)
 
 
 def test_wrong_options_are_refused(llama_report, gradients_of):

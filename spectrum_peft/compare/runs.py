@@ -209,7 +209,10 @@ def finished_results(output: Path, cell: Cell, with_model: bool = False) -> dict
     folder = _folder(output, cell)
     if not (folder / RESULTS).is_file() or (with_model and cell.contestant and not (folder / _MODEL).is_dir()):
         return None
-    return read_mapping(folder / RESULTS)
+    try:
+        return read_mapping(folder / RESULTS)
+    except CheckpointError:  # cut off, or changed by hand: the cell is measured again
+        return None
 
 
 # --- scans -----------------------------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def _settled(model: nn.Module, config: SpectrumConfig) -> Plan:
     gradients = None
     if needs_gradients(options):
         gradients = _gradients(model, config, options, worth_probing(report, candidates, options), present)
-    plan = make_plan(report, gradients=gradients, candidates=candidates, **options)
+    plan = config.with_patterns(make_plan(report, gradients=gradients, candidates=candidates, **options))
     config.report = report
     _settle_tokens(model, config, plan, present)
     return plan.replace(entries=(*plan.entries, *_saved_entries(model, config, plan, present)))
@@ -213,7 +213,7 @@ def _gradients(
             if name not in found:
                 raise MismatchError(f"the gradients list {name}, which the model lacks." + near_matches(name, present))
         # Checked here, where `force` is known.
-        return dataclasses.replace(_renamed(gradients, found), fingerprint=None)
+        return dataclasses.replace(gradients.renamed(found), fingerprint=None)
     if config.calibration_data is None:
         return None
     own = MODES[config.mode].own_options
@@ -228,16 +228,6 @@ def _gradients(
     )
     config.gradients, config.calibration_data = gradients, None
     return gradients
-
-
-def _renamed(gradients: GradientReport, found: Mapping[str, str]) -> GradientReport:
-    return dataclasses.replace(
-        gradients,
-        stats=tuple(dataclasses.replace(s, name=found[s.name]) for s in gradients.stats),
-        similarities=tuple(
-            dataclasses.replace(s, names=tuple(found[name] for name in s.names)) for s in gradients.similarities
-        ),
-    )
 
 
 def _check_fingerprint(fingerprint: Any, model: nn.Module, what: str, force: bool) -> None:
