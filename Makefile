@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install test slow lint demo bench quality docs clean
+.PHONY: help install test slow lint demo bench bench-short quality docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,7 +25,8 @@ help:
 	@echo "make test    the default tests (under 3 minutes after the install)"
 	@echo "make slow    the tests with real models and with several processes"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   the timing benchmarks; JSON in benchmarks/results/"
+	@echo "make bench   the timing benchmarks, about 2.5 hours; JSON in benchmarks/results/, tables in README.md and docs/"
+	@echo "make bench-short  those of scan, merge and demo, about 10 minutes"
 	@echo "make docs    the documentation site, in site/"
 	@echo "make quality the comparisons of quality, small grids (hours; resumable; never beside make bench)"
 
@@ -56,6 +57,12 @@ demo: install
 bench: install
 	@for script in $(filter-out benchmarks/common.py benchmarks/quality.py,$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+bench-short: install
+	$(BIN)/python benchmarks/scan.py --parts published process import
+	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/tables.py
 
 docs: install
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"

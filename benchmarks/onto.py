@@ -4,7 +4,7 @@
 
 Trains SmolLM2-135M on the standard library's documentation topics over an nf4 base, once as `spectra_qlora` and once as
 `spectrum`, merges both ways, and judges all on held-out topics with `spectrum-peft evaluate`, beside the untrained base.
-Everything goes through the command line. About ten minutes on two quiet cores.
+Everything goes through the command line. Some 15 minutes on two quiet cores.
 """
 
 from __future__ import annotations

@@ -322,6 +322,14 @@ def run(name: str, quick: bool, data: Path, work: Path, output: Path, threads: i
     asked = {**config, "reference": suite.reference}
     results = compare(final_config(asked, rates, train, judged, folder), threads)
     kept = {k: v for k, v in results.items() if k not in ("record", "scan", "cells", "machine", "written")}
+    # Which folders it was on this machine is of no use elsewhere.
+    kept["config"] = {k: v for k, v in results["config"].items() if k not in ("source", "general_text")}
+    kept["config"]["train"] = {
+        **results["config"]["train"],
+        "model": suite.model,
+        "dataset": suite.data,
+        "eval_dataset": suite.data,
+    }
     kept["contestants"] = [{k: v for k, v in s.items() if k != "loss_curve"} for s in results["contestants"]]
     kept["cells"] = [{k: v for k, v in r.items() if k not in ("loss_curve", "log")} for r in results["cells"]]
     searched = [

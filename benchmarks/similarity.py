@@ -143,6 +143,11 @@ def main() -> None:
     parser.add_argument("--gradients", type=Path, help="keep what the probe found there")
     parser.add_argument("--picture", type=Path, default=common.ROOT / "docs" / "images" / "sgm_similarity.png")
     options = parser.parse_args()
+    if not options.data.is_file():
+        print(
+            f"{options.data}: no such file; --data names a .jsonl of instructions with answers. Nothing was measured."
+        )
+        return
     rows = Dataset.from_list([json.loads(line) for line in options.data.read_text().splitlines()])
     folder = str(smollm2_folder())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -328,7 +328,7 @@ def quality(suite: str) -> str:
     untrained = (data["untrained"] or {}).get("metrics", {}).get(metric)
     train = data["config"]["train"]
     facts = [
-        f"{Path(train['model']).name}, {train['max_steps']} steps of {train['per_device_train_batch_size']} rows",
+        f"{_MODELS[train['model']]}, {train['max_steps']} steps of {train['per_device_train_batch_size']} rows",
         f"judged on {data['evaluation_rows']} rows",
         f"{len(data['config']['seeds'])} {'seeds' if len(data['config']['seeds']) > 1 else 'seed'}",
         *([f"untrained {untrained:.3f}"] if untrained is not None else []),
@@ -346,6 +346,7 @@ def _spread(found: Mapping[str, Any] | None, sign: str) -> str:
     return text if found["low"] is None else f"{text} ({found['low']:{sign}.3f} to {found['high']:{sign}.3f})"
 
 
+_MODELS = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M-Instruct"}
 _SUITES = [
     f"{what}-{data}"
     for what, on in {

@@ -68,6 +68,12 @@ def test_the_python_blocks_of_a_page_run_in_order(workplace: Path, tiny_llama_fo
         assert (workplace / "spectrum_config.yaml").exists() and (workplace / "plan.yaml").exists()
 
 
+def test_results_say_nothing_of_this_machines_folders() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        found = re.findall(r'"/[^"]+/[^"]+"', path.read_text(encoding="utf-8"))
+        assert not found, f"{path.name}: {found[0]}"
+
+
 def test_every_mode_has_a_page() -> None:
     for mode in MODES:
         assert (ROOT / "docs" / f"{mode}.md").read_text(encoding="utf-8").startswith(f"# {mode}"), mode
