@@ -577,6 +577,15 @@ def test_the_adapters_tokenizer_wins(
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").model_max_length == 77
 
 
+def test_an_exported_lora_keeps_the_labels_and_the_chat_template(tiny_llama: Any, tmp_path: Path) -> None:
+    folder = saved(moved(tiny_llama, config_for("peft", ARCHITECTURES["llama"])), tmp_path / "adapter")
+    kept = {"config.json": '{"label2id": {"spam": 1}}', "chat_template.jinja": "{{ messages }}"}
+    for name, text in kept.items():
+        (folder / name).write_text(text)
+    export_lora(folder, tmp_path / "lora")
+    assert {name: (tmp_path / "lora" / name).read_text() for name in kept} == kept
+
+
 def test_metadata_and_header_order_stay_when_a_tensor_grows(base_of: Callable[..., Path], tmp_path: Path) -> None:
     base = shutil.copytree(base_of("llama"), tmp_path / "base")
     weights = load_file(base / "model.safetensors")
