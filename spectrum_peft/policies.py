@@ -553,9 +553,8 @@ def _check_compared(taken: Sequence[PlanEntry], gradients: GradientReport) -> No
         if entry.shape is None or len(entry.shape) == 2:
             by_shape.setdefault((entry.kind, entry.shape), []).append(entry.name)
     some = [members[0] for members in by_shape.values() if len(members) > 1]
-    if (
-        some and not compared and gradients.samples
-    ):  # a report of no samples stands for gradients that are not known yet
+    # A report of no samples stands for gradients that are not known yet.
+    if some and not compared and gradients.samples:
         raise OptionError(
             f"the gradients compare no two matrices, of {some[0]} and its like: they were measured with directions=0. Wanted "
             "probe_gradients(model, batches), or `spectrum-peft probe` without --directions 0."

@@ -94,8 +94,8 @@ def run_comparison(
     _check_folder(output)
     with _alone_in(output):
         outcomes = _run_cells(comparison, contestants, cells, announce)
-    results = collect(comparison, contestants, outcomes, machine(), scan_of(comparison, output))
-    write_results(results, output)
+        results = collect(comparison, contestants, outcomes, machine(), scan_of(comparison, output))
+        write_results(results, output)
     failed = [o for o in outcomes if o.results is None]
     if failed:
         first = failed[0]
