@@ -4,8 +4,9 @@
     python benchmarks/quality.py --quick --jobs 2       # the small grids, two suites at a time
     python benchmarks/quality.py choice-banking77       # one suite, the whole grid
 
-Each suite is two runs of `spectrum-peft compare`: a search over learning rates, as many for every contestant, judged on
-a part of the training data; then every contestant at the rate that was best for it, judged on the evaluation data.
+Each suite is two runs of `spectrum-peft compare`: a search over learning rates, judged on a part of the training data;
+then every contestant at the rate that was best for it, judged on the evaluation data. The search begins with as many
+rates for every contestant; where the best is the lowest or the highest, the next one beyond is tried.
 Finished cells are kept in the work folder; the same command goes on where it was stopped. Times are noted but not the
 point: never run this beside a timing benchmark, nor believe its times where other work was running.
 
@@ -32,6 +33,8 @@ from spectrum_peft.compare.matrix import METRICS
 from spectrum_peft.policies import MODES
 
 SEARCH_SHARE = 10  # % of the training rows that the search is judged on
+# How often the search goes on beyond its edge. What is there still is said to stand at the edge.
+WIDENINGS = 3
 # Starting a process, loading, scanning, judging; beside the training itself.
 OVERHEAD_SECONDS = 25
 
@@ -242,22 +245,49 @@ def final_config(
     }  # fmt: skip
 
 
-def best_rates(results: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
-    """The rate with the best figure for each contestant, and those whose best is the first or last one tried."""
-    higher = METRICS[results["metric"]].higher
-    tried: dict[str, list[tuple[float, float]]] = {}
+def _tried(results: Mapping[str, Any]) -> dict[str, dict[float, float | None]]:
+    """{contestant: {rate: its figure, None where the run failed}}, the rates ascending."""
+    tried: dict[str, dict[float, float | None]] = {}
     for summary in results["contestants"]:
         figure = summary["metrics"].get(results["metric"], {}).get("mean")
-        if figure is not None:
-            rate = summary["settings"]["learning_rate"]
-            tried.setdefault(summary["label"].partition(" at ")[0], []).append((rate, figure))
+        tried.setdefault(summary["label"].partition(" at ")[0], {})[summary["settings"]["learning_rate"]] = figure
+    return {label: dict(sorted(rates.items())) for label, rates in tried.items()}
+
+
+def best_rates(results: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """The rate with the best figure for each contestant, and those whose best is the first or last one tried."""
+    best = max if METRICS[results["metric"]].higher else min
     chosen, at_edge = {}, []
-    for label, pairs in tried.items():
-        rate = (max if higher else min)(pairs, key=lambda p: p[1])[0]
-        chosen[label] = rate
-        if len(pairs) > 1 and rate in (min(pairs)[0], max(pairs)[0]):
-            at_edge.append(label)
+    for label, rates in _tried(results).items():
+        figures = {rate: figure for rate, figure in rates.items() if figure is not None}
+        if figures:
+            chosen[label] = best(figures, key=lambda rate: figures[rate])
+            if len(rates) > 1 and chosen[label] in (min(rates), max(rates)):
+                at_edge.append(label)
     return chosen, at_edge
+
+
+def wider_rates(results: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The rates of the next search: those tried, and one beyond where the best is at the edge, as far as its neighbour."""
+    chosen, at_edge = best_rates(results)
+    wider = {}
+    for label, rates in _tried(results).items():
+        wider[label] = list(rates)
+        if label in at_edge:
+            near, beyond = (list(rates)[:2], 0) if chosen[label] == min(rates) else (list(rates)[-2:][::-1], len(rates))
+            wider[label].insert(beyond, float(f"{near[0] * near[0] / near[1]:.6g}"))
+    return wider
+
+
+def search(config: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
+    """Results of the search after its last widening; runs of the earlier rounds are taken up, not repeated."""
+    found = compare(config, threads)
+    for _ in range(WIDENINGS):
+        if not best_rates(found)[1]:
+            break
+        rates = {"learning_rates": wider_rates(found), "learning_rate_factors": [1.0]}
+        found = compare({**config, **rates}, threads)
+    return found
 
 
 def compare(config: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
@@ -297,9 +327,9 @@ def labels(config: Mapping[str, Any]) -> list[str]:
 
 
 def hours(suite: Suite, config: Mapping[str, Any]) -> tuple[int, float]:
-    """(runs of search and final, about how many hours on 2 cores)."""
+    """(runs of search and final, about how many hours on 2 cores), the search widened once."""
     contestants = len(labels(config))
-    searched = contestants * len(config["learning_rate_factors"])
+    searched = contestants * (len(config["learning_rate_factors"]) + 1)
     final = contestants * len(config["seeds"])
     written = config.get("generate_rows", 0) * 4.0 if config.get("generate") else 0.0  # seconds
     each = config["max_steps"] * suite.step_seconds + OVERHEAD_SECONDS
@@ -317,7 +347,7 @@ def run(name: str, quick: bool, data: Path, work: Path, output: Path, threads: i
     most = suite.quick_evaluation if quick else suite.evaluation
     judged = some_rows(source / "validation.jsonl", folder / "evaluation.jsonl", most, suite.category)
     print(f"\n== {name}: {suite.question}", flush=True)
-    found = compare(search_config(suite, config, train, folder, SEARCH_SHARE), threads)
+    found = search(search_config(suite, config, train, folder, SEARCH_SHARE), threads)
     rates, at_edge = best_rates(found)
     asked = {**config, "reference": suite.reference}
     results = compare(final_config(asked, rates, train, judged, folder), threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,35 @@ def test_the_best_rate_is_chosen_for_each_and_one_at_the_edge_is_noted() -> None
     chosen, at_edge = quality.best_rates({"metric": "loss", "contestants": rows})
     assert (chosen, at_edge) == ({"a": 2.0, "b": 1.0}, ["b"])
     chosen, at_edge = quality.best_rates({"metric": "accuracy", "contestants": rows})
-    assert (chosen, at_edge) == ({"a": 1.0, "b": 2.0}, ["a", "b"])
+    assert (chosen, at_edge) == ({"a": 1.0, "b": 2.0}, ["a"])  # beyond 2.0 `b` fails: that is known, too
+
+
+def test_the_search_goes_on_beyond_its_edge_and_only_there() -> None:
+    rows = [summary("in at 1", 1.0, 0.3), summary("in at 2", 2.0, 0.1), summary("in at 4", 4.0, 0.2)]
+    rows += [summary("low at 1", 1.0, 0.1), summary("low at 2", 2.0, 0.2), summary("low at 6", 6.0, 0.3)]
+    rows += [summary("high at 6", 6.0, 0.1), summary("high at 1", 1.0, 0.3), summary("high at 2", 2.0, 0.2)]
+    rows += [
+        summary("diverges at 1", 1.0, 0.2),
+        summary("diverges at 2", 2.0, 0.1),
+        summary("diverges at 3", 3.0, None),
+    ]
+    wider = quality.wider_rates({"metric": "loss", "contestants": rows})
+    assert wider == {"in": [1, 2, 4], "low": [0.5, 1, 2, 6], "high": [1, 2, 6, 18], "diverges": [1, 2, 3]}
+
+
+def test_the_search_ends_where_the_best_is_inside_or_after_its_last_widening(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(config: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
+        rates = config.get("learning_rates") or {"a": [1.0, 3.0, 9.0], "b": [1.0, 3.0, 9.0]}
+        asked.append(rates)
+        figures = {"a": lambda rate: abs(rate - 30), "b": lambda rate: -rate}
+        rows = [summary(f"{name} at {r}", r, figures[name](r)) for name, tried in rates.items() for r in tried]
+        return {"metric": "loss", "contestants": rows}
+
+    asked: list[Any] = []
+    monkeypatch.setattr(quality, "compare", trained)
+    chosen, at_edge = quality.best_rates(quality.search({}, None))
+    assert chosen == {"a": 27.0, "b": 9.0 * 3**quality.WIDENINGS} and at_edge == ["b"]
+    assert len(asked) == 1 + quality.WIDENINGS and asked[-1]["a"] == [1.0, 3.0, 9.0, 27.0, 81.0]
 
 
 def test_the_search_never_sees_the_evaluation_data_and_gives_every_method_as_many_rates(tmp_path: Path) -> None:
@@ -92,6 +121,7 @@ def test_a_suite_runs_from_the_search_to_its_results(
     }  # fmt: skip
     monkeypatch.setitem(quality.SUITES, "tiny", quality.Suite("Does it run?", "smollm2", "tiny", "lora", config, {}))
     monkeypatch.setattr(quality, "folder_of", lambda model: str(tiny_llama_folder))
+    monkeypatch.setattr(quality, "WIDENINGS", 0)  # its own test has no runs
     words = ["tiny", "--quick", "--data", str(tmp_path / "data"), "--work", str(tmp_path / "work"), "-o", str(tmp_path)]
     quality.main(words)
     found = json.loads((tmp_path / "quality-tiny-quick.json").read_text())
