@@ -35,6 +35,7 @@ from spectrum_peft.policies import MODES
 SEARCH_SHARE = 10  # % of the training rows that the search is judged on
 # How often the search goes on beyond its edge. What is there still is said to stand at the edge.
 WIDENINGS = 3
+GENERAL_ROWS = {True: 20, False: 100}  # of general text, in a small grid and in a whole one
 # Starting a process, loading, scanning, judging; beside the training itself.
 OVERHEAD_SECONDS = 25
 
@@ -151,8 +152,8 @@ SUITES: dict[str, Suite] = {
     ),
     "modes-dolly": Suite(
         "All modes at their defaults, instructions, and what they forget of general text.", "smollm2", "dolly", "lora",
-        {**_WRITE, **_MODES, "general": "wikitext2_small"}, {**_QUICK_WRITE, "controls": []}, step_seconds=2.0,
-        evaluation=300, quick_evaluation=40,
+        {**_WRITE, **_MODES, "general": "wikitext2_small"}, {**_QUICK_WRITE, "max_length": 128, "controls": []},
+        step_seconds=2.0, evaluation=300, quick_evaluation=40,
     ),
     "modes-wikitext": Suite(
         "All modes at their defaults, plain text.", "smollm2", "wikitext2_small", "lora", {**_WRITE, **_MODES},
@@ -342,7 +343,7 @@ def run(name: str, quick: bool, data: Path, work: Path, output: Path, threads: i
     config = settings(suite, quick, folder)
     source = data / suite.data
     if general := suite.config.get("general"):
-        some_rows(data / general / "validation.jsonl", Path(config["general_text"]), 100, None)
+        some_rows(data / general / "validation.jsonl", Path(config["general_text"]), GENERAL_ROWS[quick], None)
     train = some_rows(source / "train.jsonl", folder / "train.jsonl", None, suite.category)
     most = suite.quick_evaluation if quick else suite.evaluation
     judged = some_rows(source / "validation.jsonl", folder / "evaluation.jsonl", most, suite.category)
