@@ -27,7 +27,8 @@ from modes import Contestant, Settings
 
 RANK, COMPONENTS, ROTATION = 16, 64, 4
 DATA = common.ROOT.parent / "shared" / "data"
-LENGTHS = (256, 64)  # tokens that calibration samples are cut at
+# Tokens that calibration samples are cut at, and the dtype of the base.
+SETUPS = ((256, "float32"), (64, "float32"), (256, "bfloat16"))
 LAYERS = ((576, 576), (1536, 576), (4096, 11008), (11008, 4096))
 GOALS = {"step": 1.15, "wide": 1.05, "bytes": 0.2, "setup": 180.0, "sgm": 0.75, "sgm both": 0.35}
 
@@ -72,15 +73,17 @@ def model_and_batches(folder: str, data: str, samples: int, length: int = 256) -
     return modes.load_base(folder, nf4=False), calibration_batches(rows, tokenizer, samples, max_length=length)
 
 
-def setup(pipe: Any, folder: str, data: str, cache: str, length: int) -> None:
+def setup(pipe: Any, folder: str, data: str, cache: str, length: int, dtype: str) -> None:
     """From a checkpoint and 256 samples to a model that trains, with an empty cache; sends the seconds of each part."""
     os.environ["SPECTRUM_PEFT_CACHE"] = cache
+    import torch
     from peft import get_peft_model
 
     from spectrum_peft import SpectrumConfig, scan_weights, svd
     from spectrum_peft.tuner import apply
 
     model, batches = model_and_batches(folder, data, samples=256, length=length)
+    model.to(getattr(torch, dtype))
     seconds: dict[str, float] = {"svd": 0.0}
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +109,8 @@ def setup(pipe: Any, folder: str, data: str, cache: str, length: int) -> None:
         {
             "seconds": total, "parts": seconds, "samples": sum(len(batch["labels"]) for batch in batches),
             "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches), "max_length": length,
-            "cache_bytes": sum(path.stat().st_size for path in (Path(cache) / "svd").iterdir()), "cpu_seconds": cpu,
+            "dtype": dtype, "cpu_seconds": cpu,
+            "cache_bytes": sum(path.stat().st_size for path in (Path(cache) / "svd").iterdir()),
             "chosen": {entry.name: entry.components for entry in entries if entry.components},
             "forward_and_backward": forward_and_backward(model, batches),
         }
@@ -247,10 +251,14 @@ def svd_times(quick: bool) -> list[dict[str, Any]]:
 
 def setups(ctx: Any, folder: str, data: str) -> list[dict[str, Any]]:
     """Of whole rows and of their beginnings; `common`: how much of what the whole rows chose is chosen again."""
+    from spectrum_peft.loading import fast_dtype
+
     found = []
-    for length in LENGTHS:
+    for length, dtype in SETUPS:
+        if dtype == "bfloat16" and str(fast_dtype("cpu")) != "torch.bfloat16":
+            continue  # hundreds of times slower there
         with tempfile.TemporaryDirectory() as scratch:
-            found.append(alone(ctx, setup, folder, data, scratch, length))
+            found.append(alone(ctx, setup, folder, data, scratch, length, dtype))
     chosen = [one.pop("chosen") for one in found]
     return [{**one, "common": common_share(chosen[0], mine)} for one, mine in zip(found, chosen, strict=True)]
 
@@ -318,7 +326,7 @@ def claims(parts: Mapping[str, Any]) -> list[dict[str, Any]]:
             add(f"forward and backward of lorsa over LoRA, one layer of {layer['shape'][0]} x {layer['shape'][1]}",
                 spread["median"], GOALS["wide"], {"min": round(spread["min"], 4), "max": round(spread["max"], 4)})  # fmt: skip
     for one in parts["setup"]:
-        what = f"{one['samples']} samples cut at {one['max_length']} tokens ({one['tokens']:,} in all)"
+        what = f"{one['samples']} samples cut at {one['max_length']} tokens ({one['tokens']:,} in all), {one['dtype']}"
         add(f"set-up of lorsa for SmolLM2-135M, seconds: {what}", one["seconds"], GOALS["setup"])
     for name in ("sgm", "sgm both"):
         if name in parts["sizes"]:

@@ -133,6 +133,10 @@ class SpectrumConfig(LoraConfig):
             self.options()  # refuses what is outside its range
             if self.rank_pattern or self.alpha_pattern:
                 self._check_patterns()
+        if self.gradients is not None and self.calibration_data is not None:
+            raise OptionError(
+                "gradients and calibration_data are both given; the second is what the first comes from, give one."
+            )
         init = self.init_lora_weights
         if isinstance(init, str) and init.lower().startswith(_INITS_THAT_REWRITE_THE_BASE):
             raise OptionError(

@@ -101,6 +101,13 @@ def _share(name: str, value: Any) -> float:
     return share
 
 
+def _likeness(name: str, value: Any) -> float:
+    number = _a_number(name, value)
+    if not -1 <= number <= 1:
+        raise OptionError(f"{name} is {value!r}, wanted a likeness in [-1, 1]; 1 is the same direction.")
+    return number
+
+
 def _positive(name: str, value: Any) -> float:
     number = _a_number(name, value)
     if not 0 < number < math.inf:
@@ -173,7 +180,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "lr_ratio": _pair(_positive, "(lowest, highest)"),
     "rescore_every": _optional(_interval),
     "similarity": _one_of("subspace", "cosine"),
-    "similarity_threshold": _optional(_a_number),
+    "similarity_threshold": _optional(_likeness),
     "n_groups": _optional(_integer(1)),
     "share": _one_of("residual_side", "both"),
     "group_gain": _flag,

@@ -51,6 +51,8 @@ _NEGLIGIBLE = 10
 class Collector(Protocol):
     """Something that is measured on gradients as they pass, and ends as fields of a `GradientStat`."""
 
+    as_computed: bool
+
     def see(self, name: str, x: Tensor, g: Tensor) -> None:
         """One batch at one matrix (out, in).
 
@@ -58,7 +60,7 @@ class Collector(Protocol):
             name: of the parameter.
             x: inputs, (samples, tokens, in).
             g: derivatives of each sample's own loss by the outputs, (samples, tokens, out); zero at padding. Both float32,
-                or float64 where the model is.
+                or float64 where the model is; what is `as_computed` gets the dtype that the model computes in.
         """
         ...
 
@@ -78,6 +80,8 @@ class FisherMass:
     fewer tokens than the matrix has rows and columns; else the product is formed, of one sample at a time.
     Source: Kunstner et al. (2019), arXiv:1905.12558, equation 3 (the empirical Fisher; its diagonal, averaged).
     """
+
+    as_computed = False
 
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
@@ -115,6 +119,8 @@ class MeanGradients:
         sketch: columns of P.
         seed: of the random matrices.
     """
+
+    as_computed = False
 
     def __init__(self, sketch: int, seed: int = 0) -> None:
         self.sketch, self.seed = sketch, seed
@@ -198,11 +204,14 @@ class MeanGradients:
 class ComponentImportance:
     """What each singular component of a matrix has to do with the loss: s_i^2 E[(dL/ds_i)^2], the mean over samples.
 
-    dL/ds_i = u_i^T G v_i is the sum over a sample's tokens of (g_t . u_i)(x_t . v_i), so that no gradient is formed.
+    dL/ds_i = u_i^T G v_i is the sum over a sample's tokens of (g_t . u_i)(x_t . v_i), so that no gradient is formed. Where the
+    model computes in bfloat16 the products with the singular vectors do, too: they are most of the work. The sums are float32.
 
     Args:
         bases: {parameter: its leading singular triplets}; what is not in it is not measured.
     """
+
+    as_computed = True
 
     def __init__(self, bases: Mapping[str, SingularTriplets]) -> None:
         self.bases = bases
@@ -212,8 +221,12 @@ class ComponentImportance:
         if name not in self.bases:
             return
         basis = self.bases[name]
-        right, left = (rows.to(device=x.device, dtype=x.dtype) for rows in (basis.right, basis.left))
-        slopes = ((x @ right.T).mul_(g @ left.T)).sum(dim=1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        # float16 has no room for the derivatives.
+        dtype = x.dtype if x.dtype == torch.bfloat16 else wide
+        right, left = (rows.to(device=x.device, dtype=dtype) for rows in (basis.right, basis.left))
+        read, written = (x.to(dtype) @ right.T).to(wide), (g.to(dtype) @ left.T).to(wide)
+        slopes = read.mul_(written).sum(dim=1)
         square = slopes.double().square_().sum(dim=0)
         self._squares[name] = square + self._squares[name] if name in self._squares else square
 
@@ -611,13 +624,14 @@ class _Probe:
         if not calls:
             return
         self.reached.add(name)
-        dtype = torch.promote_types(calls[0].x.dtype, torch.float32)
         x, g = (
-            torch.cat([t.reshape(self._size[0], -1, t.shape[-1]) for t in side], dim=1).to(dtype)
+            torch.cat([t.reshape(self._size[0], -1, t.shape[-1]) for t in side], dim=1)
             for side in ([c.x for c in calls], [c.g for c in calls])
         )
+        wide = torch.promote_types(x.dtype, torch.float32)
         for collector in self.collectors:
-            collector.see(name, x, g.to(x.dtype))
+            dtype = x.dtype if collector.as_computed else wide
+            collector.see(name, x.to(dtype), g.to(dtype))
 
     def _taken_whole(self, name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None

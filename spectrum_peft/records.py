@@ -257,6 +257,11 @@ def _published_rows(data: Mapping[str, Any]) -> list[tuple[str, Any]] | None:
     return [(module, value) for group in data.values() for module, value in group.items()]
 
 
+def _is_number(value: Any, least: float) -> bool:
+    """A finite one that is not below `least`."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value) and value >= least
+
+
 @dataclass(frozen=True)
 class GradientStat:
     """What calibration batches said about one parameter.
@@ -357,9 +362,39 @@ class GradientReport(_Record):
     def from_dict(cls, data: Mapping[str, Any], source: str = "gradient report") -> GradientReport:
         cls._check_header(data, source)
         fingerprint = data.get("fingerprint")
+        stats = _rows(GradientStat, data, "stats", source)
+        similarities = _rows(Similarity, data, "similarities", source)
+        if not stats:
+            raise CheckpointError(f"{source}: stats is empty, wanted a row for each matrix that was probed.")
+        for stat in stats:
+            for where, values in (
+                ("fisher", () if stat.fisher is None else (stat.fisher,)),
+                ("singular_values", stat.singular_values),
+                ("importance", stat.importance),
+            ):
+                for value in values:
+                    if not _is_number(value, 0):
+                        raise CheckpointError(
+                            f"{source}: {where} of {stat.name} holds {value!r}, wanted finite numbers of at least 0."
+                        )
+            if len(stat.importance) != len(stat.singular_values):
+                raise CheckpointError(
+                    f"{source}: {stat.name} has {len(stat.importance)} importances and {len(stat.singular_values)} singular "
+                    "values, wanted as many."
+                )
+        for group in similarities:
+            for where, table in (("subspace", group.subspace), ("cosine", group.cosine)):
+                rows = [len(row) for row in table]
+                if rows != [len(group.names)] * len(group.names):
+                    raise CheckpointError(
+                        f"{source}: {where} of {group.kind} {group.shape} has rows of {rows}, wanted {len(group.names)} of "
+                        f"{len(group.names)}, one for each name."
+                    )
+                if not all(_is_number(value, -1.01) for row in table for value in row):
+                    raise CheckpointError(f"{source}: {where} of {group.kind} {group.shape} holds what is no likeness.")
         return cls(
-            stats=_rows(GradientStat, data, "stats", source),
-            similarities=_rows(Similarity, data, "similarities", source),
+            stats=stats,
+            similarities=similarities,
             samples=int(_field(data, "samples", source)),
             loss=float(_field(data, "loss", source)),
             fingerprint=None if fingerprint is None else _build(Fingerprint, fingerprint, f"{source}: fingerprint"),

@@ -626,18 +626,28 @@ def _finite(value: Any) -> Any:
 # --- probe -----------------------------------------------------------------------------------------------------------
 
 
+def _what_is_there(options: argparse.Namespace) -> tuple[dict[str, Any] | None, Any, Task]:
+    """What `options.model` is, before it is loaded.
+
+    Returns:
+        (fields of its adapter's config, None where it is no adapter; config of the model, where an adapter comes with one
+        that one, for it has the labels of its head; the task).
+    """
+    folder = Path(options.model)
+    adapter = read_mapping(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
+    described, name = options.model, options.task
+    if adapter is not None:
+        name = name or next((t.name for t in TASKS.values() if t.task_type == adapter.get("task_type")), None)
+        if not (folder / "config.json").is_file():
+            described = adapter["base_model_name_or_path"]
+    config = _config_of(described, options)
+    return adapter, config, _task(name or task_of(config, described))
+
+
 def probe(options: argparse.Namespace) -> GradientReport:
     """What the verb `probe` does: load a model or a trained adapter, draw rows, measure its gradients on them."""
     quiet_progress()
-    adapter = Path(options.model) / "adapter_config.json"
-    described, name = options.model, options.task
-    if adapter.is_file():
-        stated = read_mapping(adapter)
-        name = name or next((t.name for t in TASKS.values() if t.task_type == stated.get("task_type")), None)
-        if not (adapter.parent / "config.json").is_file():  # the trained adapter's own has the labels of its head
-            described = stated["base_model_name_or_path"]
-    config = _config_of(described, options)
-    task = _task(name or task_of(config, described))
+    adapter, config, task = _what_is_there(options)
     dtype, why = _dtype_of(options)
     print(f"task {task.name}, {why}", file=sys.stderr)
     rows = read_dataset(options.dataset, options.dataset_split or "train")
@@ -646,7 +656,7 @@ def probe(options: argparse.Namespace) -> GradientReport:
     if options.attn_implementation:
         kwargs["attn_implementation"] = options.attn_implementation
     if task.labelled:
-        has_head = adapter.is_file() or any(
+        has_head = adapter is not None or any(
             name.endswith("ForSequenceClassification") for name in config.architectures or ()
         )
         labels = label_names(rows, config if has_head else None, options.dataset)
@@ -714,15 +724,8 @@ def open_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str] = (
     A quantized base alone gets an untrained adapter, which changes no value: the trainers take it only with one.
     """
     folder = Path(options.model)
-    adapter = read_mapping(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
-    base = options.model if adapter is None else adapter["base_model_name_or_path"]
+    adapter, config, task = _what_is_there(options)
     stated = read_mapping(folder / RESULTS) if (folder / RESULTS).is_file() else {}
-    name = options.task
-    if name is None and adapter is not None:
-        name = next((t.name for t in TASKS.values() if t.task_type == adapter.get("task_type")), None)
-    described = options.model if (folder / "config.json").is_file() else base
-    config = _config_of(described, options)
-    task = _task(name or task_of(config, described))
     quantization = options.quantization or (stated.get("quantization") if adapter is not None else None)
     if options.dtype is None and stated.get("dtype") in _DTYPES:
         dtype, why = getattr(torch, stated["dtype"]), f"{stated['dtype']} as in training"

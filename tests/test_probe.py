@@ -28,7 +28,8 @@ from spectrum_peft import (
 from spectrum_peft.errors import DataError, OptionError
 from spectrum_peft.memory.tracker import StorageTracker
 from spectrum_peft.policies import MODES
-from spectrum_peft.probe import MeanGradients
+from spectrum_peft.probe import ComponentImportance, MeanGradients
+from spectrum_peft.svd import SingularTriplets
 from spectrum_peft.tuner import base_parameters
 from spectrum_peft.weights import LiveWeights
 
@@ -437,6 +438,29 @@ def test_only_the_first_batch_is_asked_for_the_models_own_loss(tiny_llama: Any) 
     probe_gradients(tiny_llama, [batch_of(rows_of(4)), batch_of(rows_of(4, seed=1))])
     handle.remove()
     assert seen == [False, True, False]  # the look at the model, the first batch, the second
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.bfloat16, 2e-2), (torch.float16, 1e-5), (torch.float32, 1e-5), (torch.float64, 1e-12)]
+)
+def test_importance_in_the_precision_that_the_model_computes_in(dtype: torch.dtype, error: float) -> None:
+    """Against float64, from the same rounded inputs; derivatives as small as those of half precision are no zeros."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 40, 24, generator=generator).to(dtype)
+    g = (1e-6 * torch.randn(3, 40, 16, generator=generator)).to(dtype)
+    left, values, right = torch.linalg.svd(
+        torch.randn(16, 24, generator=generator, dtype=torch.float64), full_matrices=False
+    )
+    collector = ComponentImportance({"w": SingularTriplets(left.T, values, right)})
+    collector.see("w", x[:2], g[:2])
+    collector.see("w", x[2:], g[2:])
+    found = torch.tensor(collector.fields("w", 1, samples=3)["importance"], dtype=torch.float64)
+    slopes = torch.stack(
+        [(left.T @ (b.T @ a) @ right.T).diagonal() for a, b in zip(x.double(), g.double(), strict=True)]
+    )
+    wanted = values.square() * slopes.square().mean(dim=0)
+    assert float((found - wanted).norm() / wanted.norm()) < error
+    assert (found > 0).all()
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,12 @@ from spectrum_peft.plan import make_plan
 from spectrum_peft.records import (
     SCHEMA_VERSION,
     Fingerprint,
+    GradientReport,
+    GradientStat,
     MatrixStat,
     Plan,
     PlanEntry,
+    Similarity,
     SnrReport,
     read_mapping,
     write_text,
@@ -238,3 +241,37 @@ def test_a_report_file_is_not_a_plan(llama_report, tmp_path):
     with pytest.raises(CheckpointError, match="wanted 'plan'"):
         Plan.load(path)
     assert SnrReport.load(path) == llama_report(1)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("stats", "fisher", math.nan, r"fisher of l\.0\.q\.weight holds nan"),
+        ("stats", "fisher", -1.0, r"fisher of l\.0\.q\.weight holds -1\.0"),
+        ("stats", "importance", [1.0, math.inf], r"importance of l\.0\.q\.weight holds inf"),
+        ("stats", "importance", [1.0], r"l\.0\.q\.weight has 1 importances and 2 singular values"),
+        ("stats", "singular_values", [2.0, "many"], r"singular_values of l\.0\.q\.weight holds 'many'"),
+        ("similarities", "cosine", [[1.0, 0.5]], r"cosine of q \(6, 4\) has rows of \[2\], wanted 2 of 2"),
+        (
+            "similarities",
+            "subspace",
+            [[1.0, math.nan], [0.5, 1.0]],
+            r"subspace of q \(6, 4\) holds what is no likeness",
+        ),
+    ],
+)
+def test_gradients_that_were_changed_by_hand_are_refused_by_name(tmp_path, part, field, value, message):
+    alike = ((1.0, 0.5), (0.5, 1.0))
+    stats = tuple(GradientStat(f"l.{i}.q.weight", "q", (6, 4), 0.1, (2.0, 1.0), (0.3, 0.0)) for i in range(2))
+    group = Similarity("q", (6, 4), "in", 4, tuple(s.name for s in stats), alike, alike)
+    path = GradientReport(stats, (group,), 4, 1.5).save(tmp_path / "gradients.json")
+    assert GradientReport.load(path).stats == stats
+    data = json.loads(path.read_text())
+    data[part][0][field] = value
+    path.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=message):
+        GradientReport.load(path)
+    data["stats"] = []
+    path.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="stats is empty"):
+        GradientReport.load(path)

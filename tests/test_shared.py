@@ -198,6 +198,7 @@ def test_wrong_options_are_refused(llama_report, gradients_of):
         ({"n_groups": 0}, "n_groups is 0"),
         ({"share": "neither"}, "share is 'neither'"),
         ({"similarity": "angle"}, "similarity is 'angle'"),
+        ({"similarity_threshold": 2}, r"similarity_threshold is 2, wanted a likeness in \[-1, 1\]"),
     ):
         with pytest.raises(OptionError, match=words):
             make_plan(report, mode="sgm", gradients=gradients_of(report), **options)
@@ -461,6 +462,8 @@ def test_gradients_from_a_file_or_from_calibration_data_give_the_same_plan(
         assert "calibration_data" not in json.dumps(settings.to_dict()["plan"])
     with pytest.raises(OptionError, match="needs gradients on data"):
         get_peft_model(copy.deepcopy(tiny_llama), SpectrumConfig(mode="sgm", task_type="CAUSAL_LM"))
+    with pytest.raises(OptionError, match="gradients and calibration_data are both given"):
+        SpectrumConfig(task_type="CAUSAL_LM", gradients=str(path), calibration_data=batches, **options)
 
 
 def test_gradients_of_another_model_are_refused(tiny_llama, tiny_gpt2, llama_report, gradients_of, tmp_path):

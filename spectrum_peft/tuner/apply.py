@@ -190,7 +190,7 @@ def _settled(model: nn.Module, config: SpectrumConfig) -> Plan:
     candidates = candidates_of(config, report)
     gradients = None
     if needs_gradients(options):
-        gradients = _gradients(model, config, options, worth_probing(report, candidates, options), present)
+        gradients = _gradients(model, config, options, worth_probing(report, candidates, options))
     plan = config.with_patterns(make_plan(report, gradients=gradients, candidates=candidates, **options))
     config.report = report
     _settle_tokens(model, config, plan, present)
@@ -202,18 +202,12 @@ def _gradients(
     config: SpectrumConfig,
     options: Mapping[str, Any],
     candidates: Iterable[str] | None,
-    present: Mapping[str, Any],
 ) -> GradientReport | None:
     """The gradients that were given, or those of the calibration data, which is then dropped; None without either."""
     gradients = config.resolved_gradients()
     if gradients is not None:
         _check_fingerprint(gradients.fingerprint, model, "the gradients", config.force)
-        found = names.align(gradients.by_name, present)
-        for name in gradients.by_name:
-            if name not in found:
-                raise MismatchError(f"the gradients list {name}, which the model lacks." + near_matches(name, present))
-        # Checked here, where `force` is known.
-        return dataclasses.replace(gradients.renamed(found), fingerprint=None)
+        return dataclasses.replace(gradients, fingerprint=None)  # checked here, where `force` is known
     if config.calibration_data is None:
         return None
     own = MODES[config.mode].own_options
@@ -232,7 +226,7 @@ def _gradients(
 
 def _check_fingerprint(fingerprint: Any, model: nn.Module, what: str, force: bool) -> None:
     if fingerprint is None:
-        logger.info("%s carries no fingerprint; it is used as it is", what)
+        logger.debug("%s carries no fingerprint; it is used as it is", what)
         return
     note = fingerprint.check(open_weights(base_of(model)).fingerprint(), this=what, that="this model", force=force)
     if note:
