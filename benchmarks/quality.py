@@ -3,6 +3,7 @@
     python benchmarks/quality.py --list                 # suites, their cells, their hours
     python benchmarks/quality.py --quick --jobs 2       # the small grids, two suites at a time
     python benchmarks/quality.py choice-banking77       # one suite, the whole grid
+    python benchmarks/quality.py --draw                 # pictures of the results that are there
 
 Each suite is two runs of `spectrum-peft compare`: a search over learning rates, judged on a part of the training data;
 then every contestant at the rate that was best for it, judged on the evaluation data. The search begins with as many
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -381,21 +383,47 @@ def run(name: str, quick: bool, data: Path, work: Path, output: Path, threads: i
     )  # fmt: skip
 
 
+def draw(path: Path, folder: Path) -> Path:
+    """A suite's results, against how many parameters train: a line for each way to train, bars over the seeds' intervals."""
+    from spectrum_peft import plots
+
+    data = json.loads(path.read_text())
+    points = []
+    for one in data["contestants"]:
+        if figure := one["metrics"].get(data["metric"]):
+            # `lorsa 64, r4` is one size of `lorsa`.
+            family = re.sub(r",? r?\d.*$", "", one["label"])
+            point = {"label": family, "x": one["figures"]["trainable_parameters"]["mean"], "y": figure["mean"]}
+            points.append(point | ({} if figure["low"] is None else {end: figure[end] for end in ("low", "high")}))
+    train = data["config"]["train"]
+    figure = plots.trade_off(
+        points, x_label="parameters that train", y_label=METRICS[data["metric"]].title, log_x=True,
+        title=f"{data['suite']}: {train['max_steps']} steps, {len(data['config']['seeds'])} seed(s), 95 % intervals",
+    )  # fmt: skip
+    return plots.save(figure, folder / f"quality_{data['suite'].replace('-', '_')}.png")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"default all: {', '.join(SUITES)}")
     parser.add_argument("--quick", action="store_true", help="the small grids")
     parser.add_argument("--jobs", type=int, default=1, help="suites at a time; they share the cores")
+    parser.add_argument("--draw", action="store_true", help="draw the results of the suites of adapters; run nothing")
     parser.add_argument("--list", action="store_true", help="say what there is and how long it takes; run nothing")
     parser.add_argument(
         "--data", type=Path, default=common.ROOT.parent / "shared" / "data", help="folder of the datasets"
     )
     parser.add_argument("--work", type=Path, default=common.ROOT / "quality_runs", help="folder of the cells")
     parser.add_argument("-o", "--output", type=Path, default=common.RESULTS, help="folder of the results")
+    parser.add_argument("--pictures", type=Path, default=common.ROOT / "docs" / "images", help="folder of the pictures")
     options = parser.parse_args(argv)
     for name in options.suites:
         if name not in SUITES:
             parser.error(f"{name!r} is no suite; there are {', '.join(SUITES)}")
+    if options.draw:
+        for path in sorted(options.output.glob("quality-adapters-*.json")):
+            print(draw(path, options.pictures))
+        return
     total = 0.0
     names = options.suites or [name for name, suite in SUITES.items() if suite.quick is not None or not options.quick]
     for name in names:

@@ -130,3 +130,28 @@ def test_a_suite_runs_from_the_search_to_its_results(
     assert len(found["search"]) == 2 and found["evaluation_rows"] == 8
     [row] = found["cells"]
     assert row["learning_rate"] == 0.02 and row["error"] is None
+
+
+def test_sizes_of_one_method_are_one_line_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectrum_peft import plots
+
+    def row(label: str, trained: float, mean: float, low: float | None) -> dict[str, Any]:
+        figure = {"mean": mean, "low": low, "high": None if low is None else 2 * mean - low, "n": 3}
+        return {"label": label, "metrics": {"loss": figure}, "figures": {"trainable_parameters": {"mean": trained}}}
+
+    rows = [row("LoRA r1", 10.0, 1.0, 0.9), row("LoRA r16", 160.0, 0.5, None), row("lorsa 64, r4", 5.0, 0.7, 0.6)]
+    rows += [row("lorsa 8, r1", 1.0, 0.8, 0.7), row("sgm both r16", 20.0, 0.6, 0.5), row("sgm r4", 30.0, 0.6, 0.5)]
+    rows.append({"label": "failed r4", "metrics": {}, "figures": {}})
+    data = {
+        "suite": "adapters-x", "metric": "loss", "contestants": rows, "config": {"train": {"max_steps": 5}, "seeds": [0]},
+    }  # fmt: skip
+    path = tmp_path / "quality-adapters-x.json"
+    path.write_text(json.dumps(data))
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure) or path)
+    assert quality.draw(path, tmp_path) == tmp_path / "quality_adapters_x.png"
+    [axes] = drawn[0].axes
+    lines = {c.get_label(): c for c in axes.containers}
+    assert set(lines) == {"LoRA", "lorsa", "sgm both", "sgm"}
+    assert list(lines["lorsa"].lines[0].get_xdata()) == [1.0, 5.0]
+    assert list(lines["LoRA"].lines[0].get_ydata()) == [1.0, 0.5]
