@@ -318,11 +318,14 @@ def quality(suite: str) -> str:
             f"{c['settings']['learning_rate']:g}{edge}", _spread(interval(list(values.values()), 0.95), ""),
             "reference" if label == reference else _spread(paired(data["cells"], label, reference, metric, 0.95), "+"),
         ]  # fmt: skip
+        if metric != "loss":
+            row.append(f"{c['metrics']['loss']['mean']:.3f}")
         if forgetting:
             row.append(_spread(figures["forgetting"], "+"))
         rows.append(row)
     title = METRICS[metric].title
     heads = ["trained how", "parameters", "learning rate", title, f"difference to `{reference}`"]
+    heads += [METRICS["loss"].title] if metric != "loss" else []
     text = table([*heads, *(["forgetting"] if forgetting else [])], rows)
     failed = sum(len(c["failed"]) for c in data["contestants"])
     untrained = (data["untrained"] or {}).get("metrics", {}).get(metric)
