@@ -219,7 +219,8 @@ def fit_head(model: str, rows: Sequence[str], folder: Path, max_length: int) -> 
     cross-validation within the rows.
     """
     import torch
-    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_score
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     texts, given = zip(*((row["text"], row["label"]) for row in map(json.loads, rows)), strict=True)
@@ -238,8 +239,10 @@ def fit_head(model: str, rows: Sequence[str], folder: Path, max_length: int) -> 
             )
             classifier(**batch)
     handle.remove()
-    penalties = {"Cs": [1.0, 10.0, 100.0], "cv": 3, "scoring": "neg_log_loss", "max_iter": 1000}
-    fitted = LogisticRegressionCV(**penalties).fit(torch.cat(read).numpy(), [classes.index(label) for label in given])
+    features, wanted = torch.cat(read).numpy(), [classes.index(label) for label in given]
+    heads = [LogisticRegression(C=c, max_iter=1000) for c in (1.0, 10.0, 100.0)]
+    best = max(heads, key=lambda h: cross_val_score(h, features, wanted, cv=3, scoring="neg_log_loss").mean())
+    fitted = best.fit(features, wanted)
     weight, bias = torch.tensor(fitted.coef_), torch.tensor(fitted.intercept_)
     if len(classes) == 2:  # one row there; here one for each class
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2

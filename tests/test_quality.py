@@ -155,3 +155,62 @@ def test_sizes_of_one_method_are_one_line_in_the_picture(tmp_path: Path, monkeyp
     assert set(lines) == {"LoRA", "lorsa", "sgm both", "sgm"}
     assert list(lines["lorsa"].lines[0].get_xdata()) == [1.0, 5.0]
     assert list(lines["LoRA"].lines[0].get_ydata()) == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_fitted_head_is_that_of_the_regression_and_the_body_is_untouched(tmp_path: Path, classes: int) -> None:
+    import torch
+    from architectures import ARCHITECTURES
+    from conftest import byte_tokenizer
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    bare = tmp_path / "bare"
+    ARCHITECTURES["bert"].config().save_pretrained(bare)
+    body = AutoModel.from_config(ARCHITECTURES["bert"].config())
+    body.save_pretrained(bare)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(bare)
+    words = ["aaaa", "zzzz", "0000"]
+    which = [min(i % 4, classes - 1) for i in range(60)]
+    rows = [{"text": words[c] * (1 + i % 5), "label": f"class {c}"} for i, c in enumerate(which)]
+    quality.fit_head(str(bare), [json.dumps(row) for row in rows], tmp_path / "base", max_length=16)
+
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    for name, tensor in body.state_dict().items():
+        assert torch.equal(tensor, saved.bert.state_dict()[name]), name
+    # Where the head is best, with any penalty on it, the mean error of each class is nought: the bias is not penalized.
+    batch = tokenizer([row["text"][:16] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        chances = saved(**batch).logits.softmax(-1)
+    wanted = torch.tensor([saved.config.label2id[row["label"]] for row in rows])
+    shares = torch.bincount(wanted, minlength=classes) / len(rows)
+    assert torch.allclose(chances.mean(0), shares, atol=5e-3)
+    assert (chances.argmax(-1) == wanted).float().mean() > 0.9
+
+
+def test_a_head_is_not_fitted_on_what_trains_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "banking77"
+    data.mkdir()
+    rows = [json.dumps({"text": f"row {i}", "label": "a"}) for i in range(quality.HEAD_ROWS + 50)]
+    for name in ("train", "validation"):
+        (data / f"{name}.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    fitted: list[Any] = []
+    monkeypatch.setattr(quality, "fit_head", lambda model, rows, folder, max_length: fitted.append((rows, folder)))
+    monkeypatch.setattr(quality, "folder_of", lambda model: model)
+
+    class Asked(Exception):
+        pass
+
+    def compare(config: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
+        raise Asked(dict(config))
+
+    monkeypatch.setattr(quality, "compare", compare)
+    with pytest.raises(Asked) as asked:
+        quality.run("choice-banking77", True, tmp_path, tmp_path / "work", tmp_path)
+    config = asked.value.args[0]
+    [(used, base)] = fitted
+    trained = quality.lines_of(Path(config["dataset"]))
+    assert used == rows[: quality.HEAD_ROWS] and trained == rows[quality.HEAD_ROWS :]
+    assert config["model"] == str(base)
