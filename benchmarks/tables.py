@@ -261,7 +261,7 @@ def adapters(part: str) -> str:
                 parts["probe"] - parts["svd"],
                 one["forward_and_backward"],
             ]
-            what = f"{one['samples']} samples cut at {one['max_length']}, {one['dtype']}"
+            what = f"{one['samples']} samples cut at {one['max_length']}, {one.get('dtype', 'float32')}"
             rows.append([what, f"{one['tokens']:,}", *(f"{x:.0f} s" for x in seconds), f"{one['common']:.2f}"])
         heads = [
             "calibration",

@@ -174,7 +174,10 @@ def test_a_fitted_head_is_that_of_the_regression_and_the_body_is_untouched(tmp_p
     tokenizer.save_pretrained(bare)
     words = ["aaaa", "zzzz", "0000"]
     which = [min(i % 4, classes - 1) for i in range(60)]
-    rows = [{"text": words[c] * (1 + i % 5), "label": f"class {c}"} for i, c in enumerate(which)]
+    # Every sixth says another thing, so that no head is ever sure.
+    rows = [
+        {"text": words[0 if i % 6 == 5 else c] * (1 + i % 5), "label": f"class {c}"} for i, c in enumerate(which)
+    ]  # fmt: skip
     quality.fit_head(str(bare), [json.dumps(row) for row in rows], tmp_path / "base", max_length=16)
 
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
@@ -187,7 +190,7 @@ def test_a_fitted_head_is_that_of_the_regression_and_the_body_is_untouched(tmp_p
     wanted = torch.tensor([saved.config.label2id[row["label"]] for row in rows])
     shares = torch.bincount(wanted, minlength=classes) / len(rows)
     assert torch.allclose(chances.mean(0), shares, atol=5e-3)
-    assert (chances.argmax(-1) == wanted).float().mean() > 0.9
+    assert (chances.argmax(-1) == wanted).float().mean() > 0.75
 
 
 def test_a_head_is_not_fitted_on_what_trains_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
