@@ -86,6 +86,11 @@ def task_of(config: PretrainedConfig | Mapping[str, Any], source: str) -> str:
     )
 
 
+def has_classifier(config: PretrainedConfig) -> bool:
+    """Whether the checkpoint comes with a head for classes; without one a new one is drawn at random."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
 # --- datasets --------------------------------------------------------------------------------------------------------
 
 

@@ -34,7 +34,18 @@ from .policies import MODES, Mode, get_mode
 from .probe import DEFAULT_SAMPLES, calibration_batches, probe_gradients
 from .records import GradientReport, Plan, SnrReport, read_mapping, write_text
 from .scan import scan_weights
-from .tasks import COLUMNS, TASKS, Task, build_trainer, evaluate, label_names, read_dataset, select_columns, task_of
+from .tasks import (
+    COLUMNS,
+    TASKS,
+    Task,
+    build_trainer,
+    evaluate,
+    has_classifier,
+    label_names,
+    read_dataset,
+    select_columns,
+    task_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +212,7 @@ class Run:
         why: one line on the dtype.
         train_rows, eval_rows: with the task's standard columns; no evaluation rows where no set was named.
         head: keywords of the loader that size and name a classification head.
+        new_head: the checkpoint has none, so that it begins at random.
     """
 
     name: str
@@ -215,6 +227,7 @@ class Run:
     train_rows: datasets.Dataset
     eval_rows: datasets.Dataset | None
     head: dict[str, Any]
+    new_head: bool
 
 
 Rows = tuple[datasets.Dataset, datasets.Dataset | None]
@@ -260,11 +273,11 @@ def settle(
     train_rows, eval_rows = rows or _read_rows(options, task.name, args)
     head: dict[str, Any] = {}
     if "label" in train_rows.column_names:
-        has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-        labels = label_names(train_rows, config if has_head else None, options.dataset)
+        labels = label_names(train_rows, config if has_classifier(config) else None, options.dataset)
         ids = {name: i for i, name in enumerate(labels)}
         head = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": ids}
-    return Run(name, mode, own, plan, task, dtype, why, args, resume, train_rows, eval_rows, head)
+    new_head = bool(head) and not has_classifier(config)
+    return Run(name, mode, own, plan, task, dtype, why, args, resume, train_rows, eval_rows, head, new_head)
 
 
 def _refuse_other_options(plan: Plan, given: Mapping[str, Any], source: str) -> None:
@@ -415,6 +428,7 @@ def train(
         "model": options.model,
         "dtype": str(run.dtype).removeprefix("torch."),
         "quantization": options.quantization,
+        "new_head": run.new_head,
         "learning_rate": args.learning_rate,
         "seed": args.seed,
         "trainable_parameters": trained,
@@ -656,9 +670,7 @@ def probe(options: argparse.Namespace) -> GradientReport:
     if options.attn_implementation:
         kwargs["attn_implementation"] = options.attn_implementation
     if task.labelled:
-        has_head = adapter is not None or any(
-            name.endswith("ForSequenceClassification") for name in config.architectures or ()
-        )
+        has_head = adapter is not None or has_classifier(config)
         labels = label_names(rows, config if has_head else None, options.dataset)
         kwargs["num_labels"] = len(labels)
     transformers.set_seed(options.seed)  # a new head is random

@@ -647,23 +647,27 @@ def test_every_mode_and_a_score_that_needs_data_take_part(
     assert len({row["metrics"]["loss"] for row in found}) > len(MODES)
 
 
-def test_classification_is_ranked_by_accuracy(
-    launched: list[str], compare: Callable[..., tuple[int, str]], tmp_path: Path
+@pytest.mark.parametrize("new_head", [False, True])
+def test_classification_is_ranked_by_accuracy_and_a_new_head_is_pointed_out(
+    new_head: bool, launched: list[str], compare: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
     from architectures import ARCHITECTURES
     from conftest import byte_tokenizer
+    from transformers import BertModel
 
-    ARCHITECTURES["bert"].build().save_pretrained("bert")
+    built = BertModel(ARCHITECTURES["bert"].config()) if new_head else ARCHITECTURES["bert"].build()
+    built.save_pretrained("bert")
     byte_tokenizer().save_pretrained("bert")
     rows = [{"text": f"{'abc'[i % 3]} {i}", "label": "xyz"[i % 3]} for i in range(18)]
     config = {
         "model": "bert", "dataset": write_rows("t.jsonl", rows), "eval_dataset": write_rows("e.jsonl", rows[:6]),
-        "output_dir": "out", "modes": ["spectrum", "lora"], "controls": [], **STEPS,
+        "output_dir": "out", "modes": ["spectrum", "lora"], "controls": [], "task": "classification", **STEPS,
     }  # fmt: skip
     code, said = compare(config)
     assert code == 0, said
     found = stored()
     assert found["metric"] == "accuracy"
+    assert any("the head for the classes is new" in note for note in found["notes"]) == new_head
     assert {"accuracy", "macro_f1", "loss"} <= set(found["cells"][0]["metrics"])
     # The new head is drawn alike for every method.
     assert len({r["before"]["loss"] for r in found["cells"]}) == 1

@@ -26,7 +26,7 @@ TRAINED = "train_results.json"
 STARTED_BY = "SPECTRUM_PEFT_COMPARISON"
 # Figures of training that a cell's results repeat.
 _OF_TRAINING = (
-    "mode", "task", "dtype", "quantization", "learning_rate", "trainable_parameters", "total_parameters", "steps",
+    "mode", "task", "dtype", "quantization", "new_head", "learning_rate", "trainable_parameters", "total_parameters", "steps",
     "step_seconds", "input_tokens", "peak_memory_bytes", "saved_bytes", "before",
 )  # fmt: skip
 

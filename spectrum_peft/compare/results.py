@@ -122,6 +122,7 @@ def row_of(outcome: Outcome, general_before: float | None) -> dict[str, Any]:
     timed = steps[1:] or steps  # the first one warms up
     row |= {
         "before": found["before"],
+        "new_head": found.get("new_head"),
         "trainable_parameters": found["trainable_parameters"],
         "total_parameters": found["total_parameters"],
         "steps": found["steps"],
@@ -267,6 +268,11 @@ def _notes(
         notes.append("there is no evaluation set: quality was not measured")
     if any(r.get("steps", math.inf) < 50 for r in cells):
         notes.append("fewer than 50 steps: this shows costs rather than quality")
+    if any(r.get("new_head") for r in cells):
+        notes.append(
+            "the head for the classes is new and learns at each contestant's own rate: in a short run that decides, not the "
+            "rest. Compare on a checkpoint whose head was fitted before"
+        )
     if asked["reference"]:
         notes.append(
             f"differences to {asked['reference']} are taken seed by seed, with {percent} intervals: one that holds 0 shows none"
