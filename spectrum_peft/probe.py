@@ -629,9 +629,12 @@ class _Probe:
             for side in ([c.x for c in calls], [c.g for c in calls])
         )
         wide = torch.promote_types(x.dtype, torch.float32)
+        given: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         for collector in self.collectors:
             dtype = x.dtype if collector.as_computed else wide
-            collector.see(name, x.to(dtype), g.to(dtype))
+            if dtype not in given:
+                given[dtype] = (x.to(dtype), g.to(dtype))
+            collector.see(name, *given[dtype])
 
     def _taken_whole(self, name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None

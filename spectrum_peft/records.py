@@ -257,9 +257,10 @@ def _published_rows(data: Mapping[str, Any]) -> list[tuple[str, Any]] | None:
     return [(module, value) for group in data.values() for module, value in group.items()]
 
 
-def _is_number(value: Any, least: float) -> bool:
-    """A finite one that is not below `least`."""
-    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value) and value >= least
+def _is_number(value: Any, least: float, most: float = math.inf) -> bool:
+    """A finite one from `least` to `most`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and least <= value <= most
 
 
 @dataclass(frozen=True)
@@ -390,7 +391,7 @@ class GradientReport(_Record):
                         f"{source}: {where} of {group.kind} {group.shape} has rows of {rows}, wanted {len(group.names)} of "
                         f"{len(group.names)}, one for each name."
                     )
-                if not all(_is_number(value, -1.01) for row in table for value in row):
+                if not all(_is_number(value, -1.001, 1.001) for row in table for value in row):
                     raise CheckpointError(f"{source}: {where} of {group.kind} {group.shape} holds what is no likeness.")
         return cls(
             stats=stats,
