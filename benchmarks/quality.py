@@ -23,8 +23,10 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from typing import Any
 import common
 import yaml
 
+from spectrum_peft.compare.cell import RESULTS
 from spectrum_peft.compare.matrix import METRICS
 from spectrum_peft.policies import MODES
 
@@ -42,6 +45,7 @@ SEARCH_SHARE = 10  # % of the training rows that the search is judged on
 WIDENINGS = 3
 HEAD_ROWS = 2000  # the first of the training data
 GENERAL_ROWS = {True: 20, False: 100}  # of general text, in a small grid and in a whole one
+_PREPARING = threading.Lock()  # suites beside each other share what they begin with
 # Starting a process, loading, scanning, judging; beside the training itself.
 OVERHEAD_SECONDS = 25
 
@@ -108,9 +112,9 @@ def _adapters(steps: int, only: Sequence[str] | None = None) -> dict[str, Any]:
         *({"name": f"LoRA r{r}", "peft": {**lora, "r": r, "lora_alpha": 2 * r}} for r in (1, 4, 16)),
         {"name": "DoRA r4", "peft": {**lora, "r": 4, "lora_alpha": 8, "use_dora": True}},
         {"name": "AdaLoRA r4", "peft": adalora},
-        *({"name": f"spectra_qlora r{r}", "mode": "spectra_qlora", "r": r} for r in (1, 4, 16)),
-        {"name": "sgm r4", "mode": "sgm", "r": 4},
-        {"name": "sgm both r16", "mode": "sgm", "r": 16, "share": "both"},
+        *({"name": f"spectra_qlora r{r}", "mode": "spectra_qlora", "r": r} for r in (1, 4, 8, 16)),
+        *({"name": f"sgm r{r}", "mode": "sgm", "r": r} for r in (4, 9)),
+        *({"name": f"sgm both r{r}", "mode": "sgm", "r": r, "share": "both"} for r in (12, 16)),
         *(
             {"name": f"lorsa {n}, r{r}", "mode": "lorsa", "n_components": n, "rotation_rank": r, "spectrum_ratio": 1.0}
             for n, r in ((8, 1), (64, 1), (64, 4), (128, 16))
@@ -125,6 +129,8 @@ _MOST_ADAPTERS = [
     "lorsa 8, r1", "lorsa 64, r4",
 ]  # fmt: skip
 _FEW_ADAPTERS = ["LoRA r1", "LoRA r4", "sgm r4", "lorsa 64, r4"]
+# In MiniLM these three train as many parameters, to two in a hundred.
+_EQUAL_ADAPTERS = ["spectra_qlora r8", "sgm r9", "sgm both r12"]
 # Of language models a small grid judges few rows after few steps: what it can tell is which loss falls faster.
 _QUICK_WRITE: dict[str, Any] = {
     "max_steps": 25, "per_device_train_batch_size": 2, "max_length": 192, "generate": [], "calibration_samples": 32,
@@ -188,7 +194,7 @@ SUITES: dict[str, Suite] = {
     "adapters-goemotions": Suite(
         "The same, on two classes.", "minilm", "goemotions_sentiment", "LoRA r4",
         {**_CLASSIFY, **_adapters(300), "metric": "macro_f1"},
-        {**_QUICK_CLASSIFY, **_adapters(_QUICK_STEPS, _FEW_ADAPTERS)}, step_seconds=0.16,
+        {**_QUICK_CLASSIFY, **_adapters(_QUICK_STEPS, _FEW_ADAPTERS + _EQUAL_ADAPTERS)}, step_seconds=0.16,
     ),
     "adapters-gsm8k": Suite(
         "The same, in a language model.", "smollm2", "gsm8k", "LoRA r4",
@@ -258,14 +264,18 @@ def lines_of(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def some_rows(source: Path, target: Path, most: int | None, category: str | None) -> Path:
-    """The first rows of a file, those of one category where it is given."""
+def some_rows(source: Path, target: Path, most: int | None, category: str | None, skip: int = 0) -> Path:
+    """The first rows of a file behind those skipped, those of one category where it is given.
+
+    The target is replaced as a whole: a run that reads it meanwhile finds the same rows.
+    """
     rows = lines_of(source)
     if category is not None:
         rows = [line for line in rows if json.loads(line)["category"] == category]
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("".join(f"{line}\n" for line in rows[:most]), encoding="utf-8")
-    return target
+    written = target.with_suffix(f".{os.getpid()}")
+    written.write_text("".join(f"{line}\n" for line in rows[skip:][:most]), encoding="utf-8")
+    return written.replace(target)
 
 
 def search_config(suite: Suite, config: Mapping[str, Any], train: Path, folder: Path, share: int) -> dict[str, Any]:
@@ -344,6 +354,7 @@ def compare(config: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
     """
     folder = Path(config["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)
+    take_up(folder)
     (folder / "compare.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
     command = [sys.executable, "-m", "spectrum_peft", "compare", "--config", str(folder / "compare.yaml")]
     if threads is None:
@@ -358,6 +369,13 @@ def compare(config: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
         raise SystemExit(f"{folder}: no results, the command ended with {done.returncode}")
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return results
+
+
+def take_up(folder: Path) -> None:
+    """Copy the finished cells of the other suites: a cell's name holds the digest of all that it depends on."""
+    for done in folder.parent.parent.glob(f"*/{folder.name}/cells/*/{RESULTS}"):
+        if not (here := folder / "cells" / done.parent.name).exists():
+            shutil.copytree(done.parent, here)
 
 
 def labels(config: Mapping[str, Any]) -> list[str]:
@@ -382,23 +400,32 @@ def hours(suite: Suite, config: Mapping[str, Any]) -> tuple[int, float]:
     return searched + final, (searched * each + final * (each + written)) / 3600
 
 
+def prepare(suite: Suite, quick: bool, data: Path, work: Path) -> tuple[dict[str, Any], Path, Path]:
+    """(keys of `compare`, rows to train on, rows to judge on), with the base and the files that they name written.
+
+    Suites with the same rows find them at the same place, so that what one has run, another need not.
+    """
+    parts = (suite.data, suite.model, suite.category, "quick" if quick else None)
+    ground = work / "grounds" / "-".join(part for part in parts if part)
+    config = settings(suite, quick, ground)
+    source, most = data / suite.data, suite.quick_evaluation if quick else suite.evaluation
+    judged = some_rows(source / "validation.jsonl", ground / f"evaluation{most}.jsonl", most, suite.category)
+    if general := suite.config.get("general"):
+        some_rows(data / general / "validation.jsonl", Path(config["general_text"]), GENERAL_ROWS[quick], None)
+    if config.get("task") != "classification":
+        return config, some_rows(source / "train.jsonl", ground / "train.jsonl", None, suite.category), judged
+    train = some_rows(source / "train.jsonl", ground / "train.jsonl", None, suite.category, skip=HEAD_ROWS)
+    base = ground / "base"
+    if not (base / "model.safetensors").is_file():
+        fit_head(config["model"], lines_of(source / "train.jsonl")[:HEAD_ROWS], base, config["max_length"])
+    return {**config, "model": str(base)}, train, judged
+
+
 def run(name: str, quick: bool, data: Path, work: Path, output: Path, threads: int | None = None) -> None:
     suite = SUITES[name]
     folder = work / (f"{name}-quick" if quick else name)
-    config = settings(suite, quick, folder)
-    source = data / suite.data
-    if general := suite.config.get("general"):
-        some_rows(data / general / "validation.jsonl", Path(config["general_text"]), GENERAL_ROWS[quick], None)
-    train = some_rows(source / "train.jsonl", folder / "train.jsonl", None, suite.category)
-    if config.get("task") == "classification":
-        rows = lines_of(train)
-        train.write_text("".join(f"{line}\n" for line in rows[HEAD_ROWS:]), encoding="utf-8")
-        base = folder / "base"
-        if not (base / "model.safetensors").is_file():
-            fit_head(config["model"], rows[:HEAD_ROWS], base, config["max_length"])
-        config["model"] = str(base)
-    most = suite.quick_evaluation if quick else suite.evaluation
-    judged = some_rows(source / "validation.jsonl", folder / "evaluation.jsonl", most, suite.category)
+    with _PREPARING:
+        config, train, judged = prepare(suite, quick, data, work)
     print(f"\n== {name}: {suite.question}", flush=True)
     found = search(search_config(suite, config, train, folder, SEARCH_SHARE), threads)
     rates, at_edge = best_rates(found)
