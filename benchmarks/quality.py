@@ -37,7 +37,7 @@ import common
 import yaml
 
 from spectrum_peft.compare.cell import RESULTS
-from spectrum_peft.compare.matrix import METRICS
+from spectrum_peft.compare.matrix import METRICS, file_digest
 from spectrum_peft.policies import MODES
 
 SEARCH_SHARE = 10  # % of the training rows that the search is judged on
@@ -354,7 +354,7 @@ def compare(config: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
     """
     folder = Path(config["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)
-    take_up(folder)
+    take_up(folder, config["dataset"])
     (folder / "compare.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
     command = [sys.executable, "-m", "spectrum_peft", "compare", "--config", str(folder / "compare.yaml")]
     if threads is None:
@@ -371,10 +371,13 @@ def compare(config: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
     return results
 
 
-def take_up(folder: Path) -> None:
-    """Copy the finished cells of the other suites: a cell's name holds the digest of all that it depends on."""
+def take_up(folder: Path, dataset: str) -> None:
+    """Copy the finished cells of other suites on the same rows: a cell's name holds the digest of all that it depends on."""
+    wanted = file_digest(dataset)
     for done in folder.parent.parent.glob(f"*/{folder.name}/cells/*/{RESULTS}"):
-        if not (here := folder / "cells" / done.parent.name).exists():
+        here = folder / "cells" / done.parent.name
+        inputs = json.loads((done.parent / "cell.json").read_text())["inputs"]
+        if not here.exists() and inputs["dataset"] == wanted:
             shutil.copytree(done.parent, here)
 
 
@@ -472,10 +475,10 @@ def draw(path: Path, folder: Path) -> Path:
             family = re.sub(r",? r?\d.*$", "", one["label"])
             point = {"label": family, "x": one["figures"]["trainable_parameters"]["mean"], "y": figure["mean"]}
             points.append(point | ({} if figure["low"] is None else {end: figure[end] for end in ("low", "high")}))
-    train = data["config"]["train"]
+    train, seeds = data["config"]["train"], data["config"]["seeds"]
     figure = plots.trade_off(
         points, x_label="parameters that train", y_label=METRICS[data["metric"]].title, log_x=True,
-        title=f"{data['suite']}: {train['max_steps']} steps, {len(data['config']['seeds'])} seed(s), 95 % intervals",
+        title=f"{data['suite']}: {train['max_steps']} steps, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, 95 % intervals",
     )  # fmt: skip
     return plots.save(figure, folder / f"quality_{data['suite'].replace('-', '_')}.png")
 

@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,42 @@ def adapters(part: str) -> str:
     return table(["matrix", *(f"k = {k}" for k in ranks)], rows)
 
 
+def components(part: str) -> str:
+    """Which components tasks choose, and what they have in common with themselves and with each other; how values decay."""
+    data = result("components")
+    if part == "decay":
+        return table(
+            ["model", "squared singular values in the largest tenth, median", "least to most", "matrices"],
+            [
+                [name, f"{d['median']:.0%}", f"{d['min']:.0%} to {d['max']:.0%}", str(d["n"])]
+                for name, d in data["decay"].items()
+            ],
+        )
+    first, *_, last = data["edges"]
+    ranges = [f"{a} to {b - 1}" for a, b in pairwise(data["edges"])]
+    rows = []
+    for name, task in data["tasks"].items():
+        found = [statistics.fmean(values) for values in zip(*(h["chosen"] for h in task["halves"]), strict=True)]
+        weight = [statistics.fmean(values) for values in zip(*(h["importance"] for h in task["halves"]), strict=True)]
+        others = task["in_common_with"]
+        rows.append(
+            [
+                f"{name} ({task['data']})", " + ".join(str(h["samples"]) for h in task["halves"]),
+                *(f"{x:.0%}" for x in (*found, *weight)), f"{task['in_common']:.0%}",
+                f"{min(others.values()):.0%} to {max(others.values()):.0%}",
+            ]
+        )  # fmt: skip
+    lot = data["chance"]
+    in_common = f"{lot['in_common']:.0%}"
+    rows.append(["a lot", "", *(f"{x:.0%}" for x in lot["ranges"]), *[""] * len(ranges), in_common, in_common])
+    heads = ["task", "samples", *(f"chosen {r}" for r in ranges), *(f"importance {r}" for r in ranges)]
+    note = (
+        f"{data['model']}, {data['components']} of the {last - first} largest components of each matrix of the default ratio; "
+        f"means of two halves; `benchmarks/components.py`."
+    )
+    return f"{table([*heads, 'in common with its other half', 'with another task'], rows)}\n{note}\n"
+
+
 def quality(suite: str) -> str:
     """Every contestant of a suite at the rate that was best for it, and its difference to one of them, paired by seed."""
     sys.path.insert(0, str(ROOT))
@@ -365,6 +402,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"similarity_{part}": partial(similarity, part) for part in ("kinds", "sketches", "sharing")},
     **{f"memory_{part}": partial(memory, f"memory_{part}") for part in _MEMORY},
     **{f"adapters_{part}": partial(adapters, part) for part in ("claims", "setup", "layers", "svd")},
+    **{f"components_{part}": partial(components, part) for part in ("tasks", "decay")},
     **{f"quality_{suite.replace('-', '_')}": partial(quality, suite) for suite in _SUITES},
 }  # fmt: skip
 

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import common  # noqa: E402
+import components  # noqa: E402
 import modes  # noqa: E402
 
 
@@ -150,3 +153,22 @@ def test_the_peak_begins_again_when_it_is_reset() -> None:
     before = common.peak_resident()
     common.reset_peak()
     assert common.peak_resident() < before - 50 * 2**20
+
+
+def test_two_halves_of_a_task_have_no_row_in_common(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Row {n}, is it?", "label": "a_b"}) + "\n" for n in range(50)))
+    _, restored = components.TASKS["punctuation"]
+    one, other = components.halves(path, restored, 20)
+    assert len(one) == len(other) == 20 and (one, other) == components.halves(path, restored, 20)
+    assert not {row["completion"] for row in one} & {row["completion"] for row in other}
+    number = one[0]["completion"].removeprefix(" Row ").partition(",")[0]
+    assert one[0]["prompt"].startswith(f"row {number} is it\n")
+    _, classified = components.TASKS["intents"]
+    assert classified({"text": "Hi.", "label": "a_b"}) == {"prompt": "Hi.\nIntent:", "completion": " a b"}
+
+
+def test_decay_of_a_matrix_of_known_values(tmp_path: Path) -> None:
+    values = torch.tensor([3.0] + [1.0] * 18 + [0.0])
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.diag(values)}, tmp_path / "model.safetensors")
+    assert components.decay(str(tmp_path))["median"] == pytest.approx(10 / 27)

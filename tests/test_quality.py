@@ -60,6 +60,22 @@ def test_the_search_ends_where_the_best_is_inside_or_after_its_last_widening(mon
     assert len(asked) == 1 + quality.WIDENINGS and asked[-1]["a"] == [1.0, 3.0, 9.0, 27.0, 81.0]
 
 
+def test_finished_cells_of_suites_on_the_same_rows_are_taken_up(tmp_path: Path) -> None:
+    rows = {name: tmp_path / f"{name}.jsonl" for name in ("same", "other")}
+    for name, path in rows.items():
+        path.write_text(f'{{"text": "{name}"}}\n')
+    for suite, name, data, file in (
+        ("one", "done", "same", quality.RESULTS), ("one", "begun", "same", "log.txt"), ("two", "else", "other", quality.RESULTS),
+        ("three", "mine", "same", quality.RESULTS),
+    ):  # fmt: skip
+        cell = tmp_path / suite / "search" / "cells" / name
+        cell.mkdir(parents=True)
+        (cell / "cell.json").write_text(json.dumps({"inputs": {"dataset": quality.file_digest(str(rows[data]))}}))
+        (cell / file).write_text("{}")
+    quality.take_up(tmp_path / "three" / "search", str(rows["same"]))
+    assert sorted(path.name for path in (tmp_path / "three" / "search" / "cells").iterdir()) == ["done", "mine"]
+
+
 def test_the_search_never_sees_the_evaluation_data_and_gives_every_method_as_many_rates(tmp_path: Path) -> None:
     train = tmp_path / "train.jsonl"
     train.write_text('{"text": "a"}\n' * 200)
