@@ -573,7 +573,7 @@ def _compare(options: argparse.Namespace, rest: Rest) -> None:
         output=Path(output), source=rest.source,
     )  # fmt: skip
     if options.list:
-        print(compare.list_cells(comparison))
+        print(compare.list_cells(comparison, check=_checker(comparison)))
         return
     results = compare.run_comparison(comparison, check=_checker(comparison))
     print()

@@ -550,6 +550,11 @@ def test_a_comparison_from_the_config_to_the_report(
     assert launched == ["lora-seed1"]
     launched.clear()
     assert compare(config, "--seeds", "0", "1", "2", "--list")[0] == 0
+    for wrong, said in (
+        ({"nonsense": 3}, "unknown key"), ({"rotation_rank": 2, "modes": ["lora", "lorsa"]}, "stands in `contestants`"),
+    ):  # fmt: skip
+        code, line = compare(config | wrong, "--list")
+        assert code == 2 and said in line
     assert launched == []
 
 

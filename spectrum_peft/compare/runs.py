@@ -86,10 +86,7 @@ def run_comparison(
         OptionError, DataError, CheckpointError: before anything is run.
         ComparisonError: cells failed, and the results of the others are written; another comparison is at work in the folder.
     """
-    contestants = contestants_of(comparison)
-    cells = cells_of(comparison, contestants, inputs_of(comparison))
-    for cell in cells:
-        check(cell)
+    contestants, cells = _checked(comparison, check)
     output = comparison.output
     _check_folder(output)
     with _alone_in(output):
@@ -181,11 +178,36 @@ def check_measures(comparison: Comparison, run: Any) -> None:
         generation.check_rows(run.eval_rows, asked["generate"], comparison.train.get("eval_dataset") or "eval_split")
 
 
-def list_cells(comparison: Comparison) -> str:
-    """One line for each cell: finished or not, its name, its folder."""
-    cells = cells_of(comparison, contestants_of(comparison), inputs_of(comparison))
-    lines = []
+def _checked(comparison: Comparison, check: Callable[[Cell], None]) -> tuple[list[Contestant], list[Cell]]:
+    """The contestants and their cells, none of which `train` would refuse.
+
+    Raises:
+        OptionError: the first refusal, with the contestant's name where others pass: it is what differs between them.
+    """
+    contestants = contestants_of(comparison)
+    cells = cells_of(comparison, contestants, inputs_of(comparison))
+    refused: tuple[Cell, OptionError] | None = None
+    passed = False
     for cell in cells:
+        try:
+            check(cell)
+            passed = passed or cell.contestant is not None
+        except OptionError as error:
+            refused = refused or (cell, error)
+    if refused is not None:
+        cell, error = refused
+        if not passed:
+            raise error
+        raise OptionError(
+            f"{cell.label!r}: {error} What not all of the modes take stands in `contestants`, beside its mode."
+        )
+    return contestants, cells
+
+
+def list_cells(comparison: Comparison, *, check: Callable[[Cell], None]) -> str:
+    """One line for each cell: finished or not, its name, its folder; refuses what a run would refuse."""
+    lines = []
+    for cell in _checked(comparison, check)[1]:
         done = finished_results(comparison.output, cell, comparison.asked["keep_models"]) is not None
         seed = "" if cell.seed is None else f"seed {cell.seed}"
         lines.append(f"{'finished' if done else 'to do':<9} {cell.label:<40} {seed:<8} {cell.folder}")
