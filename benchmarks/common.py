@@ -24,11 +24,17 @@ if str(ROOT) not in sys.path:  # a benchmark is run from its file, without the p
     sys.path.insert(0, str(ROOT))
 
 # The path comes first; some of these names are for the benchmarks, which ask them of this module.
-from spectrum_peft.machine import commit, cores, machine, peak_resident, process_status, reset_peak  # noqa: E402, F401
+from spectrum_peft.machine import (  # noqa: E402
+    BUSY,
+    OtherLoad,  # noqa: F401
+    commit,  # noqa: F401
+    cores,
+    machine,
+    peak_resident,
+    process_status,
+    reset_peak,  # noqa: F401
+)
 from spectrum_peft.records import write_text  # noqa: E402
-
-# Load by others above this many cores makes a timing doubtful.
-BUSY = 0.15
 
 
 def save(path: str | os.PathLike[str], benchmark: str, data: Mapping[str, Any]) -> Path:
@@ -110,31 +116,6 @@ def run_child(command: Sequence[str], *, env: Mapping[str, str] | None = None, i
 
 
 # --- load ------------------------------------------------------------------------------------------------------------
-
-
-def _busy_seconds() -> float | None:
-    """CPU seconds that all processes of the machine, and its hypervisor, have taken since it started."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return None
-    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-class OtherLoad:
-    """How many cores other processes kept busy, on average, between construction and `cores(own)`."""
-
-    def __init__(self) -> None:
-        self._began, self._busy = time.perf_counter(), _busy_seconds()
-
-    def cores(self, own: float) -> float | None:
-        """Args:
-        own: CPU seconds that the measured processes took in this time.
-        """
-        now = _busy_seconds()
-        if self._busy is None or now is None:
-            return None
-        return max(0.0, (now - self._busy - own) / (time.perf_counter() - self._began))
 
 
 def warn_if_busy() -> bool:

@@ -13,6 +13,11 @@ from typing import Any
 from .errors import OptionError
 from .records import read_mapping
 
+# Flags of `train` that go to LoraConfig as they are, beside the options of a plan.
+LORA_FIELDS = (
+    "lora_dropout", "use_dora", "bias", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save",
+)  # fmt: skip
+
 
 class Parser(argparse.ArgumentParser):
     """argparse that raises instead of printing its usage: an input error is one line."""

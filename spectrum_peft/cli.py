@@ -559,10 +559,14 @@ def _compare(options: argparse.Namespace, rest: Rest) -> None:
             given[key] = getattr(options, key)
     output = options.output_dir or config.pop("output_dir", None)
     config.pop("output_dir", None)
-    if not isinstance(output, str):
+    if not isinstance(output, str) or not output:
         raise OptionError(
             "--output-dir is missing." if output is None else f"output_dir is {output!r}, wanted a folder."
         )
+    for word in rest.argv:
+        key = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and key in compare.KEYS:
+            raise OptionError(f"{word}: {key} has no flag; it stands in the file that --config names.")
     shared, trainer = _train_options(config, rest.argv, rest.source)
     for name in ("model", "dataset"):
         _required(shared, name, f"--{name}")
@@ -594,7 +598,7 @@ def _checker(comparison: Any) -> Callable[[Any], None]:
     from . import compare, training
 
     training.quiet_progress()
-    flags = [*flags_of(verb_parser("train")), *(f"--{key.replace('_', '-')}" for key in compare.KEYS)]
+    flags = [*flags_of(verb_parser("train")), *(f"--{key}" for key in (*_COMPARE_LISTS, "metric"))]
     read: dict[Any, Any] = {}
 
     def check(cell: Any) -> None:

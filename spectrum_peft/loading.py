@@ -150,17 +150,7 @@ def load_model_with_peft(
     """
     wanted = _one_dtype(dtype, None)
     quantization = _checked_quantization(quantization)
-    kind = str(peft_config.get("peft_type"))
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise OptionError(f"peft_type is {kind!r}." + near_matches(kind, PEFT_TYPE_TO_CONFIG_MAPPING))
-    fields = {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
-    for name in peft_config:
-        if name not in fields:
-            raise OptionError(f"{kind} has no field {name!r}." + near_matches(name, fields))
-    try:
-        config = get_peft_config(dict(peft_config))
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"PEFT refuses the {kind} config: {error}") from error
+    config = checked_peft_config(peft_config)
     if quantization is not None:
         kwargs["quantization_config"] = quantization_config_for(
             None, model_name, quantization, wanted if isinstance(wanted, torch.dtype) else None
@@ -172,6 +162,25 @@ def load_model_with_peft(
         keep_4bit_differentiable(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, config), load_tokenizer(model_name, **given, **_remote(kwargs))
+
+
+def checked_peft_config(fields: Mapping[str, Any]) -> Any:
+    """The `PeftConfig` of `peft_type` and its fields.
+
+    Raises:
+        OptionError: PEFT has no such method, the method no such field, or it refuses a value.
+    """
+    kind = str(fields.get("peft_type"))
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise OptionError(f"peft_type is {kind!r}." + near_matches(kind, PEFT_TYPE_TO_CONFIG_MAPPING))
+    known = {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    for name in fields:
+        if name not in known:
+            raise OptionError(f"{kind} has no field {name!r}." + near_matches(name, known))
+    try:
+        return get_peft_config(dict(fields))
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"PEFT refuses the {kind} config: {error}") from error
 
 
 def _checked_quantization(value: str | None) -> str | None:

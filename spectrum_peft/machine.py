@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 # Of the many flags of a CPU, those that decide how fast it multiplies matrices.
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "sve")
+# Load by others above this many cores, for each of ours, makes a timing doubtful.
+BUSY = 0.15
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "safetensors", "numpy", "scipy")
 
 
@@ -97,3 +100,28 @@ def reset_peak() -> None:
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
+
+
+def _busy_seconds() -> float | None:
+    """CPU seconds that all processes of the machine, and its hypervisor, have taken since it started."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+class OtherLoad:
+    """How many cores other processes kept busy, on average, between construction and `cores(own)`."""
+
+    def __init__(self) -> None:
+        self._began, self._busy = time.perf_counter(), _busy_seconds()
+
+    def cores(self, own: float) -> float | None:
+        """Args:
+        own: CPU seconds that the measured processes took in this time.
+        """
+        now = _busy_seconds()
+        if self._busy is None or now is None:
+            return None
+        return max(0.0, (now - self._busy - own) / (time.perf_counter() - self._began))

@@ -173,6 +173,11 @@ def heat_map(report: SnrReport, plan: Plan | None = None) -> Figure:
     return figure
 
 
+def _literal(text: str) -> str:
+    """A user's name for a picture, where a dollar sign would begin a formula."""
+    return text.replace("$", r"\$")
+
+
 def _words(text: str) -> Any:
     """A legend line without a mark."""
     from matplotlib.lines import Line2D
@@ -364,7 +369,7 @@ def components(plans: Mapping[str, Plan], *, bins: int = 32) -> Figure:
             taken, _ = np.histogram([c for name in mine for c in found[name]], edges)
             there, _ = np.histogram([c for name in mine for c in range(looked_at[name])], edges)
             axes.stairs(
-                taken / np.maximum(there, 1), edges, label=label, color=_COLOURS[i % len(_COLOURS)],
+                taken / np.maximum(there, 1), edges, label=_literal(label), color=_COLOURS[i % len(_COLOURS)],
                 linestyle=_LINES[i % len(_LINES)], linewidth=1.6,
             )  # fmt: skip
         chance = [len(f[name]) / looked_at[name] for f in chosen.values() for name in members if name in f]
@@ -391,8 +396,8 @@ def _looked_at(plan: Plan, name: str) -> int:
 
 
 def _draw_overlap(axes: Axes, plans: Mapping[str, Plan]) -> None:
-    labels = list(plans)
-    table = np.array([[component_overlap(plans[a], plans[b]) for b in labels] for a in labels])
+    labels = [_literal(label) for label in plans]
+    table = np.array([[component_overlap(a, b) for b in plans.values()] for a in plans.values()])
     axes.imshow(table, vmin=0, vmax=1, cmap="cividis")
     for (row, column), value in np.ndenumerate(table):
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
@@ -477,11 +482,11 @@ def curves(
             axes.plot(steps, loss, color=colour, alpha=0.25, linewidth=0.8)
             loss = _running_mean(loss, len(loss) // 20)
         last = f": {loss[-1]:.4g}" if len(loss) else ""
-        axes.plot(steps, loss, color=colour, linestyle=line, linewidth=1.9, label=f"{label}{last}")
+        axes.plot(steps, loss, color=colour, linestyle=line, linewidth=1.9, label=_literal(f"{label}{last}"))
         if held_out := run.get("held_out"):
             axes.plot(
                 list(held_out), list(held_out.values()), linestyle="none", marker=_mark(i),
-                color=colour, markeredgecolor="white", markersize=7, label=f"{run['label']}, held out",
+                color=colour, markeredgecolor="white", markersize=7, label=_literal(f"{run['label']}, held out"),
             )  # fmt: skip
     axes.set_xlabel("step")
     axes.set_ylabel(y_label)
@@ -527,7 +532,7 @@ def trade_off(
         y = [p["y"] for p in own]
         spread = [[p["y"] - p.get("low", p["y"]) for p in own], [p.get("high", p["y"]) - p["y"] for p in own]]
         axes.errorbar(
-            [p["x"] for p in own], y, yerr=spread, label=label, color=_COLOURS[i % len(_COLOURS)],
+            [p["x"] for p in own], y, yerr=spread, label=_literal(label), color=_COLOURS[i % len(_COLOURS)],
             marker=_mark(i), linestyle=_LINES[i // len(_COLOURS) % len(_LINES)], markersize=7,
             markeredgecolor="white", linewidth=1.3, capsize=3,
         )  # fmt: skip
@@ -574,7 +579,7 @@ def intervals(
         axes.plot(values, [i] * len(values), linestyle="none", marker="|", markersize=9, color="#8a8a8a")
         face = colour if row.get("marked") else "white"
         axes.plot([x], [i], marker="o", markersize=7, markerfacecolor=face, markeredgecolor=colour, markeredgewidth=1.5)
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=9)
+    axes.set_yticks(range(len(rows)), [_literal(row["label"]) for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(x_label)

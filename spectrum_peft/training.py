@@ -23,11 +23,18 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import TrlParser
 
 from . import generation
-from .arguments import Rest, checked_value
+from .arguments import LORA_FIELDS, Rest, checked_value
 from .callback import SpectrumCallback
 from .config import SpectrumConfig
 from .errors import CheckpointError, DataError, OptionError, near_matches
-from .loading import fast_dtype, load_model_with_peft, load_model_with_spectrum, load_tokenizer, load_trained
+from .loading import (
+    checked_peft_config,
+    fast_dtype,
+    load_model_with_peft,
+    load_model_with_spectrum,
+    load_tokenizer,
+    load_trained,
+)
 from .machine import peak_resident, reset_peak
 from .plan import OPTIONS, check_options, needs_gradients
 from .policies import MODES, Mode, get_mode
@@ -41,6 +48,7 @@ from .tasks import (
     build_trainer,
     evaluate,
     has_classifier,
+    label_ids,
     label_names,
     read_dataset,
     select_columns,
@@ -51,9 +59,6 @@ logger = logging.getLogger(__name__)
 
 RESULTS = "train_results.json"
 _DTYPES = ("float32", "bfloat16", "float16")
-_LORA_FIELDS = (
-    "lora_dropout", "use_dora", "bias", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save",
-)  # fmt: skip
 
 
 # --- the trainer's own arguments -------------------------------------------------------------------------------------
@@ -254,6 +259,8 @@ def settle(
     name = own["peft_type"] if own else mode.name
     config = _config_of(options.model, options)
     task = _task(options.task or task_of(config, options.model))
+    if mode is not None and mode.whole_model and options.quantization not in (None, "none"):
+        raise OptionError(f"mode {mode.name!r} trains every weight, so none can be quantized; use mode 'spectrum'.")
     dtype, why = _dtype_of(options)
     rate = MODES["lora"].default_lr if mode is None else mode.default_lr
     args = trainer_arguments(task.name, rest, _defaults(options, task, rate, dtype), flags)
@@ -269,6 +276,8 @@ def settle(
         )
     if own and own["peft_type"] == "ADALORA" and own.setdefault("total_step", args.max_steps) <= 0:
         raise OptionError(f"{options.peft_config}: AdaLoRA needs total_step; give it, or --max-steps.")
+    if own:
+        checked_peft_config(own)
 
     train_rows, eval_rows = rows or _read_rows(options, task.name, args)
     head: dict[str, Any] = {}
@@ -276,8 +285,21 @@ def settle(
         labels = label_names(train_rows, config if has_classifier(config) else None, options.dataset)
         ids = {name: i for i, name in enumerate(labels)}
         head = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": ids}
+        if eval_rows is not None:
+            _check_labels(eval_rows, labels, eval_source)
     new_head = bool(head) and not has_classifier(config)
     return Run(name, mode, own, plan, task, dtype, why, args, resume, train_rows, eval_rows, head, new_head)
+
+
+def _check_labels(rows: Any, labels: Sequence[str], source: str) -> None:
+    """
+    Raises:
+        DataError: evaluation rows hold a label that is none of the model's.
+    """
+    try:
+        label_ids(rows, labels)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
 
 
 def _refuse_other_options(plan: Plan, given: Mapping[str, Any], source: str) -> None:
@@ -316,7 +338,7 @@ def task_for(options: argparse.Namespace) -> str:
 
 def _peft_fields(options: argparse.Namespace, plan_options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `--peft-config`, which goes with none of our own options."""
-    given = [name for name in (*_LORA_FIELDS, "plan", "report") if getattr(options, name) is not None]
+    given = [name for name in (*LORA_FIELDS, "plan", "report") if getattr(options, name) is not None]
     given += [name for name in plan_options if name != "seed"]
     if given:
         raise OptionError(f"--peft-config and {given[0]} are both given: a method of PEFT's own takes only its config.")
@@ -477,7 +499,7 @@ def _load(
     scanned = time.perf_counter()
     spectrum = SpectrumConfig(
         **plan_options,
-        **{name: value for name in _LORA_FIELDS if (value := getattr(options, name)) is not None},
+        **{name: value for name in LORA_FIELDS if (value := getattr(options, name)) is not None},
         report=report,
         plan=run.plan,
         gradients=options.gradients,

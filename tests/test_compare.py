@@ -161,6 +161,18 @@ def test_adalora_plans_over_the_whole_run() -> None:
         ({"contestants": [{"name": "x"}]}, "(x): wanted either mode or peft"),
         ({"contestants": [{"name": "x", "mode": "lorra"}]}, "mode is 'lorra'"),
         ({"contestants": [{"name": "x", "mode": "lora", "seed": 1}]}, "seeds are those of the comparison"),
+        ({"contestants": [{"name": "x", "mode": "lora", "eval_dataset": "e"}]}, "eval_dataset is 'e', but all contestants share"),
+        ({"contestants": [{"name": "x", "mode": "lora", "model": "m"}]}, "model is 'm', but all contestants share it"),
+        ({"contestants": [{"name": "x", "mode": "lora", "metric": "loss"}]}, "metric is 'loss', but all contestants share it"),
+        ({"contestants": [{"name": "x", "peft": {"r": 4}}]}, "peft_type among them"),
+        ({"learning_rates": [math.inf]}, "learning_rates is inf"),
+        ({"seeds": [2**40]}, "wanted a whole number above -1, at most"),
+        ({"reference": ["lora"]}, "reference is ['lora'], wanted a name"),
+        ({"general_text": 5}, "general_text is 5, wanted a name"),
+        (
+            {"modes": ["lora"], "controls": [], "contestants": [{"name": "x", "mode": "lora"}], "reference": "x"},
+            "'x' is the same as 'lora'",
+        ),
         ({"contestants": [{"name": "lora", "mode": "lora", "r": 2}]}, "two contestants are called 'lora'"),
         ({"train": {"seed": 3}}, "seed is one run's, and compare makes many: use seeds"),
         ({"train": {"mode": "lora"}}, "use modes"),
@@ -248,7 +260,8 @@ def test_only_what_the_intervals_part_from_the_best_is_called_worse() -> None:
     rows = {"a": row(1.0, 0.2), "b": row(1.3, 0.2), "c": row(2.0, 0.1)}
     assert results.not_told_apart(rows, higher=False) == ["a", "b"]
     assert results.not_told_apart(rows, higher=True) == ["c"]
-    assert results.not_told_apart({**rows, "d": row(0.1, None)}, higher=False) == []
+    assert results.not_told_apart({**rows, "d": row(0.1, None)}, higher=False) == ["a", "b"]  # one run is no evidence
+    assert results.not_told_apart({"a": row(1.0, None), "b": rows["b"]}, higher=False) == []
     assert results.not_told_apart({"a": rows["a"]}, higher=False) == []
 
 
@@ -300,11 +313,49 @@ def test_a_difference_is_taken_seed_by_seed() -> None:
     runs_ += [outcome("c", 0, 1.0, error="lost"), outcome("d", 0, math.inf)]
     found = collected(*runs_, reference="a", contestants=[{"name": n, "mode": "lora"} for n in "abcd"])
     figures = {s["label"]: s["figures"].get("difference") for s in found["contestants"]}
-    assert figures["a"] is None and figures["c"] is None and figures["d"] is None
+    assert figures["a"] is None and figures["c"] is None
+    assert figures["d"]["mean"] is None and figures["d"]["not_finite"] == 1  # it diverged: that is no difference of 0
+    assert results.as_markdown(found).count("not finite") == 3  # loss, perplexity, difference
     assert figures["b"] == pytest.approx({"mean": -0.1, "low": -0.1, "high": -0.1, "n": 3})
     assert results.columns(found)[1] == ("difference", "difference to a")
     assert any("seed by seed" in note for note in found["notes"])
     assert "-0.1000" in results.as_markdown(found) and "difference to a" in results.as_markdown(found)
+
+
+def test_a_difference_of_one_seed_has_no_interval_and_says_so() -> None:
+    rows = [{"name": n, "mode": "lora"} for n in "ab"]
+    alone = collected(outcome("a", 0, 2.0), outcome("b", 0, 1.9), reference="a", contestants=rows)
+    [note] = [note for note in alone["notes"] if "seed by seed" in note]
+    assert "without an interval" in note and "holds 0" not in note
+    runs_ = [outcome("a", 0, 2.0), outcome("a", 1, 2.1), outcome("b", 0, 1.9), outcome("b", 1, 1.0, error="lost")]
+    found = collected(*runs_, reference="a", contestants=rows)
+    assert "-0.1000 (one seed)" in results.as_markdown(found)
+    assert any("1 of 2 contestants finished fewer than two runs" in note for note in found["notes"])
+    assert any("by Student's t" in note for note in found["notes"])
+
+
+def test_the_untrained_base_is_the_mean_of_its_heads() -> None:
+    runs_ = [outcome("a", 0, 2.0), outcome("b", 0, 2.0), outcome("a", 1, 2.0), outcome("b", 1, 2.0)]
+    for one in runs_:
+        one.results["before"] = {"loss": 3.0 + one.cell.seed}
+    assert collected(*runs_)["untrained"]["metrics"]["loss"] == 3.5
+    assert collected(*runs_[:2])["untrained"]["metrics"]["loss"] == 3.0
+
+
+def test_a_busy_machine_is_noted() -> None:
+    runs_ = [outcome("a", 0, 2.0), outcome("b", 0, 1.9)]
+    assert not any("other processes" in note for note in collected(*runs_)["notes"])
+    runs_[1].results["other_cores"] = 1.44
+    assert any("other processes kept up to 1.4 cores busy" in note for note in collected(*runs_)["notes"])
+
+
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    name = r"<b>x</b> | $\frac$"
+    found = collected(outcome(name, 0, 2.0), outcome("b", 0, 1.9), outcome(name, 1, 2.1), outcome("b", 1, 1.8))
+    table = [line for line in results.as_markdown(found).splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)[|]", line)) for line in table}) == 1 and "\\<b>" in table[3]
+    results.write_results(found, tmp_path)  # a dollar sign begins no formula in a picture
+    assert r"\frac" in (tmp_path / "plots" / "quality.svg").read_text()
 
 
 def test_one_seed_names_no_winner_and_says_why() -> None:
@@ -558,6 +609,57 @@ def test_a_comparison_from_the_config_to_the_report(
     assert launched == []
 
 
+def test_a_model_that_is_gone_and_wanted_is_trained_again(
+    config: dict[str, Any], launched: list[str], compare: Callable[..., tuple[int, str]]
+) -> None:
+    config |= {"modes": ["lora"], "controls": [], "general_text": "eval.jsonl"}
+    assert compare(config)[0] == 0
+    assert launched == ["untrained", "lora-seed0"] and not list(Path("out/cells").glob("*/model"))
+    [finished] = Path("out/cells").glob("lora-*/cell_results.json")
+    before = json.loads(finished.read_text())
+    finished.write_text(
+        finished.read_text()[:50]
+    )  # what was measured is lost, and so is the model that it was measured on
+    code, said = compare(config)
+    assert code == 0, said
+    again = json.loads(finished.read_text())
+    assert launched[2:] == ["lora-seed0"] and (again["metrics"], again["general"]) == (
+        before["metrics"],
+        before["general"],
+    )
+    assert compare(config | {"keep_models": True})[0] == 0
+    assert launched[3:] == ["lora-seed0"] and (finished.parent / "model" / "adapter_model.safetensors").is_file()
+    assert compare(config | {"keep_models": True})[0] == 0 and launched[4:] == []
+
+
+def test_a_file_that_a_contestant_names_is_part_of_its_cell(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    one = comparison(contestants=[{"name": "x", "mode": "spectrum", "plan": str(plan)}], modes=["lora"], controls=[])
+    digests = []
+    for text in ("a", "b"):
+        plan.write_text(text)
+        digests.append({c.label: c.digest for c in matrix.cells_of(one, matrix.contestants_of(one), {})})
+    assert digests[0]["lora"] == digests[1]["lora"] and digests[0]["x"] != digests[1]["x"]
+
+
+def test_a_method_of_peft_takes_none_of_our_options_along() -> None:
+    one = comparison(
+        train={"r": 8, "bias": "none", "max_length": 64, "max_steps": 20}, modes=["lora"], controls=["adalora"]
+    )
+    ours, theirs = matrix.cells_of(one, matrix.contestants_of(one), {})
+    assert ours.train["r"] == 8 and ours.train["bias"] == "none"
+    assert "r" not in theirs.train and "bias" not in theirs.train and theirs.train["max_length"] == 64
+    assert theirs.peft is not None and theirs.peft["target_r"] == 8
+
+
+def test_the_scan_in_the_report_is_that_of_the_model(tmp_path: Path, llama_report: Callable[..., Any]) -> None:
+    one = dataclasses.replace(comparison(), output=tmp_path)
+    (tmp_path / "scans").mkdir()
+    llama_report().save(tmp_path / "scans" / f"spectrum-{'a' * 12}.json")
+    assert runs.scan_of(one, "b" * 64) is None
+    assert runs.scan_of(one, "a" * 64) is not None
+
+
 def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(
     config: dict[str, Any], launched: list[str], compare: Callable[..., tuple[int, str]]
 ) -> None:
@@ -700,7 +802,10 @@ def test_classification_is_ranked_by_accuracy_and_a_new_head_is_pointed_out(
         ({"r": 0}, "r is 0"),
         ({"generate": ["exact_match"]}, "generation needs prompt and completion"),
         ({"contestants": [{"name": "x", "mode": "lora", "lora_dropuot": 0.1}]}, "unknown key 'lora_dropuot'"),
-        ({"contestants": [{"name": "x", "peft": {"r": 4}}]}, "peft_type is missing"),
+        ({"contestants": [{"name": "x", "peft": {"peft_type": "NOPE"}}]}, "peft_type is 'NOPE'"),
+        ({"contestants": [{"name": "x", "peft": {"peft_type": "LORA", "rr": 4}}]}, "LORA has no field 'rr'"),
+        ({"modes": ["full"], "quantization": "nf4"}, "mode 'full' trains every weight, so none can be quantized"),
+        ({"output_dir": ""}, "output_dir is ''"),
     ],
 )  # fmt: skip
 def test_a_wrong_input_is_one_line_before_anything_is_run(

@@ -10,6 +10,7 @@ import argparse
 import gc
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 from ..arguments import Rest
 from ..errors import CheckpointError
+from ..machine import OtherLoad
 from ..records import read_mapping, write_text
 
 RESULTS = "cell_results.json"
@@ -59,7 +61,7 @@ def measure(
         options_for: model -> flags of the verb `evaluate`, what goes to the trainer's arguments, and the verb's flags.
     Returns:
         What was written: `metrics` {name: value} after training, `before` and `general` {before, after}, figures of
-        training, seconds, bytes, tokens per second.
+        training, seconds, bytes, tokens per second, `other_cores`: how many cores other processes kept busy meanwhile.
     """
     end_with_the_comparison()
     cell = read_mapping(folder / "cell.json")
@@ -69,7 +71,11 @@ def measure(
     source = settings["model"]
     if cell["trained"]:
         if not (folder / TRAINED).is_file():
+            load, before = OtherLoad(), os.times()
             train()
+            after = os.times()
+            own = sum(after[:4]) - sum(before[:4])  # of this process and of its children, in user and system mode
+            results["other_cores"] = load.cores(own)
             # `train` writes it into the model's folder when that is whole; here it says that the model is.
             write_text(folder / TRAINED, (Path(settings["output_dir"]) / TRAINED).read_text())
         trained = read_mapping(folder / TRAINED)
@@ -82,6 +88,10 @@ def measure(
     wanted = cell["measure"]
     if wanted:
         results |= _measured(source, wanted, options_for, results["metrics"])
+    if cell["trained"] and not cell["keep_model"]:
+        shutil.rmtree(
+            settings["output_dir"], ignore_errors=True
+        )  # before the cell counts as finished: nothing looks after it then
     write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     return results
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import names
+from ..arguments import LORA_FIELDS
 from ..errors import OptionError, near_matches
 from ..plan import CRITERIA, DEFAULT_RATIO, OPTIONS
 from ..policies import MODES, Mode, get_mode
@@ -47,6 +49,15 @@ _MATRIX = {
     "learning_rate": "learning_rates", "plan": "contestants", "report": None, "peft_config": "contestants",
     "resume_from_checkpoint": None, "force": None,
 }  # fmt: skip
+# Keys of `train` on which all contestants must agree, or their figures say nothing of each other.
+_COMMON = (
+    "model", "revision", "task", "dataset", "dataset_split", "eval_dataset", "eval_split", "output_dir",
+    "resume_from_checkpoint", "force",
+)  # fmt: skip
+# Keys of `train` that may name a file whose content decides the numbers.
+_FILES = ("plan", "report", "gradients", "deepspeed", "fsdp_config")
+# What a method of PEFT's own does not take beside its config.
+_OURS = frozenset((*OPTIONS, *LORA_FIELDS)) - {"seed"}
 _GENERATED = ("exact_match", "answered", "rouge_l")
 
 
@@ -192,7 +203,8 @@ def _number(above: float, at_most: float | None = None, whole: bool = False) -> 
             number = int(str(value)) if whole else float(value)
         except (TypeError, ValueError):
             number = None
-        if isinstance(value, bool) or number is None or not above < number <= (at_most or float("inf")):
+        finite = number is not None and math.isfinite(number)
+        if isinstance(value, bool) or not finite or not above < number <= (at_most or float("inf")):
             raise OptionError(f"{name} is {value!r}, wanted {wanted}.")
         return number
 
@@ -202,6 +214,12 @@ def _number(above: float, at_most: float | None = None, whole: bool = False) -> 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise OptionError(f"{name} is {value!r}, wanted true or false.")
+    return value
+
+
+def _word(name: str, value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise OptionError(f"{name} is {value!r}, wanted a name.")
     return value
 
 
@@ -248,7 +266,7 @@ def read_comparison(
     checks: dict[str, Callable[[str, Any], Any]] = {
         "ratios": lambda n, v: _list(n, v, _number(0, 1)),
         "criteria": lambda n, v: _list(n, v, _one_of(CRITERIA)),
-        "seeds": lambda n, v: _list(n, v, _number(-1, whole=True)),
+        "seeds": lambda n, v: _list(n, v, _number(-1, at_most=2**32 - 1, whole=True)),  # NumPy takes no larger one
         "learning_rates": lambda n, v: None if v is None else _rates(n, v),
         "learning_rate_factors": lambda n, v: _list(n, v, _number(0)),
         "controls": lambda n, v: _list(n, v, _one_of(CONTROLS)) if v else [],
@@ -259,6 +277,9 @@ def read_comparison(
         "generation_speed": _flag,
         "keep_models": _flag,
         "confidence": _number(0, 0.9999),
+        "reference": _word,
+        "general_text": _word,
+        "general_split": _word,
     }
     for name, check in checks.items():
         asked[name] = check(f"{source}: {name}", asked[name])
@@ -457,8 +478,15 @@ def _given(comparison: Comparison, row: Any, number: int) -> list[Contestant]:
         raise OptionError(f"{where} ({row['name']}): wanted either mode or peft.")
     if "seed" in settings:
         raise OptionError(f"{where} ({row['name']}): seed is {settings['seed']!r}; seeds are those of the comparison.")
-    if peft is not None and not isinstance(peft, Mapping):
-        raise OptionError(f"{where} ({row['name']}): peft is {peft!r}, wanted the fields of a PEFT config.")
+    for key in settings:
+        if key in _COMMON or key in KEYS or key.endswith("_column"):
+            raise OptionError(
+                f"{where} ({row['name']}): {key} is {settings[key]!r}, but all contestants share it; give it for all."
+            )
+    if peft is not None and (not isinstance(peft, Mapping) or not isinstance(peft.get("peft_type"), str)):
+        raise OptionError(
+            f"{where} ({row['name']}): peft is {peft!r}, wanted the fields of a PEFT config, peft_type among them."
+        )
     mode = get_mode(settings["mode"]).name if peft is None else "lora"
     if "learning_rate" in settings:
         rate = _number(0)(f"{where}: learning_rate", settings["learning_rate"])
@@ -483,7 +511,9 @@ def contestants_of(comparison: Comparison, shapes: Shapes | None = None) -> list
         made += _given(comparison, row, number)
     rates = comparison.asked["learning_rates"]
     if isinstance(rates, Mapping):
-        known = {c.label.partition(" at ")[0] for c in made} | set(MODES)
+        known = (
+            {c.label for c in made} | {c.label.rpartition(" at ")[0] for c in made if " at " in c.label} | set(MODES)
+        )
         for key in rates:
             if key not in known:
                 raise OptionError(
@@ -491,15 +521,21 @@ def contestants_of(comparison: Comparison, shapes: Shapes | None = None) -> list
                 )
     kept: dict[str, Contestant] = {}
     labels: set[str] = set()
+    also: dict[str, str] = {}
     for c in made:
         same = json.dumps([c.settings, c.peft], sort_keys=True)
         if same in kept:
+            also[c.label] = kept[same].label
             continue
         if c.label in labels:
             raise OptionError(f"{comparison.source}: two contestants are called {c.label!r}.")
         kept[same] = c
         labels.add(c.label)
     reference = comparison.asked["reference"]
+    if reference in also and reference not in labels:
+        raise OptionError(
+            f"{comparison.source}: reference: {reference!r} is the same as {also[reference]!r}, which stands in the tables."
+        )
     if reference is not None and reference not in labels:
         raise OptionError(
             f"{comparison.source}: reference: {reference!r} is no contestant."
@@ -542,9 +578,16 @@ def cells_of(comparison: Comparison, contestants: Sequence[Contestant], inputs: 
         cells.append(Cell("untrained", None, shared, comparison.arguments, measure, inputs))
     for seed in comparison.asked["seeds"]:
         for c in contestants:
-            train = {**shared, **c.settings, "seed": seed}
-            cells.append(Cell(c.label, seed, train, comparison.arguments, measure, inputs, c))
+            mine = shared if c.peft is None else {k: v for k, v in shared.items() if k not in _OURS}
+            train = {**mine, **c.settings, "seed": seed}
+            cells.append(Cell(c.label, seed, train, comparison.arguments, measure, {**inputs, **_files(train)}, c))
     return cells
+
+
+def _files(train: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the files that a run's settings name."""
+    named = {key: train[key] for key in _FILES if isinstance(train.get(key), str)}
+    return {key: digest for key, name in named.items() if (digest := file_digest(name))}
 
 
 def file_digest(source: str) -> str | None:

@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..machine import BUSY
 from ..records import SnrReport, write_text
 from .matrix import METRICS, Comparison, Contestant
 
@@ -59,12 +61,13 @@ def interval(values: Sequence[float], confidence: float) -> dict[str, Any]:
 
 
 def not_told_apart(summaries: Mapping[str, Mapping[str, Any]], higher: bool) -> list[str]:
-    """The contestant with the best mean, and all whose intervals reach its own; none where an interval is missing.
+    """The contestant with the best mean, and all whose intervals reach its own; one without an interval is left out.
 
     Intervals that overlap do not prove that two are equal; that they do not overlap is more than a difference at the
     intervals' level asks for. So the list is rather too long than too short.
     """
-    if len(summaries) < 2 or any(s["low"] is None for s in summaries.values()):
+    summaries = {name: s for name, s in summaries.items() if s["low"] is not None}
+    if len(summaries) < 2:
         return []
     best = (max if higher else min)(summaries, key=lambda name: summaries[name]["mean"])
     edge = summaries[best]["low" if higher else "high"]
@@ -80,16 +83,16 @@ def paired(cells: Sequence[Mapping[str, Any]], label: str, reference: str, metri
     Args:
         cells: rows of `row_of`.
     Returns:
-        As `interval`; None where no seed has a finite figure of both.
+        As `interval`; a mean of None where one of the runs diverged; None where no seed has a figure of both.
     """
     found: dict[str, dict[Any, float]] = {label: {}, reference: {}}
     for row in cells:
         value = _number(row.get("metrics", {}).get(metric))
-        if row["label"] in found and row["error"] is None and value is not None and math.isfinite(value):
+        if row["label"] in found and row["error"] is None and value is not None:
             found[row["label"]][row["seed"]] = value
     mine, other = found[label], found[reference]
     differences = [mine[seed] - other[seed] for seed in mine if seed in other]
-    return interval(differences, confidence) if differences else None
+    return _interval_of(differences, confidence) if differences else None
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -136,6 +139,7 @@ def row_of(outcome: Outcome, general_before: float | None) -> dict[str, Any]:
         "setup_seconds_scan": found["setup_seconds"]["scan"],
         "saved_bytes": found["saved_bytes"],
         "loss_curve": found["loss_curve"],
+        "other_cores": found.get("other_cores"),
     }
     return row
 
@@ -233,11 +237,18 @@ def _untrained(
 ) -> dict[str, Any] | None:
     """The base before training: what every cell measured before its first step, and what the base's own cell did."""
     own = next((dict(r) for r, o in zip(rows, outcomes, strict=True) if o.cell.contestant is None), None)
-    before = next((r["before"] for r in cells if r.get("before")), None)
-    if own is None and before is None:
+    before = {
+        r["seed"]: r["before"] for r in reversed(cells) if r.get("before")
+    }  # a new head is another one for each seed
+    if own is None and not before:
         return None
     found = own or {"label": "untrained", "error": None, "log": None, "metrics": {}}
-    return {**found, "metrics": {**(before or {}), **found.get("metrics", {})}}
+    means: dict[str, Any] = {}
+    for name in next(iter(before.values()), {}):
+        values = [_number(metrics.get(name)) for metrics in before.values()]
+        if None not in values:
+            means[name] = values[0] if len(set(values)) == 1 else _interval_of(values, 0.95)["mean"]
+    return {**found, "metrics": {**means, **found.get("metrics", {})}}
 
 
 def _notes(
@@ -256,14 +267,15 @@ def _notes(
         notes.append(f"{len(failed)} of {len(cells)} runs failed and are listed below with their logs")
     if seeds == 1:
         notes.append("one seed: the figures have no spread, and nothing here says which method is better")
-    elif best:
+    else:
         title = METRICS[comparison.metric].title
-        notes.append(
-            f"{seeds} seeds; intervals are {percent}, by Student's t. In {title} these are not told apart from the best: "
-            f"{len(best)} of {len(summaries)}"
-        )
-    elif not failed:
-        notes.append(f"{seeds} seeds; intervals are {percent}, by Student's t")
+        told = f". In {title} these are not told apart from the best: {len(best)} of {len(summaries)}" if best else ""
+        notes.append(f"{seeds} seeds; intervals are {percent}, by Student's t{told}")
+        alone = sum(len(s["seeds"]) < 2 for s in summaries)
+        if alone:
+            notes.append(
+                f"{alone} of {len(summaries)} contestants finished fewer than two runs: they have no interval and are not judged"
+            )
     if comparison.train.get("eval_dataset") is None and comparison.train.get("eval_split") is None:
         notes.append("there is no evaluation set: quality was not measured")
     if any(r.get("steps", math.inf) < 50 for r in cells):
@@ -273,10 +285,12 @@ def _notes(
             "the head for the classes is new and learns at each contestant's own rate: in a short run that decides, not the "
             "rest. Compare on a checkpoint whose head was fitted before"
         )
-    if asked["reference"]:
-        notes.append(
-            f"differences to {asked['reference']} are taken seed by seed, with {percent} intervals: one that holds 0 shows none"
-        )
+    if any("difference" in s["figures"] for s in summaries):
+        how = f", with {percent} intervals: one that holds 0 shows none" if seeds > 1 else " and without an interval"
+        notes.append(f"differences to {asked['reference']} are taken seed by seed{how}")
+    busy = max((r.get("other_cores") or 0.0 for r in cells), default=0.0)
+    if busy > BUSY * machine["cores"]:
+        notes.append(f"other processes kept up to {busy:.1f} cores busy during a run: times and tokens/s are doubtful")
     if not any(s["control"] for s in summaries):
         notes.append("no controls: whether choosing by the spectrum matters cannot be seen here")
     seen = {json.dumps(r["versions"], sort_keys=True) for r in cells if "versions" in r}
@@ -347,7 +361,7 @@ def _form(name: str, size: float) -> tuple[float, str, str]:
         unit = 2**20
         return (2**30, ".2f", " GiB") if size >= 2**30 else (unit, ",.0f" if size >= 100 * unit else ".3g", " MiB")
     if name == "train_seconds":
-        return (1, ".0f", " s") if size < 600 else (60, ".1f", " min")
+        return (1, ".0f" if size >= 10 else ".2g", " s") if size < 600 else (60, ".1f", " min")
     if "seconds" in name and "tokens" not in name:
         return 1, ".3g", " s"
     if name.endswith("tokens_per_second"):
@@ -365,6 +379,8 @@ def shown(name: str, value: float | None) -> str:
 
 def spread(name: str, figure: Mapping[str, Any]) -> str:
     """The half width of an interval, in the unit that the mean is shown in; nothing where it says nothing."""
+    if name == "difference" and figure.get("low") is None:
+        return "(one seed)"
     if figure.get("low") is None or name in ("trainable_parameters", "saved_bytes"):
         return ""
     divisor, form, _ = _form(name, abs(figure["mean"]))
@@ -384,9 +400,14 @@ def order(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*sorted(have, key=lambda s: s["metrics"][metric]["mean"], reverse=higher), *rest]
 
 
+def _plain(text: str) -> str:
+    """Names are the user's: in Markdown they shall not end a cell, nor be markup."""
+    return re.sub(r"[\\|<*`]", r"\\\g<0>", text)
+
+
 def as_markdown(results: Mapping[str, Any]) -> str:
     """The table of contestants, and what a reader must know."""
-    heads = columns(results)
+    heads = [(name, _plain(title)) for name, title in columns(results)]
     lines = [
         "| " + " | ".join(["contestant", "rate", *(title for _, title in heads)]) + " |",
         "| --- " * (len(heads) + 2) + "|",
@@ -401,11 +422,11 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         failed = f" ({len(summary['failed'])} failed)" if summary["failed"] else ""
         rate = summary["settings"].get("learning_rate")
         rate = f"{rate:g}" if rate is not None else ""
-        lines.append("| " + " | ".join([f"{summary['label']}{mark}{failed}", rate, *cells]) + " |")
+        lines.append("| " + " | ".join([f"{_plain(summary['label'])}{mark}{failed}", rate, *cells]) + " |")
     if results["best"]:
         lines += ["", f"\\* not told apart from the best in {METRICS[results['metric']].title}"]
     machine = results["machine"]
-    lines += ["", *(f"- {note}" for note in results["notes"])]
+    lines += ["", *(f"- {_plain(note)}" for note in results["notes"])]
     lines.append(
         f"- {machine['cpu']}, {machine['cores']} cores; "
         + ", ".join(

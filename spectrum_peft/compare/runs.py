@@ -33,7 +33,7 @@ from ..policies import MODES
 from ..records import SnrReport, read_mapping, write_text
 from .cell import RESULTS, STARTED_BY, TRAINED
 from .matrix import Cell, Comparison, Contestant, cells_of, contestants_of, file_digest
-from .results import collect, write_results
+from .results import as_markdown, collect, write_results
 
 _MODEL = "model"
 _POLL = 0.2  # seconds
@@ -91,11 +91,12 @@ def run_comparison(
     _check_folder(output)
     with _alone_in(output):
         outcomes = _run_cells(comparison, contestants, cells, announce)
-        results = collect(comparison, contestants, outcomes, machine(), scan_of(comparison, output))
+        results = collect(comparison, contestants, outcomes, machine(), scan_of(comparison, cells[0].inputs["model"]))
         write_results(results, output)
     failed = [o for o in outcomes if o.results is None]
     if failed:
         first = failed[0]
+        announce(f"\n{as_markdown(results)}")
         raise ComparisonError(
             f"{len(failed)} of {len(cells)} cells failed, the first is {first.cell.label!r}: {first.error} (log: "
             f"{first.log}). The others are in {output / 'report.html'}; the same command tries the failed ones again."
@@ -272,13 +273,12 @@ def _scan_file(comparison: Comparison, criterion: str, identity: str) -> Path:
     return comparison.output / "scans" / f"{criterion}-{identity[:12]}.json"
 
 
-def scan_of(comparison: Comparison, output: Path) -> SnrReport | None:
-    """The scan that the report draws: that of the first criterion that has one."""
+def scan_of(comparison: Comparison, identity: str) -> SnrReport | None:
+    """The scan of these weights that the report draws: that of the first criterion that has one."""
     for criterion in comparison.asked["criteria"]:
-        for path in sorted((output / "scans").glob(f"{criterion}-*.json")):
-            if not path.name.endswith(".seconds.json"):
-                report: SnrReport = SnrReport.load(path)
-                return report
+        if (path := _scan_file(comparison, criterion, identity)).is_file():
+            report: SnrReport = SnrReport.load(path)
+            return report
     return None
 
 
@@ -291,6 +291,10 @@ def prepare(comparison: Comparison, cell: Cell, scans: Mapping[str, Path]) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / TRAINED).is_file():  # it died while it trained
         shutil.rmtree(folder / _MODEL, ignore_errors=True)
+    elif (cell.measure or comparison.asked["keep_models"]) and not (folder / _MODEL).is_dir():
+        (
+            folder / TRAINED
+        ).unlink()  # its figures are there, and the model that is asked for is not: it is trained again
     train = {**cell.train, "output_dir": str((folder / _MODEL).resolve())}
     for name in ("model", "dataset", "eval_dataset"):
         if train.get(name) and Path(train[name]).exists():
@@ -310,6 +314,7 @@ def prepare(comparison: Comparison, cell: Cell, scans: Mapping[str, Path]) -> Pa
         "label": cell.label, "seed": cell.seed, "trained": cell.contestant is not None, "digest": cell.digest,
         "control": cell.contestant.control if cell.contestant else None, "arguments": list(cell.arguments),
         "measure": dict(cell.measure), "inputs": dict(cell.inputs), "scan_seconds": scan_seconds,
+        "keep_model": comparison.asked["keep_models"],
         "versions": versions(),
     }  # fmt: skip
     write_text(folder / "cell.json", json.dumps(written, indent=1) + "\n")
@@ -326,8 +331,6 @@ def run_cell(
     results = finished_results(comparison.output, cell) if code == 0 else None
     if results is None:
         return Outcome(cell, None, last_line(log, code), log)
-    if not comparison.asked["keep_models"]:
-        shutil.rmtree(folder / _MODEL, ignore_errors=True)
     return Outcome(cell, results, None, log)
 
 
