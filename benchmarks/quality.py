@@ -445,6 +445,8 @@ def run(name: str, quick: bool, data: Path, work: Path, output: Path, threads: i
     }
     kept["contestants"] = [{k: v for k, v in s.items() if k != "loss_curve"} for s in results["contestants"]]
     kept["cells"] = [{k: v for k, v in r.items() if k not in ("loss_curve", "log")} for r in results["cells"]]
+    if results["untrained"] is not None:
+        kept["untrained"] = {k: v for k, v in results["untrained"].items() if k != "log"}
     searched = [
         {
             "label": s["label"],
