@@ -203,7 +203,9 @@ def _number(above: float, at_most: float | None = None, whole: bool = False) -> 
             number = int(str(value)) if whole else float(value)
         except (TypeError, ValueError):
             number = None
-        if isinstance(value, bool) or number is None or not math.isfinite(number) or not above < number <= (at_most or float("inf")):
+        if isinstance(value, bool) or number is None or not math.isfinite(number):
+            number = None
+        if number is None or not above < number <= (at_most or math.inf):
             raise OptionError(f"{name} is {value!r}, wanted {wanted}.")
         return number
 
