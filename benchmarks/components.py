@@ -1,6 +1,6 @@
 """Which singular components does a task ask for, and do the published claims about them hold here?
 
-    python benchmarks/components.py [--samples 64] [--data FOLDER]
+    python benchmarks/components.py [--samples 32] [--data FOLDER]
 
 Claimed for LoRSA: tasks of form use components 20 to 80, tasks of meaning the top 20, sentiment spreads; and singular values
 decay faster in larger models. Six tasks on SmolLM2-135M, two of them on the same sentences; each is probed twice, on samples
@@ -21,6 +21,7 @@ from typing import Any
 
 import common
 import torch
+from quality import lines_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,7 +70,7 @@ TASKS: dict[str, tuple[str, Callable[[Row], Row]]] = {
 
 def halves(path: Path, form: Callable[[Row], Row], samples: int) -> tuple[list[Row], list[Row]]:
     """Two disjoint draws of rows, the same in every run."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    rows = [json.loads(line) for line in lines_of(path)]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     drawn = [form(rows[i]) for i in order[: 2 * samples]]
     return drawn[::2], drawn[1::2]
@@ -100,7 +101,7 @@ def chance(plans: Sequence[Plan]) -> dict[str, Any]:
     return {"ranges": [n / sum(there) for n in there], "in_common": statistics.mean(common_share)}
 
 
-def decay(folder: str) -> dict[str, float]:
+def decay(folder: str) -> dict[str, Any]:
     """Share of the squared singular values in the largest tenth of them, over the linear layers of a checkpoint."""
     shares = []
     for name, weight in load_file(Path(folder) / "model.safetensors").items():
@@ -112,7 +113,7 @@ def decay(folder: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=64, help="of each half of a task")
+    parser.add_argument("--samples", type=int, default=32, help="of each half of a task")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--out", type=Path, default=common.RESULTS / "components.json")

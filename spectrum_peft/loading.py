@@ -20,7 +20,7 @@ from . import names
 from .config import SpectrumConfig, candidates_of
 from .errors import OptionError, near_matches
 from .plan import OPTIONS, make_plan, needs_gradients
-from .policies import MODES
+from .policies import MODES, Mode
 from .records import Plan
 from .scan import scan_weights
 from .tuner import freeze_to_plan, settle_plan
@@ -64,8 +64,7 @@ def quantization_config_for(
         raise OptionError(f"quant_type is {quant_type!r}." + near_matches(str(quant_type), QUANTIZATIONS))
     skipped = []
     if plan is not None:
-        if MODES[plan.mode].whole_model:
-            raise OptionError(f"mode {plan.mode!r} trains every weight, so none can be quantized; use mode='spectrum'.")
+        check_quantizable(MODES[plan.mode])
         skipped = [names.module_name(e.name) for e in plan.entries if e.trains and e.action in ("train", "save")]
     skipped += sorted(names.HEADS)
     if isinstance(model, nn.Module) and hasattr(model, "get_output_embeddings"):
@@ -162,6 +161,15 @@ def load_model_with_peft(
         keep_4bit_differentiable(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, config), load_tokenizer(model_name, **given, **_remote(kwargs))
+
+
+def check_quantizable(mode: Mode) -> None:
+    """
+    Raises:
+        OptionError: the mode trains every weight, and a quantized one does not train.
+    """
+    if mode.whole_model:
+        raise OptionError(f"mode {mode.name!r} trains every weight, so none can be quantized; use mode='spectrum'.")
 
 
 def checked_peft_config(fields: Mapping[str, Any]) -> Any:

@@ -28,6 +28,7 @@ from .callback import SpectrumCallback
 from .config import SpectrumConfig
 from .errors import CheckpointError, DataError, OptionError, near_matches
 from .loading import (
+    check_quantizable,
     checked_peft_config,
     fast_dtype,
     load_model_with_peft,
@@ -259,8 +260,8 @@ def settle(
     name = own["peft_type"] if own else mode.name
     config = _config_of(options.model, options)
     task = _task(options.task or task_of(config, options.model))
-    if mode is not None and mode.whole_model and options.quantization not in (None, "none"):
-        raise OptionError(f"mode {mode.name!r} trains every weight, so none can be quantized; use mode 'spectrum'.")
+    if mode is not None and options.quantization not in (None, "none"):
+        check_quantizable(mode)
     dtype, why = _dtype_of(options)
     rate = MODES["lora"].default_lr if mode is None else mode.default_lr
     args = trainer_arguments(task.name, rest, _defaults(options, task, rate, dtype), flags)

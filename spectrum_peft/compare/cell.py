@@ -89,9 +89,8 @@ def measure(
     if wanted:
         results |= _measured(source, wanted, options_for, results["metrics"])
     if cell["trained"] and not cell["keep_model"]:
-        shutil.rmtree(
-            settings["output_dir"], ignore_errors=True
-        )  # before the cell counts as finished: nothing looks after it then
+        # Before the cell counts as finished: nothing looks after it then.
+        shutil.rmtree(settings["output_dir"], ignore_errors=True)
     write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     return results
 

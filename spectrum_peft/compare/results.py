@@ -237,17 +237,17 @@ def _untrained(
 ) -> dict[str, Any] | None:
     """The base before training: what every cell measured before its first step, and what the base's own cell did."""
     own = next((dict(r) for r, o in zip(rows, outcomes, strict=True) if o.cell.contestant is None), None)
-    before = {
-        r["seed"]: r["before"] for r in reversed(cells) if r.get("before")
-    }  # a new head is another one for each seed
+    # One of each seed: a new head is another one there.
+    before = {r["seed"]: r["before"] for r in reversed(cells) if r.get("before")}
     if own is None and not before:
         return None
     found = own or {"label": "untrained", "error": None, "log": None, "metrics": {}}
     means: dict[str, Any] = {}
     for name in next(iter(before.values()), {}):
-        values = [_number(metrics.get(name)) for metrics in before.values()]
-        if None not in values:
-            means[name] = values[0] if len(set(values)) == 1 else _interval_of(values, 0.95)["mean"]
+        values = [v for metrics in before.values() if (v := _number(metrics.get(name))) is not None]
+        if len(values) == len(before):
+            same = len(set(values)) == 1  # a mean of equal numbers may be off in its last place
+            means[name] = values[0] if same else statistics.fmean(values) if all(map(math.isfinite, values)) else None
     return {**found, "metrics": {**means, **found.get("metrics", {})}}
 
 

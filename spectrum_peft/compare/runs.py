@@ -292,9 +292,8 @@ def prepare(comparison: Comparison, cell: Cell, scans: Mapping[str, Path]) -> Pa
     if not (folder / TRAINED).is_file():  # it died while it trained
         shutil.rmtree(folder / _MODEL, ignore_errors=True)
     elif (cell.measure or comparison.asked["keep_models"]) and not (folder / _MODEL).is_dir():
-        (
-            folder / TRAINED
-        ).unlink()  # its figures are there, and the model that is asked for is not: it is trained again
+        # Its figures are there, and the model that is asked for is not: it is trained again.
+        (folder / TRAINED).unlink()
     train = {**cell.train, "output_dir": str((folder / _MODEL).resolve())}
     for name in ("model", "dataset", "eval_dataset"):
         if train.get(name) and Path(train[name]).exists():
