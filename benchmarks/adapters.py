@@ -45,7 +45,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 def known_adapters() -> dict[str, dict[str, Any]]:
     """Those whose mode this version has."""
-    from spectrum_peft.policies import MODES
+    from spectrum_peft.plan import MODES
 
     return {name: options for name, options in ADAPTERS.items() if options["mode"] in MODES}
 
@@ -64,8 +64,8 @@ def model_and_batches(folder: str, data: str, samples: int, length: int = 256) -
     from transformers import AutoTokenizer
 
     from spectrum_peft import calibration_batches
+    from spectrum_peft.data import read_dataset
     from spectrum_peft.demo import topics
-    from spectrum_peft.tasks import read_dataset
 
     rows: Any = Path(data) / "gsm8k" / "train.jsonl"
     rows = read_dataset(str(rows)) if rows.is_file() else [{"text": text} for text in topics()[0]]
@@ -79,7 +79,8 @@ def setup(pipe: Any, folder: str, data: str, cache: str, length: int, dtype: str
     import torch
     from peft import get_peft_model
 
-    from spectrum_peft import SpectrumConfig, scan_weights, svd
+    from spectrum_peft import SpectrumConfig, scan_weights
+    from spectrum_peft.scan.svd import truncated_svd
     from spectrum_peft.tuner import apply
 
     model, batches = model_and_batches(folder, data, samples=256, length=length)
@@ -96,7 +97,7 @@ def setup(pipe: Any, folder: str, data: str, cache: str, length: int, dtype: str
 
         return run
 
-    svd.truncated_svd = timed("svd", svd.truncated_svd)
+    truncated_svd = timed("svd", truncated_svd)
     apply.probe_gradients = timed("probe", apply.probe_gradients)
     began, cpu = time.perf_counter(), time.process_time()
     report = timed("scan", scan_weights)(folder)
@@ -228,7 +229,7 @@ def svd_times(quick: bool) -> list[dict[str, Any]]:
     """Seconds of one truncated SVD against size and k, of a matrix with a decaying spectrum, and its error at index k / 4."""
     import torch
 
-    from spectrum_peft.svd import truncated_svd
+    from spectrum_peft.scan.svd import truncated_svd
 
     rows = []
     for size in (512, 1024, 2048) if quick else (512, 1024, 2048, 4096):
@@ -251,7 +252,7 @@ def svd_times(quick: bool) -> list[dict[str, Any]]:
 
 def setups(ctx: Any, folder: str, data: str) -> list[dict[str, Any]]:
     """Of whole rows and of their beginnings; `common`: how much of what the whole rows chose is chosen again."""
-    from spectrum_peft.loading import fast_dtype
+    from spectrum_peft.tuner.loading import fast_dtype
 
     found = []
     for length, dtype in SETUPS:

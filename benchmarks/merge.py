@@ -27,8 +27,8 @@ import common
 import torch
 
 from spectrum_peft.records import write_text
-from spectrum_peft.safetensors_io import SafetensorsWriter, header_bytes
 from spectrum_peft.weights import open_weights
+from spectrum_peft.weights.writer import SafetensorsWriter, header_bytes
 
 HIDDEN, INNER, KEY_VALUE, VOCABULARY, RANK, ALPHA = 2048, 8192, 512, 128256, 16, 32
 LIMIT = 2**30  # bytes above the interpreter's; the goal

@@ -44,9 +44,9 @@ LLAMA_350M = {
 MODELS = ("smollm2-135m", "llama-350m")
 # Loaded once by the process that the contestants are forked from; importing them takes longer than most steps.
 _PRELOADED = [
-    "torch", "transformers", "transformers.models.llama.modeling_llama", "peft", "bitsandbytes", "spectrum_peft.loading"
+    "torch", "transformers", "transformers.models.llama.modeling_llama", "peft", "bitsandbytes", "spectrum_peft.tuner.loading"
 ]  # fmt: skip
-_PRELOADED_SFT = ["datasets", "trl", "spectrum_peft.callback"]
+_PRELOADED_SFT = ["datasets", "trl", "spectrum_peft.train.callback"]
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def contest(pipe: Any, folder: str, report: str, contestant: Contestant, setting
 
 
 def spectrum_config(contestant: Contestant, report: str, settings: Settings) -> Any:
-    from spectrum_peft.config import SpectrumConfig
+    from spectrum_peft.tuner.config import SpectrumConfig
 
     options = dict(contestant.options or {})
     if options.get("rescore_every") == "once":
@@ -184,7 +184,7 @@ def lora_config(settings: Settings) -> Any:
 
 def learning_rate(contestant: Contestant) -> float:
     """The mode's own default."""
-    from spectrum_peft.policies import MODES
+    from spectrum_peft.plan import MODES
 
     return MODES["lora" if contestant.options is None else contestant.options["mode"]].default_lr
 
@@ -193,7 +193,7 @@ def load_base(folder: str, nf4: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from spectrum_peft.loading import quantization_config_for
+    from spectrum_peft.tuner.loading import quantization_config_for
 
     kwargs = {}
     if nf4:
@@ -206,8 +206,8 @@ def by_plain_loop(turn: Turn, folder: str, report: str, contestant: Contestant, 
     import torch
     from peft import get_peft_model
 
-    from spectrum_peft.loading import load_model_with_spectrum
-    from spectrum_peft.optim import parameter_groups
+    from spectrum_peft.train.optim import parameter_groups
+    from spectrum_peft.tuner.loading import load_model_with_spectrum
 
     rate = learning_rate(contestant)
     if contestant.options is None:
@@ -252,7 +252,7 @@ def by_sft_trainer(turn: Turn, folder: str, report: str, contestant: Contestant,
     from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from spectrum_peft.callback import SpectrumCallback
+    from spectrum_peft.train.callback import SpectrumCallback
 
     disable_progress_bars()
     facts: dict[str, Any] = {}

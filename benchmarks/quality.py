@@ -37,8 +37,9 @@ import common
 import yaml
 
 from spectrum_peft.compare.cell import RESULTS
-from spectrum_peft.compare.matrix import METRICS, file_digest
-from spectrum_peft.policies import MODES
+from spectrum_peft.compare.matrix import file_digest
+from spectrum_peft.compare.settings import METRICS
+from spectrum_peft.plan import MODES
 
 SEARCH_SHARE = 10  # % of the training rows that the search is judged on
 # How often the search goes on beyond its edge. What is there still is said to stand at the edge.
@@ -383,13 +384,15 @@ def take_up(folder: Path, dataset: str) -> None:
 
 def labels(config: Mapping[str, Any]) -> list[str]:
     """The contestants of a config, whatever their rates."""
-    from spectrum_peft.compare import matrix
+    from spectrum_peft.compare.matrix import contestants_of
+    from spectrum_peft.compare.reading import read_comparison
+    from spectrum_peft.compare.settings import KEYS
 
-    keys = {k: v for k, v in config.items() if k in matrix.KEYS}
-    train = {k: v for k, v in config.items() if k not in matrix.KEYS}
+    keys = {k: v for k, v in config.items() if k in KEYS}
+    train = {k: v for k, v in config.items() if k not in KEYS}
     task = train.get("task", "causal_lm")
-    one = matrix.read_comparison(keys, train=train, arguments=(), task=task, output=Path(), source="suite")
-    made: dict[str, None] = {c.label.partition(" at ")[0]: None for c in matrix.contestants_of(one)}
+    one = read_comparison(keys, train=train, arguments=(), task=task, output=Path(), source="suite")
+    made: dict[str, None] = {c.label.partition(" at ")[0]: None for c in contestants_of(one)}
     return list(made)
 
 

@@ -125,8 +125,8 @@ def part_published(model: Path, repeats: int) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from spectrum_peft.criteria import score_values
     from spectrum_peft.scan import scan_weights
+    from spectrum_peft.scan.criteria import score_values
     from spectrum_peft.weights import open_weights
 
     began = time.perf_counter()
@@ -247,7 +247,7 @@ def write_checkpoint(folder: Path, shape: Shape) -> None:
     """
     import torch
 
-    from spectrum_peft.safetensors_io import SafetensorsWriter, header_bytes
+    from spectrum_peft.weights.writer import SafetensorsWriter, header_bytes
 
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
@@ -334,7 +334,7 @@ print(json.dumps([middle - began, end - middle]))
 """
 LOADED = """
 import json, sys
-from spectrum_peft.cli import main
+from spectrum_peft.cli.main import main
 code = main(["scan", sys.argv[1], "-o", sys.argv[2]])
 heavy = ("peft", "transformers.modeling_utils", "transformers", "scipy", "matplotlib", "bitsandbytes", "gguf")
 print(json.dumps([code, [name for name in heavy if name in sys.modules]]))

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spectrum_peft import GradientReport, calibration_batches, make_plan, names, plots, probe_gradients, scan_weights
 from spectrum_peft.demo import smollm2_folder
-from spectrum_peft.probe import MeanGradients
+from spectrum_peft.probe.collectors import MeanGradients
 from spectrum_peft.records import Similarity
 
 DIRECTIONS = 8

@@ -53,7 +53,7 @@ def machine(data: Mapping[str, Any]) -> str:
 def modes() -> str:
     """What each mode trains, costs and is for."""
     sys.path.insert(0, str(ROOT))
-    from spectrum_peft.policies import MODES
+    from spectrum_peft.plan import MODES
 
     if not (RESULTS / "modes.json").exists():
         rows = [[f"`{m.name}`", m.summary, f"{m.default_lr:g}", WHEN[m.name]] for m in MODES.values()]
@@ -331,8 +331,8 @@ def components(part: str) -> str:
 def quality(suite: str) -> str:
     """Every contestant of a suite at the rate that was best for it, and its difference to one of them, paired by seed."""
     sys.path.insert(0, str(ROOT))
-    from spectrum_peft.compare.matrix import METRICS
-    from spectrum_peft.compare.results import interval, paired
+    from spectrum_peft.compare.settings import METRICS
+    from spectrum_peft.compare.statistics import interval, paired
 
     name = f"quality-{suite}" if (RESULTS / f"quality-{suite}.json").exists() else f"quality-{suite}-quick"
     data = result(name)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from spectrum_peft import SpectrumConfig, calibration_batches, load_model_with_spectrum, parameter_groups
-from spectrum_peft.policies import MODES
+from spectrum_peft.plan import MODES
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", help="hub id or folder")

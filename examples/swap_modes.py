@@ -26,7 +26,7 @@ from spectrum_peft import (
     merge_into_base,
 )
 from spectrum_peft.errors import SpectrumError
-from spectrum_peft.policies import MODES
+from spectrum_peft.plan import MODES
 
 HELD_OUT = 8
 

@@ -7,7 +7,6 @@ does make the method known to PEFT, whenever peft is imported, before or after t
 from __future__ import annotations
 
 import importlib
-import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,8 @@ _MODULE_OF = {
     "GradientReport": "records",
     "Plan": "records",
     "SnrReport": "records",
-    "SpectrumCallback": "callback",
-    "SpectrumConfig": "config",
+    "SpectrumCallback": "train.callback",
+    "SpectrumConfig": "tuner.config",
     "SpectrumError": "errors",
     "SpectrumModel": "tuner",
     "SpectrumScanner": "scanner",
@@ -29,44 +28,31 @@ _MODULE_OF = {
     "estimate_memory": "memory",
     "export_lora": "export",
     "fit_to_memory": "memory",
-    "load_model_with_spectrum": "loading",
+    "load_model_with_spectrum": "tuner.loading",
     "make_plan": "plan",
     "merge_into_base": "export",
-    "parameter_groups": "optim",
+    "parameter_groups": "train.optim",
     "probe_gradients": "probe",
-    "quantization_config_for": "loading",
+    "quantization_config_for": "tuner.loading",
     "scan_weights": "scan",
 }
 # Modules whose names are of no use while PEFT does not know the method.
-_ON_PEFT = frozenset({"callback", "config", "loading", "memory", "tuner"})
+_ON_PEFT = frozenset({"memory", "train.callback", "tuner", "tuner.config", "tuner.loading"})
 
 __all__ = sorted(_MODULE_OF)
 
-# What went wrong when the method was registered; raised by the first use of a name that needs it.
-_problem: Exception | None = None
 
-
-def _register() -> None:
-    """Import the tuner, which registers itself with PEFT. Never raises: it runs inside somebody's `import peft`."""
-    global _problem
+def _register() -> Exception | None:
+    """Import the tuner, which registers itself with PEFT; what went wrong. Never raises: it runs inside `import peft`."""
     try:
         importlib.import_module(f"{__name__}.tuner")
     except Exception as error:
-        _problem = error
-    else:
-        _problem = None
+        return error
+    return None
 
 
 @wrapt.when_imported("peft")
 def _peft_is_there(_: ModuleType) -> None:
-    config = sys.modules.get(f"{__name__}.config")
-    # Half-made: it is our own config that imports peft. The tuner needs it whole, so the second hook goes on from here.
-    if config is None or hasattr(config, "SpectrumConfig"):
-        _register()
-
-
-@wrapt.when_imported(f"{__name__}.config")
-def _config_is_there(_: ModuleType) -> None:
     _register()
 
 
@@ -74,11 +60,11 @@ def __getattr__(name: str) -> Any:
     module = _MODULE_OF.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    if module in _ON_PEFT and _problem is not None:
+    if module in _ON_PEFT and (problem := _register()) is not None:
         from .errors import SpectrumError
 
-        raise SpectrumError(f"the method could not be registered with PEFT: {_problem!r}") from _problem
+        raise SpectrumError(f"the method could not be registered with PEFT: {problem!r}") from problem
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
     return value
 
@@ -88,16 +74,16 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .callback import SpectrumCallback
-    from .config import SpectrumConfig
     from .errors import SpectrumError
     from .export import export_lora, merge_into_base
-    from .loading import load_model_with_spectrum, quantization_config_for
     from .memory import estimate_memory, fit_to_memory
-    from .optim import parameter_groups
     from .plan import make_plan
     from .probe import calibration_batches, probe_gradients
     from .records import GradientReport, Plan, SnrReport
     from .scan import scan_weights
     from .scanner import SpectrumScanner
+    from .train.callback import SpectrumCallback
+    from .train.optim import parameter_groups
     from .tuner import SpectrumModel
+    from .tuner.config import SpectrumConfig
+    from .tuner.loading import load_model_with_spectrum, quantization_config_for

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InstallError
-from .policies import MODES
+from .plan import MODES
 from .records import write_text
 
 logger = logging.getLogger(__name__)
@@ -151,8 +151,6 @@ def _sharing_paragraphs(text_of: Mapping[str, str]) -> list[list[str]]:
     groups = {min(group): sorted(group) for group in group_of.values()}
     return [groups[first] for first in sorted(groups)]
 
-
-# --- the demo --------------------------------------------------------------------------------------------------------
 
 DEMO_MODES = ("full", "spectrum", "lora")
 RATIO = 0.25

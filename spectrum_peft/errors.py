@@ -42,6 +42,11 @@ class TrainingSetupError(SpectrumError, RuntimeError):
     """The trainer, the optimizer or a callback is set up so that the plan would not be carried out."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split())
+
+
 def near_matches(name: str, choices: Iterable[str], n: int = 3) -> str:
     """A clause to end an error message with: the `n` known names most like `name`, or all of them when there are few.
 

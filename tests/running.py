@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
-from spectrum_peft.policies import MODES
+from spectrum_peft.plan import MODES
 
 datasets.disable_progress_bars()
 

@@ -102,15 +102,18 @@ def _measured(
     metrics: dict[str, Any],
 ) -> dict[str, Any]:
     """What is asked of the saved model; metrics of completed prompts go into `metrics`."""
-    from .. import generation, training
+    from ..data import read_dataset, select_columns
+    from ..train import generation
+    from ..train.arguments import quiet_progress
+    from ..train.saved import open_saved
 
     gc.collect()  # the model that was trained
-    training.quiet_progress()
-    saved = training.open_saved(*options_for(source))
+    quiet_progress()
+    saved = open_saved(*options_for(source))
     found: dict[str, Any] = {}
     if ask := wanted.get("forgetting"):
-        rows = training.read_dataset(ask["dataset"], ask["split"])
-        rows = training.select_columns(rows, saved.task.name, ask["dataset"], {})
+        rows = read_dataset(ask["dataset"], ask["split"])
+        rows = select_columns(rows, saved.task.name, ask["dataset"], {})
         found["general"] = saved.metrics(rows)
     judged = saved.options.eval_dataset or saved.options.dataset
     if ask := wanted.get("generation"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,74 +17,19 @@ from typing import Any
 from .. import names
 from ..arguments import LORA_FIELDS
 from ..errors import OptionError, near_matches
-from ..plan import CRITERIA, DEFAULT_RATIO, OPTIONS
-from ..policies import MODES, Mode, get_mode
+from ..plan import MODES, OPTIONS, Mode, get_mode
 from ..records import SnrReport
+from .settings import FILE_KEYS, KEYS, Comparison, number_within
 
-# What `compare` reads itself; every other key goes to the verb `train` and to the trainer's own arguments.
-KEYS: dict[str, str] = {
-    "modes": "modes to compare; default: all",
-    "ratios": "spectrum ratios, for the modes that choose; default 0.5",
-    "criteria": "scores to choose by; default spectrum",
-    "seeds": "one run of every contestant for each; default 0",
-    "learning_rates": "for all, or {mode or name of a contestant: rates}; default: each mode's own",
-    "learning_rate_factors": "multiply the rates by each of these; default 1",
-    "controls": "what the claim must beat; default random, last",
-    "contestants": "more of them: mappings of name, mode (or peft: a PEFT config) and flags of train",
-    "metric": "what the report ranks by; default accuracy for classification, else loss",
-    "reference": "name of a contestant: the others are held against it, seed by seed",
-    "generate": "metrics of completed prompts: exact_match, rouge_l",
-    "generate_rows": "how many prompts of the evaluation set are completed; default 100",
-    "max_new_tokens": "of a completion; default 256",
-    "general_text": "a dataset with text: what was forgotten is the loss on it, before and after",
-    "general_split": "split of a hub dataset of general text",
-    "generation_speed": "measure it before and after merging",
-    "keep_models": "keep what was trained in the cells' folders",
-    "confidence": "of the intervals over seeds; default 0.95",
-}
-# Keys of `train` that the matrix sets itself.
-_MATRIX = {
-    "mode": "modes", "spectrum_ratio": "ratios", "ratio": "ratios", "criterion": "criteria", "seed": "seeds",
-    "learning_rate": "learning_rates", "plan": "contestants", "report": None, "peft_config": "contestants",
-    "resume_from_checkpoint": None, "force": None,
-}  # fmt: skip
 # Keys of `train` on which all contestants must agree, or their figures say nothing of each other.
 _COMMON = (
     "model", "revision", "task", "dataset", "dataset_split", "eval_dataset", "eval_split", "output_dir",
     "resume_from_checkpoint", "force",
 )  # fmt: skip
-# Keys of `train` that may name a file whose content decides the numbers.
-_FILES = ("plan", "report", "gradients", "deepspeed", "fsdp_config")
+
+
 # What a method of PEFT's own does not take beside its config.
 _OURS = frozenset((*OPTIONS, *LORA_FIELDS)) - {"seed"}
-_GENERATED = ("exact_match", "answered", "rouge_l")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One figure of quality.
-
-    Attributes:
-        title: for the reader.
-        higher: is better.
-        tasks: that it belongs to; None: every task whose cells complete prompts.
-    """
-
-    title: str
-    higher: bool
-    tasks: frozenset[str] | None
-
-
-_TEXT = frozenset({"causal_lm", "seq2seq"})
-METRICS: dict[str, Metric] = {
-    "loss": Metric("held-out loss", False, _TEXT | {"classification"}),
-    "perplexity": Metric("perplexity", False, _TEXT),
-    "token_accuracy": Metric("token accuracy", True, _TEXT),
-    "accuracy": Metric("accuracy", True, frozenset({"classification"})),
-    "macro_f1": Metric("macro-F1", True, frozenset({"classification"})),
-    "exact_match": Metric("exact match", True, None),
-    "rouge_l": Metric("ROUGE-L", True, None),
-}
 
 
 @dataclass(frozen=True)
@@ -147,160 +91,6 @@ class Cell:
         return f"{plain[:60]}{seed}-{self.digest[:10]}"
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared, checked.
-
-    Attributes:
-        train: keys for `train` that all cells share.
-        arguments: trainer flags of the command line that all cells share.
-        asked: values of `KEYS`, defaults filled in.
-        task: of the checkpoint.
-        source: the config file, for messages.
-    """
-
-    train: Mapping[str, Any]
-    arguments: tuple[str, ...]
-    asked: Mapping[str, Any]
-    task: str
-    output: Path
-    source: str
-    notes: tuple[str, ...] = ()
-
-    @property
-    def metric(self) -> str:
-        return str(self.asked["metric"])
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _list(name: str, value: Any, check: Callable[[str, Any], Any]) -> list[Any]:
-    items = value if isinstance(value, list | tuple) else [value]
-    if not items:
-        raise OptionError(f"{name} is an empty list, wanted at least one value.")
-    checked = [check(name, item) for item in items]
-    for i, item in enumerate(checked):
-        if item in checked[:i]:
-            raise OptionError(f"{name} holds {item!r} twice.")
-    return checked
-
-
-def _one_of(known: Mapping[str, Any] | Sequence[str]) -> Callable[[str, Any], str]:
-    def check(name: str, value: Any) -> str:
-        if value not in known:
-            raise OptionError(f"{name}: {value!r} is none." + near_matches(str(value), known))
-        return str(value)
-
-    return check
-
-
-def _number(above: float, at_most: float | None = None, whole: bool = False) -> Callable[[str, Any], Any]:
-    wanted = f"a{' whole' if whole else ''} number above {above:g}" + (f", at most {at_most:g}" if at_most else "")
-
-    def check(name: str, value: Any) -> Any:
-        try:
-            number = int(str(value)) if whole else float(value)
-        except (TypeError, ValueError):
-            number = None
-        if isinstance(value, bool) or number is None or not math.isfinite(number):
-            number = None
-        if number is None or not above < number <= (at_most or math.inf):
-            raise OptionError(f"{name} is {value!r}, wanted {wanted}.")
-        return number
-
-    return check
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise OptionError(f"{name} is {value!r}, wanted true or false.")
-    return value
-
-
-def _word(name: str, value: Any) -> str | None:
-    if value is not None and (not isinstance(value, str) or not value):
-        raise OptionError(f"{name} is {value!r}, wanted a name.")
-    return value
-
-
-def _rates(name: str, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _list(f"{name}: {key}", rates, _number(0)) for key, rates in value.items()}
-    return _list(name, value, _number(0))
-
-
-def read_comparison(
-    given: Mapping[str, Any],
-    *,
-    train: Mapping[str, Any],
-    arguments: Sequence[str],
-    task: str,
-    output: Path,
-    source: str,
-) -> Comparison:
-    """Check what was asked for.
-
-    Args:
-        given: values of `KEYS` that were given.
-        train, arguments, task, output, source: see `Comparison`.
-    Raises:
-        OptionError: an unknown name, a value outside its range, a key that the matrix sets itself.
-    """
-    for key in given:
-        if key not in KEYS:
-            raise OptionError(f"{source}: unknown key {key!r}." + near_matches(key, KEYS))
-    for key, instead in _MATRIX.items():
-        if train.get(key) is not None or any(a.partition("=")[0] == f"--{key.replace('_', '-')}" for a in arguments):
-            hint = f"use {instead}" if instead else "leave it out"
-            raise OptionError(f"{source}: {key} is one run's, and compare makes many: {hint}.")
-    labelled = task == "classification"
-    known = [name for name, m in METRICS.items() if m.tasks is None or task in m.tasks]
-    asked: dict[str, Any] = {
-        "ratios": [DEFAULT_RATIO], "criteria": [OPTIONS["criterion"]], "seeds": [0], "learning_rates": None,
-        "learning_rate_factors": [1.0], "controls": ["random", "last"], "contestants": [],
-        "metric": "accuracy" if labelled else "loss", "generate": [], "generate_rows": 100, "max_new_tokens": 256,
-        "general_text": None, "general_split": "train", "generation_speed": False, "keep_models": False,
-        "confidence": 0.95, "modes": None, "reference": None,
-    }  # fmt: skip
-    asked |= {key: value for key, value in given.items() if value is not None}
-    checks: dict[str, Callable[[str, Any], Any]] = {
-        "ratios": lambda n, v: _list(n, v, _number(0, 1)),
-        "criteria": lambda n, v: _list(n, v, _one_of(CRITERIA)),
-        "seeds": lambda n, v: _list(n, v, _number(-1, at_most=2**32 - 1, whole=True)),  # NumPy takes no larger one
-        "learning_rates": lambda n, v: None if v is None else _rates(n, v),
-        "learning_rate_factors": lambda n, v: _list(n, v, _number(0)),
-        "controls": lambda n, v: _list(n, v, _one_of(CONTROLS)) if v else [],
-        "metric": _one_of(known),
-        "generate": lambda n, v: _list(n, v, _one_of(("exact_match", "rouge_l"))) if v else [],
-        "generate_rows": _number(0, whole=True),
-        "max_new_tokens": _number(0, whole=True),
-        "generation_speed": _flag,
-        "keep_models": _flag,
-        "confidence": _number(0, 0.9999),
-        "reference": _word,
-        "general_text": _word,
-        "general_split": _word,
-    }
-    for name, check in checks.items():
-        asked[name] = check(f"{source}: {name}", asked[name])
-    notes = []
-    if asked["modes"] is None:
-        quantized = train.get("quantization") not in (None, "none")
-        modes = [m.name for m in MODES.values() if not (quantized and m.whole_model)]
-        asked["modes"] = modes
-        if len(modes) < len(MODES):
-            notes.append("modes that train every weight are left out: the base is quantized")
-    elif asked["modes"]:
-        asked["modes"] = _list(f"{source}: modes", asked["modes"], lambda _, v: get_mode(v).name)
-    if labelled and (asked["generate"] or asked["general_text"] or asked["generation_speed"]):
-        name = next(n for n in ("generate", "general_text", "generation_speed") if asked[n])
-        raise OptionError(f"{source}: {name} is for models that write text, and the task is classification.")
-    if asked["metric"] in _GENERATED and asked["metric"] not in asked["generate"]:
-        raise OptionError(f"{source}: metric is {asked['metric']!r}, which is not in generate: {asked['generate']}.")
-    return Comparison(dict(train), tuple(arguments), asked, task, output, source, tuple(notes))
-
-
 # --- contestants -----------------------------------------------------------------------------------------------------
 
 
@@ -321,8 +111,8 @@ class Shapes:
 
     def trainable(self, settings: Mapping[str, Any]) -> int:
         """How many parameters a contestant trains."""
-        from ..config import SpectrumConfig, candidates_of
         from ..plan import make_plan
+        from ..tuner.config import SpectrumConfig, candidates_of
 
         fields = {**self._train, **settings, "criterion": "last"}
         known = {k: v for k, v in fields.items() if v is not None and k in SpectrumConfig.__dataclass_fields__}
@@ -490,7 +280,7 @@ def _given(comparison: Comparison, row: Any, number: int) -> list[Contestant]:
         )
     mode = get_mode(settings["mode"]).name if peft is None else "lora"
     if "learning_rate" in settings:
-        rate = _number(0)(f"{where}: learning_rate", settings["learning_rate"])
+        rate = number_within(0)(f"{where}: learning_rate", settings["learning_rate"])
         return [Contestant(str(row["name"]), {**settings, "learning_rate": rate}, None, peft)]
     return _rated(comparison, str(row["name"]), settings, mode, None, peft)
 
@@ -587,7 +377,7 @@ def cells_of(comparison: Comparison, contestants: Sequence[Contestant], inputs: 
 
 def _files(train: Mapping[str, Any]) -> dict[str, str]:
     """Digests of the files that a run's settings name."""
-    named = {key: train[key] for key in _FILES if isinstance(train.get(key), str)}
+    named = {key: train[key] for key in FILE_KEYS if isinstance(train.get(key), str)}
     return {key: digest for key, name in named.items() if (digest := file_digest(name))}
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import plots
 from ..records import SnrReport
-from .matrix import METRICS
-from .results import FIGURES, FORGETTING, columns, figure_of, order, shown, spread
+from .figures import FIGURES, FORGETTING, columns, figure_of, order, shown, spread
+from .settings import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,101 +1,27 @@
-"""What the cells measured, brought together: rows, means with intervals over seeds, and the files.
+"""What the cells measured, brought together: rows, means with intervals over seeds.
 
-results.json   machine, versions, commit, config, every cell, every contestant
-results.csv    one line for each cell
-results.md     the table of contestants
-plots/         the pictures
-report.html    all of it in one file
+The result is plain data: machine, versions, commit, config, every cell, every contestant.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-import re
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..machine import BUSY
-from ..records import SnrReport, write_text
-from .matrix import METRICS, Comparison, Contestant
+from ..records import SnrReport
+from .figures import FIGURES, FORGETTING
+from .matrix import Contestant
+from .settings import METRICS, Comparison
+from .statistics import finite_number, interval_of, not_told_apart, paired
 
 if TYPE_CHECKING:
-    from .runs import Outcome
-
-# Columns of the tables and of the csv: name -> (title, unit). Metrics and forgetting stand before them.
-FIGURES: dict[str, tuple[str, str]] = {
-    "trainable_parameters": ("trained", ""),
-    "seconds_per_step": ("step", "s"),
-    "tokens_per_second": ("tokens/s", "1/s"),
-    "peak_memory_bytes": ("peak memory", "bytes"),
-    "setup_seconds": ("set-up", "s"),
-    "train_seconds": ("training", "s"),
-    "saved_bytes": ("on disk", "bytes"),
-    "generation_tokens_per_second": ("generation", "1/s"),
-    "merged_generation_tokens_per_second": ("generation, merged", "1/s"),
-}
-FORGETTING = {"general_loss": "general loss", "forgetting": "forgetting"}
-
-
-def interval(values: Sequence[float], confidence: float) -> dict[str, Any]:
-    """Mean and the ends of its confidence interval by Student's t: mean +- t * s / sqrt(n), n - 1 degrees of freedom.
-
-    Args:
-        values: one for each seed, finite.
-    Returns:
-        mean, n, and low and high; these are None for a single value, which says nothing of its spread.
-    """
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return {"mean": mean, "low": None, "high": None, "n": len(values)}
-    from scipy.stats import t
-
-    half = float(t.ppf(0.5 + confidence / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
-
-
-def not_told_apart(summaries: Mapping[str, Mapping[str, Any]], higher: bool) -> list[str]:
-    """The contestant with the best mean, and all whose intervals reach its own; one without an interval is left out.
-
-    Intervals that overlap do not prove that two are equal; that they do not overlap is more than a difference at the
-    intervals' level asks for. So the list is rather too long than too short.
-    """
-    summaries = {name: s for name, s in summaries.items() if s["low"] is not None}
-    if len(summaries) < 2:
-        return []
-    best = (max if higher else min)(summaries, key=lambda name: summaries[name]["mean"])
-    edge = summaries[best]["low" if higher else "high"]
-    return [name for name, s in summaries.items() if (s["high"] >= edge if higher else s["low"] <= edge)]
-
-
-def paired(cells: Sequence[Mapping[str, Any]], label: str, reference: str, metric: str, confidence: float) -> Any:
-    """The difference of two contestants, run by run of one seed, and its interval as in `interval`.
-
-    Runs with one seed see the same rows in the same order and begin with the same new weights, so what a seed does to both
-    falls out of the difference: its interval is as a rule much narrower than those of the two means.
-
-    Args:
-        cells: rows of `row_of`.
-    Returns:
-        As `interval`; a mean of None where one of the runs diverged; None where no seed has a figure of both.
-    """
-    found: dict[str, dict[Any, float]] = {label: {}, reference: {}}
-    for row in cells:
-        value = _number(row.get("metrics", {}).get(metric))
-        if row["label"] in found and row["error"] is None and value is not None:
-            found[row["label"]][row["seed"]] = value
-    mine, other = found[label], found[reference]
-    differences = [mine[seed] - other[seed] for seed in mine if seed in other]
-    return _interval_of(differences, confidence) if differences else None
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
+    from .outcome import Outcome
 
 
 def row_of(outcome: Outcome, general_before: float | None) -> dict[str, Any]:
@@ -155,28 +81,15 @@ def summary_of(contestant: Contestant, rows: Sequence[Mapping[str, Any]], confid
     if not finished:
         return summary
     for name in METRICS:
-        values = [_number(r["metrics"].get(name)) for r in finished]
+        values = [finite_number(r["metrics"].get(name)) for r in finished]
         if None not in values:
-            summary["metrics"][name] = _interval_of(values, confidence)
+            summary["metrics"][name] = interval_of(values, confidence)
     for name in (*FIGURES, *FORGETTING):
-        values = [_number(r.get(name)) for r in finished]
+        values = [finite_number(r.get(name)) for r in finished]
         if None not in values:
-            summary["figures"][name] = _interval_of(values, confidence)
+            summary["figures"][name] = interval_of(values, confidence)
     summary["loss_curve"] = _mean_curve([r["loss_curve"] for r in finished])
     return summary
-
-
-def _interval_of(values: Sequence[Any], confidence: float) -> dict[str, Any]:
-    """As `interval`; a run that diverged leaves no mean, and it is said so."""
-    bad = [v for v in values if not math.isfinite(v)]
-    if bad:
-        return {"mean": None, "low": None, "high": None, "n": len(values), "not_finite": len(bad)}
-    return interval(values, confidence)
-
-
-def _number(value: Any) -> float | None:
-    """JSON has no infinity; ours writes it as a string."""
-    return float(value) if isinstance(value, int | float) or value in ("inf", "-inf", "nan") else None
 
 
 def _mean_curve(curves: Iterable[Sequence[Sequence[float]]]) -> list[list[float]]:
@@ -244,7 +157,7 @@ def _untrained(
     found = own or {"label": "untrained", "error": None, "log": None, "metrics": {}}
     means: dict[str, Any] = {}
     for name in next(iter(before.values()), {}):
-        values = [v for metrics in before.values() if (v := _number(metrics.get(name))) is not None]
+        values = [v for metrics in before.values() if (v := finite_number(metrics.get(name))) is not None]
         if len(values) == len(before):
             same = len(set(values)) == 1  # a mean of equal numbers may be off in its last place
             means[name] = values[0] if same else statistics.fmean(values) if all(map(math.isfinite, values)) else None
@@ -300,138 +213,3 @@ def _notes(
         notes.append("the runs were made with other versions of the libraries than those that are installed now")
     notes.append("peak memory is that of the whole process, the interpreter and its libraries included")
     return notes
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def write_results(results: Mapping[str, Any], output: Path) -> None:
-    """Write all files of a comparison, each whole or not at all."""
-    from .page import draw, html
-
-    write_text(output / "results.json", json.dumps(_finite(results), indent=1, allow_nan=False) + "\n")
-    write_text(output / "results.csv", as_csv(results))
-    write_text(output / "results.md", as_markdown(results))
-    pictures = draw(results, output / "plots")
-    write_text(output / "report.html", html(results, pictures))
-
-
-def _finite(value: Any) -> Any:
-    """Infinite and undefined numbers as strings, as in all JSON of ours."""
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def as_csv(results: Mapping[str, Any]) -> str:
-    """One line for each cell, failed ones too."""
-    metrics = [name for name in METRICS if any(name in r.get("metrics", {}) for r in results["cells"])]
-    plain = [
-        "label", "mode", "ratio", "criterion", "control", "learning_rate", "seed", *metrics, *FORGETTING, *FIGURES,
-        "step_seconds_low", "step_seconds_high", "setup_seconds_scan", "steps", "total_parameters", "error", "log",
-    ]  # fmt: skip
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(plain)
-    for row in results["cells"]:
-        flat = {**row, **row.get("metrics", {})}
-        writer.writerow(["" if flat.get(name) is None else flat[name] for name in plain])
-    return text.getvalue()
-
-
-def columns(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, title) of what the table of contestants shows: only what was measured; what it is ranked by first."""
-    first = results["metric"]
-    names = [first, *(n for n in METRICS if n != first)]
-    shown = [(n, METRICS[n].title) for n in names if any(n in s["metrics"] for s in results["contestants"])]
-    reference = results["config"].get("reference")
-    if reference and any("difference" in s["figures"] for s in results["contestants"]):
-        shown.insert(1, ("difference", f"difference to {reference}"))
-    others = {**FORGETTING, **{name: title for name, (title, _) in FIGURES.items()}}
-    return shown + [(n, t) for n, t in others.items() if any(n in s["figures"] for s in results["contestants"])]
-
-
-def _form(name: str, size: float) -> tuple[float, str, str]:
-    """(divisor, format, unit) that a figure of this size is shown in."""
-    if name == "trainable_parameters":
-        return (1e6, ".3g", " M") if size >= 1e5 else (1, ",.0f", "")
-    if name.endswith("_bytes"):
-        unit = 2**20
-        return (2**30, ".2f", " GiB") if size >= 2**30 else (unit, ",.0f" if size >= 100 * unit else ".3g", " MiB")
-    if name == "train_seconds":
-        return (1, ".0f" if size >= 10 else ".2g", " s") if size < 600 else (60, ".1f", " min")
-    if "seconds" in name and "tokens" not in name:
-        return 1, ".3g", " s"
-    if name.endswith("tokens_per_second"):
-        return (1, ",.0f", "") if size >= 100 else (1, ".3g", "")
-    return (1, ".4f", "") if size < 100 else (1, ".4g", "")
-
-
-def shown(name: str, value: float | None) -> str:
-    """A figure for a reader."""
-    if value is None:
-        return ""
-    divisor, form, unit = _form(name, abs(value))
-    return f"{value / divisor:{'+' if name in ('forgetting', 'difference') else ''}{form}}{unit}"
-
-
-def spread(name: str, figure: Mapping[str, Any]) -> str:
-    """The half width of an interval, in the unit that the mean is shown in; nothing where it says nothing."""
-    if name == "difference" and figure.get("low") is None:
-        return "(one seed)"
-    if figure.get("low") is None or name in ("trainable_parameters", "saved_bytes"):
-        return ""
-    divisor, form, _ = _form(name, abs(figure["mean"]))
-    return f"± {(figure['high'] - figure['mean']) / divisor:{form}}"
-
-
-def figure_of(summary: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    found = summary["metrics"].get(name, summary["figures"].get(name))
-    return found if found is None or isinstance(found, Mapping) else None
-
-
-def order(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Contestants by the metric that ranks, best first; those without one at the end."""
-    metric, higher = results["metric"], METRICS[results["metric"]].higher
-    have = [s for s in results["contestants"] if s["metrics"].get(metric, {}).get("mean") is not None]
-    rest = [s for s in results["contestants"] if s not in have]
-    return [*sorted(have, key=lambda s: s["metrics"][metric]["mean"], reverse=higher), *rest]
-
-
-def _plain(text: str) -> str:
-    """Names are the user's: in Markdown they shall not end a cell, nor be markup."""
-    return re.sub(r"[\\|<*`]", r"\\\g<0>", text)
-
-
-def as_markdown(results: Mapping[str, Any]) -> str:
-    """The table of contestants, and what a reader must know."""
-    heads = [(name, _plain(title)) for name, title in columns(results)]
-    lines = [
-        "| " + " | ".join(["contestant", "rate", *(title for _, title in heads)]) + " |",
-        "| --- " * (len(heads) + 2) + "|",
-    ]
-    for summary in order(results):
-        cells = []
-        for name, _ in heads:
-            figure = figure_of(summary, name)
-            text = "" if figure is None else f"{shown(name, figure['mean'])} {spread(name, figure)}".strip()
-            cells.append("not finite" if figure and figure.get("not_finite") else text)
-        mark = " *" if summary["label"] in results["best"] else ""
-        failed = f" ({len(summary['failed'])} failed)" if summary["failed"] else ""
-        rate = summary["settings"].get("learning_rate")
-        rate = f"{rate:g}" if rate is not None else ""
-        lines.append("| " + " | ".join([f"{_plain(summary['label'])}{mark}{failed}", rate, *cells]) + " |")
-    if results["best"]:
-        lines += ["", f"\\* not told apart from the best in {METRICS[results['metric']].title}"]
-    machine = results["machine"]
-    lines += ["", *(f"- {_plain(note)}" for note in results["notes"])]
-    lines.append(
-        f"- {machine['cpu']}, {machine['cores']} cores; "
-        + ", ".join(
-            f"{k} {machine['packages'][k]}" for k in ("torch", "transformers", "peft") if k in machine["packages"]
-        )
-        + (f"; commit {machine['commit'][:10]}" if machine.get("commit") else "")
-    )
-    return "\n".join(lines) + "\n"

@@ -19,40 +19,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from tqdm import tqdm
 
-from ..criteria import CRITERIA
 from ..errors import CheckpointError, ComparisonError, OptionError
 from ..machine import machine, versions
-from ..policies import MODES
+from ..plan import MODES
 from ..records import SnrReport, read_mapping, write_text
+from ..scan import CRITERIA
 from .cell import RESULTS, STARTED_BY, TRAINED
-from .matrix import Cell, Comparison, Contestant, cells_of, contestants_of, file_digest
-from .results import as_markdown, collect, write_results
+from .figures import as_markdown
+from .matrix import Cell, Contestant, cells_of, contestants_of, file_digest
+from .outcome import Outcome
+from .report import write_results
+from .results import collect
+from .settings import Comparison
 
 _MODEL = "model"
 _POLL = 0.2  # seconds
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a cell ended.
-
-    Attributes:
-        results: of `cell_results.json`; None where it failed.
-        error: last line of its log that says what was wrong.
-        log: file with all that it printed.
-    """
-
-    cell: Cell
-    results: dict[str, Any] | None
-    error: str | None
-    log: Path
 
 
 def inputs_of(comparison: Comparison) -> dict[str, str]:
@@ -61,10 +48,10 @@ def inputs_of(comparison: Comparison) -> dict[str, str]:
     Raises:
         CheckpointError: the weights cannot be read.
     """
-    from ..scan import open_source
+    from ..weights import open_weights
 
     train = comparison.train
-    inputs = {"model": open_source(train["model"], train.get("revision")).identity()}
+    inputs = {"model": open_weights(train["model"], train.get("revision")).identity()}
     sources = {name: train.get(name) for name in ("dataset", "eval_dataset")}
     for name, source in (sources | {"general_text": comparison.asked["general_text"]}).items():
         if source and (digest := file_digest(source)):
@@ -162,15 +149,18 @@ def check_measures(comparison: Comparison, run: Any) -> None:
     Raises:
         InstallError, DataError, OptionError.
     """
-    from .. import generation, plots, tasks
+    from .. import plots
+    from ..data import read_dataset, select_columns
+    from ..train import generation
+    from ..train.judge import require_scikit_learn
 
     plots.require_matplotlib()
     asked = comparison.asked
     if run.task.labelled:
-        tasks.require_scikit_learn()
+        require_scikit_learn()
     if asked["general_text"]:
-        rows = tasks.read_dataset(asked["general_text"], asked["general_split"])
-        tasks.select_columns(rows, run.task.name, asked["general_text"], {})
+        rows = read_dataset(asked["general_text"], asked["general_split"])
+        select_columns(rows, run.task.name, asked["general_text"], {})
     for name in asked["generate"]:
         generation.check_metric(name)
     if asked["generate"]:

@@ -16,13 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import names
-from ..config import SpectrumConfig, candidates_of
 from ..errors import MismatchError, OptionError, near_matches
-from ..loading import made_trainable
-from ..plan import OPTIONS, make_plan
-from ..policies import MODES
+from ..plan import MODES, OPTIONS, make_plan
 from ..records import Fingerprint, GradientReport, GradientStat, MemoryReport, Plan, SnrReport
 from ..tuner import settle_plan
+from ..tuner.config import SpectrumConfig, candidates_of
+from ..tuner.loading import made_trainable
 from ..weights import base_module
 from .fakes import (
     config_of,
@@ -272,9 +271,6 @@ def _remarks(plan: Plan, step: Step) -> Iterator[str]:
         yield "paged states are counted as if none were paged out"
     if step.device == "cuda":
         yield "not counted: CUDA's context (some 0.3 to 0.6 GiB), cuBLAS workspaces, memory the allocator holds unused"
-
-
-# --- several devices -------------------------------------------------------------------------------------------------
 
 
 def shard(report: MemoryReport, sharding: str, devices: int) -> MemoryReport:

@@ -18,8 +18,8 @@ from transformers import AutoConfig, PreTrainedConfig, masking_utils
 from transformers.quantizers import AutoHfQuantizer
 
 from ..errors import CheckpointError, InstallError, OptionError
-from ..loading import class_of, quantization_config_for
 from ..records import Plan
+from ..tuner.loading import class_of, quantization_config_for
 from ..weights import base_module, give_storage_without_values, int8_products_as_on
 
 
@@ -153,9 +153,6 @@ def quantized_skeleton(skeleton: Any, plan: Plan, quantization: str, dtype: torc
         quantizer.preprocess_model(skeleton, device_map={"": "cpu"})
     quantizer.postprocess_model(skeleton)
     return skeleton
-
-
-# --- the kernels of a device -----------------------------------------------------------------------------------------
 
 
 def _attention_as_on_cuda(

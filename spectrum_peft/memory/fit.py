@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError, SpectrumError
-from ..plan import OPTIONS, check_options, format_table, make_plan
-from ..policies import MODES, get_mode
+from ..plan import MODES, OPTIONS, check_options, format_table, get_mode, make_plan
 from ..records import GradientReport, MemoryReport, Plan, SnrReport
 from .estimate import estimate_memory, gradients_of_report
 from .step import EIGHT_BIT_ADAM
@@ -267,8 +266,6 @@ class _Search:
         if settings.get("quantization") is None:
             yield {"quantization": "nf4"}
 
-
-# --- tables ----------------------------------------------------------------------------------------------------------
 
 # What `spectrum-peft memory` shows: every ratio of the mode with real weights, then the adapter modes.
 RATIOS = (1.0, 0.75, 0.5, 0.35, 0.25)

@@ -22,10 +22,10 @@ from torch._subclasses.fake_tensor import (
 
 from .. import names
 from ..errors import OptionError, near_matches
-from ..loading import QUANTIZATIONS, task_type_of
-from ..policies import MODES
+from ..plan import MODES
 from ..records import MemoryReport, Plan
 from ..tuner import SpectrumLayer, SpectrumModel
+from ..tuner.loading import QUANTIZATIONS, task_type_of
 from ..weights import base_module
 from .tracker import CATEGORIES, PHASES, StorageTracker
 

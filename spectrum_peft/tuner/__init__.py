@@ -10,7 +10,7 @@ from aenum import extend_enum
 from peft import PeftType
 from peft.utils import register_peft_method
 
-from ..config import PEFT_TYPE, SpectrumConfig
+from .config import PEFT_TYPE, SpectrumConfig
 
 if PEFT_TYPE not in PeftType.__members__:
     extend_enum(PeftType, PEFT_TYPE, PEFT_TYPE)

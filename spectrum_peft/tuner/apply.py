@@ -21,14 +21,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .. import names
-from ..config import SpectrumConfig, candidates_of
 from ..errors import CheckpointError, MismatchError, OptionError, near_matches
-from ..plan import OPTIONS, make_plan, needs_gradients, worth_probing
-from ..policies import MODES
+from ..plan import MODES, OPTIONS, make_plan, needs_gradients, worth_probing
 from ..probe import probe_gradients
 from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, GradientReport, Plan, PlanEntry, SnrReport
 from ..scan import scan_weights
 from ..weights import open_weights
+from .config import SpectrumConfig, candidates_of
 from .layers import Original, SpectrumLayer
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,10 @@ from typing import Any
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from ..adapters import AdapterState, Stored
 from ..errors import OptionError, near_matches
 from ..weights import open_weights
+from ..weights.adapters import AdapterState
+from ..weights.updates import Stored
 
 
 def adapter_state(model: nn.Module, adapter_name: str | None = None) -> AdapterState:

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from ..errors import CheckpointError, MismatchError
 from ..records import PlanEntry
-from ..scan import cache_folder
-from ..svd import cached_svd, core_matrix, digest_of, rotation_bases
+from ..scan import cache_folder, cached_svd
 from ..weights import matrix_of
+from ..weights.rotations import core_matrix, digest_of, rotation_bases
 
 
 class _KeepsDtype(nn.Module):

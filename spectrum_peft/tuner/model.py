@@ -23,11 +23,11 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from .. import names
-from ..config import SpectrumConfig
 from ..errors import MismatchError, OptionError, TrainingSetupError, near_matches
 from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry
 from ..weights import keep_4bit_differentiable
 from .apply import original_keeper, plan_parameters, settle_plan, token_layers, trainable_mismatch, with_groups
+from .config import SpectrumConfig
 from .layers import SpectrumLayer
 from .lorsa import install, singular_layers
 from .ranks import RankChange, allocate, is_sliced, moments, set_rank
@@ -547,9 +547,6 @@ def _describe(config: SpectrumConfig, plan: Plan) -> None:
     in_modules = [e for e in plan.entries if is_held(e, config) or (e in live and not _is_fused(e))]
     config.target_modules = list(dict.fromkeys(names.module_name(e.name) for e in in_modules))
     config.rank_pattern, config.alpha_pattern = patterns_of(live, config)
-
-
-# --- where an entry goes ---------------------------------------------------------------------------------------------
 
 
 def is_saved(entry: PlanEntry, config: SpectrumConfig) -> bool:

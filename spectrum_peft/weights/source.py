@@ -144,9 +144,5 @@ def structure_of(tensors: Iterable[TensorInfo]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

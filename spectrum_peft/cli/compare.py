@@ -1,0 +1,148 @@
+"""The verb `compare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..arguments import Rest, flags_of, set_defaults_from, switch
+from ..errors import OptionError
+from ..records import read_mapping, write_text
+from .options import check_writable, given_plan_options, required
+from .train import VERB as TRAIN
+from .verb import Verb
+
+_COMPARE_LISTS = {
+    "modes": str,
+    "ratios": float,
+    "criteria": str,
+    "seeds": int,
+    "learning-rates": float,
+    "controls": str,
+}
+
+
+# Of a training run, and of no use where its result is only judged.
+_EVAL_KEYS = ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end", "metric_for_best_model")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "-o",
+        "--output-dir",
+        metavar="FOLDER",
+        help="gets the cells, results.json, results.csv, results.md, report.html",
+    )
+    for name, kind in _COMPARE_LISTS.items():
+        add(f"--{name}", nargs="*" if name == "controls" else "+", type=kind, metavar=name.upper().replace("-", "_"))
+    add("--metric", help="what the report ranks by; default accuracy for classification, else loss")
+    switch(parser, "--list", default=False, help="say which cells there are and which are finished; run nothing")
+    add("--cell", metavar="FOLDER", help="run one cell that a comparison has prepared, in this process")
+
+
+def run(options: argparse.Namespace, rest: Rest) -> None:
+    from .. import compare
+    from ..train.arguments import task_for
+
+    if options.cell:
+        _run_cell(Path(options.cell))
+        return
+    config = dict(rest.config or {})
+    given = {key: config.pop(key) for key in list(config) if key in compare.KEYS}
+    for key in compare.KEYS:
+        if getattr(options, key, None) is not None:
+            given[key] = getattr(options, key)
+    output = options.output_dir or config.pop("output_dir", None)
+    config.pop("output_dir", None)
+    if not isinstance(output, str) or not output:
+        raise OptionError(
+            "--output-dir is missing." if output is None else f"output_dir is {output!r}, wanted a folder."
+        )
+    for word in rest.argv:
+        key = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and key in compare.KEYS:
+            raise OptionError(f"{word}: {key} has no flag; it stands in the file that --config names.")
+    shared, trainer = _train_options(config, rest.argv, rest.source)
+    for name in ("model", "dataset"):
+        required(shared, name, f"--{name}")
+    check_writable(Path(output) / "report.html")
+    train = {name: value for name, value in vars(shared).items() if not (value is None or value is False)}
+    comparison = compare.read_comparison(
+        given, train={**train, **(trainer.config or {})}, arguments=trainer.argv, task=task_for(shared),
+        output=Path(output), source=rest.source,
+    )  # fmt: skip
+    if options.list:
+        print(compare.list_cells(comparison, check=_checker(comparison)))
+        return
+    results = compare.run_comparison(comparison, check=_checker(comparison))
+    print()
+    print(compare.as_markdown(results))
+    print(f"wrote {output}/report.html, results.json, results.csv, results.md")
+
+
+def _train_options(config: dict[str, Any], argv: Sequence[str], source: str) -> tuple[argparse.Namespace, Rest]:
+    """Flags of `train` from a mapping and a command line, and what goes to the trainer's own arguments."""
+    parser = TRAIN.parser()
+    unknown = set_defaults_from(parser, source, config)
+    options, rest = parser.parse_known_args(list(argv))
+    return options, Rest(tuple(rest), unknown, source)
+
+
+def _checker(comparison: Any) -> Callable[[Any], None]:
+    """What refuses a cell's settings before any cell is run; datasets are read once."""
+    from .. import compare
+    from ..train.arguments import quiet_progress
+    from ..train.settle import settle
+
+    quiet_progress()
+    flags = [*flags_of(TRAIN.parser()), *(f"--{key}" for key in (*_COMPARE_LISTS, "metric"))]
+    read: dict[Any, Any] = {}
+
+    def check(cell: Any) -> None:
+        options, rest = _train_options(dict(cell.train), cell.arguments, comparison.source)
+        options.output_dir = str(comparison.output)
+        data = tuple(v for k, v in vars(options).items() if k.endswith(("dataset", "split", "column", "task")))
+        with tempfile.TemporaryDirectory() as scratch:
+            if cell.peft is not None:
+                options.peft_config = str(Path(scratch) / "peft.json")
+                write_text(options.peft_config, json.dumps(dict(cell.peft)))
+            run = settle(options, rest, given_plan_options(options), flags, read.get(data))
+        if data not in read:
+            compare.check_measures(comparison, run)
+        read[data] = run.train_rows, run.eval_rows
+
+    return check
+
+
+def _run_cell(folder: Path) -> None:
+    from .. import compare
+
+    settings, cell = read_mapping(folder / "train.yaml"), read_mapping(folder / "cell.json")
+
+    def train() -> None:
+        TRAIN.run(["--config", str(folder / "train.yaml"), *cell["arguments"]])
+
+    def options_for(model: str) -> tuple[argparse.Namespace, Rest, list[str]]:
+        config = {key: value for key, value in settings.items() if key not in _EVAL_KEYS}
+        options, rest = _train_options(config, cell["arguments"], str(folder / "train.yaml"))
+        options.model = model
+        return options, rest, flags_of(TRAIN.parser())
+
+    compare.measure(folder, train=train, options_for=options_for)
+
+
+VERB = Verb(
+    "compare",
+    "compare --config FILE [flags]   |   compare --model MODEL --dataset D -o FOLDER [flags]",
+    "train in every mode, and in ways that a claim must beat, on your own task; tables, pictures and a report",
+    "compare --config compare.yaml",
+    add_arguments,
+    run,
+    passes_on=True,
+    reads_config=True,
+)

@@ -1,0 +1,76 @@
+"""The command `spectrum-peft`: finds the verb and runs it.
+
+Exit code 0: done; 2: an input is wrong (one line on standard error, no traceback); 1: a failure of ours (a traceback).
+The verbs that only read weights and plans import neither transformers nor peft; what a verb needs, it imports itself.
+A new verb is a file of this folder with a `VERB`, and its name in the tuple below.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+
+from .. import __version__
+from ..errors import OptionError, SpectrumError, near_matches
+from . import compare, demo, evaluate, export, memory, merge, plan, plot, probe, scan, train
+from .verb import PROG, Verb
+
+# In the order of the overview: that of the work.
+VERBS: dict[str, Verb] = {
+    module.VERB.name: module.VERB
+    for module in (scan, probe, plan, train, evaluate, compare, merge, export, memory, plot, demo)
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code (a failure that is not an input error raises)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # For developers of the libraries below; a user of the command can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for noisy, level in {
+        "httpx": "WARNING",
+        "datasets": "WARNING",
+        "filelock": "WARNING",
+        "bitsandbytes": "ERROR",
+    }.items():
+        logging.getLogger(noisy).setLevel(level)
+    try:
+        # What asks a process to end, a scheduler or `timeout`, lets it clean up as Ctrl-C does.
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        _run(argv)
+    except SpectrumError as error:
+        print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _run(argv: list[str]) -> None:
+    if not argv or argv[0] in {"-h", "--help", "help"}:
+        print(_overview())
+    elif argv[0] in {"-V", "--version"}:
+        print(f"{PROG} {__version__}")
+    elif argv[0] not in VERBS:
+        raise OptionError(f"{argv[0]!r} is not a command." + near_matches(argv[0], VERBS))
+    else:
+        VERBS[argv[0]].run(argv[1:])
+
+
+def _overview() -> str:
+    lines = [f"{PROG} {__version__}: selective fine-tuning by weight spectrum", "", "commands:"]
+    lines += [f"  {name:<10}{verb.summary}" for name, verb in VERBS.items()]
+    lines += ["", "examples:", *(f"  {PROG} {verb.example}" for verb in VERBS.values())]
+    lines += ["", f"{PROG} COMMAND --help lists a command's flags. --config FILE reads them from YAML."]
+    return "\n".join(lines)

@@ -1,0 +1,129 @@
+"""Flags that several verbs share, and what verbs do with files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..arguments import steps, switch
+from ..data import COLUMNS
+from ..errors import CheckpointError, OptionError
+from ..plan import MODES
+from ..records import GradientReport, MemoryReport, Plan, SnrReport
+
+# --- flags that several verbs share ----------------------------------------------------------------------------------
+# None stands for "not given" everywhere: defaults of plan options live in `plan.OPTIONS` and nowhere else.
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("plan options (defaults: `spectrum_peft.plan.OPTIONS`)").add_argument
+    group = parser._action_groups[-1]
+    add("--mode", help=", ".join(MODES))
+    add("--criterion", help="score of a matrix: spectrum, mp, mean_std, row_norm, kappa, fisher, random, last, first")
+    add("--spectrum-ratio", "--ratio", type=float, metavar="R", help="share of the matrices of each kind, in (0, 1]")
+    add("--snr-threshold", type=float, metavar="X", help="every matrix that scores above X, instead of a ratio")
+    add("--scope", help="per_kind (as published) or global")
+    add("--measure", help="what the ratio is a share of: count or parameters")
+    add("--backward-depth", type=float, metavar="D", help="choose in the last D of the blocks; backward stops there")
+    switch(group, "--train-embeddings", help="train the embeddings too")
+    switch(group, "--train-head", help="train the output head too")
+    switch(group, "--train-norms", help="train the norms too")
+    add("--r", type=int, help="rank of adapters")
+    add("--lora-alpha", type=int, help="adapters are scaled by lora_alpha / r")
+    switch(group, "--use-rslora", help="scale by lora_alpha / sqrt(r)")
+    add("--r-high", type=int, help="alors: rank of the high tier")
+    add("--r-medium", type=int, help="alors: rank of the medium tier")
+    add("--score-cuts", type=float, nargs=2, metavar=("HIGH", "MEDIUM"), help="alors: tiers by score")
+    add("--trainable-parameters", type=int, metavar="N", help="alors: an exact budget instead of a ratio")
+    add("--lr-ratio", type=float, nargs=2, metavar=("LOW", "HIGH"), help="alors: bounds of the learning-rate ratio")
+    add("--rescore-every", type=steps, metavar="N|epoch", help="steps between two evaluations of the choice")
+    add("--similarity", help="sgm: what makes two matrices alike: subspace or cosine")
+    add("--similarity-threshold", type=float, metavar="S", help="sgm: how alike the members of a group are at least")
+    add("--n-groups", type=int, metavar="N", help="sgm: groups of each kind and shape, instead of a threshold")
+    add("--share", help="sgm: residual_side shares the factor that faces the residual stream, both shares both")
+    switch(group, "--group-gain", help="sgm: a trained gain for each matrix of a group")
+    add("--n-components", type=int, metavar="N", help="lorsa: singular components that train")
+    add("--component-scope", help="lorsa: components of each layer, or the same number over all (global)")
+    add("--svd-rank", type=int, metavar="K", help="lorsa: how many leading components are looked at")
+    add("--rotation-rank", type=int, metavar="R", help="lorsa: rank of the rotations of singular vectors")
+    add("--keep-base", help="where originals of trained weights are kept: auto, host, file or none")
+    add("--trainable-dtype", help="of real weights that train: float32, or base for the dtype of the model as loaded")
+    add("--preset", help="published: the selection of the published script, entry for entry")
+    add("--seed", type=int, help="of random choices (train: of the run too)")
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", metavar="D", help="hub id, or a local .jsonl, .csv or .parquet file")
+    add("--dataset-split", metavar="S", help="split of a hub dataset")
+    add("--task", help="causal_lm, seq2seq or classification; default: what the checkpoint's architecture says")
+    for name in COLUMNS:
+        add(f"--{name}-column", metavar="NAME", help=f"the column that holds {name}; default {name}")
+    add("--max-length", type=int, metavar="TOKENS", help="longer examples are cut")
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("loading").add_argument
+    add("--revision", help="of a hub model")
+    add("--dtype", help="to load in: auto (bfloat16 where the device is fast at it), float32, bfloat16 or float16")
+    add("--quantization", help="of the base: none, nf4, fp4 or int8")
+    add("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2, ...")
+    switch(parser._action_groups[-1], "--trust-remote-code", help="run code that a hub repository ships")
+
+
+def given_plan_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The plan options that were given, under the names of `make_plan`."""
+    from ..plan import OPTIONS
+
+    return {name: value for name in OPTIONS if (value := getattr(options, name, None)) is not None}
+
+
+def required(options: argparse.Namespace, name: str, flag: str) -> Any:
+    value = getattr(options, name)
+    if value is None:
+        raise OptionError(f"{flag} is missing.")
+    return value
+
+
+def check_writable(path: str | os.PathLike[str] | None) -> None:
+    """Refuse an output that could not be written, before the work is done; creates nothing that stays.
+
+    Raises:
+        CheckpointError: an ancestor is a file, or the nearest folder that exists cannot be written.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder, wanted the name of a file.")
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written, {folder} refuses ({error.strerror}).") from error
+
+
+def write_record(record: SnrReport | GradientReport | Plan | MemoryReport, output: str | None) -> None:
+    if output is not None:
+        record.save(output)
+        print(f"wrote {output}")
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first and last column to the left, numbers between them to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    last = len(widths) - 1
+    return [
+        "  ".join(
+            cell.ljust(width) if i in (0, last) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

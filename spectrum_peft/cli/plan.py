@@ -1,0 +1,42 @@
+"""The verb `plan`."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..arguments import Rest
+from ..records import Plan, SnrReport
+from .options import add_plan_options, check_writable, given_plan_options, required, write_record
+from .verb import Verb
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("report", nargs="?", help="a report of `scan`, or a published SNR file")
+    add("-o", "--output", metavar="FILE", help="write the plan there (.yaml or .json)")
+    add("--gradients", metavar="FILE", help="of `probe`; for --criterion fisher and modes that need data")
+    add("--diff", nargs=2, metavar=("A", "B"), help="compare two plans instead")
+    add_plan_options(parser)
+
+
+def run(options: argparse.Namespace, rest: Rest) -> None:
+    from ..plan import diff_plans, explain, make_plan
+
+    if options.diff:
+        print(diff_plans(*(Plan.load(path) for path in options.diff)))
+        return
+    report = SnrReport.load(required(options, "report", "REPORT"))
+    check_writable(options.output)
+    plan = make_plan(report, gradients=options.gradients, **given_plan_options(options))
+    print(explain(plan, report))
+    write_record(plan, options.output)
+
+
+VERB = Verb(
+    "plan",
+    "plan REPORT [-o FILE] [flags]   |   plan --diff A B",
+    "decide what trains, from a report; or compare two plans",
+    "plan report.json --mode spectrum --ratio 0.25 -o plan.yaml",
+    add_arguments,
+    run,
+)

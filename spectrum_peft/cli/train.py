@@ -1,0 +1,78 @@
+"""The verb `train`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..arguments import Rest, flags_of, switch
+from .options import (
+    add_data_options,
+    add_load_options,
+    add_plan_options,
+    check_writable,
+    given_plan_options,
+    required,
+)
+from .verb import Verb
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="MODEL", help="hub id or folder of the base")
+    add("--output-dir", metavar="FOLDER", help="gets the model or adapter, the plan, the report and train_results.json")
+    add("--report", metavar="FILE", help="of `scan`; without it the model is scanned")
+    add("--plan", metavar="FILE", help="of `plan`; it wins over the report and the plan options")
+    add(
+        "--gradients",
+        metavar="FILE",
+        help="of `probe`; without it the first training rows are probed where it is needed",
+    )
+    add("--calibration-samples", type=int, metavar="N", help="training rows that are probed; default 256")
+    switch(parser, "--force", default=False, help="use a report or plan although its fingerprint differs")
+    switch(parser, "--help-trainer", default=False, help="list the flags of the task's own training arguments")
+    add_data_options(parser)
+    add("--eval-dataset", metavar="D", help="judge on these rows before and after training")
+    add("--eval-split", metavar="S", help="judge on this split of --dataset (or of --eval-dataset)")
+    add_load_options(parser)
+    add_plan_options(parser)
+    lora = parser.add_argument_group("adapters, as in peft.LoraConfig")
+    add = lora.add_argument
+    add("--lora-dropout", type=float, metavar="P")
+    switch(lora, "--use-dora")
+    add("--bias", help="none, all or lora_only")
+    add("--target-modules", nargs="+", metavar="NAME", help="narrow the candidates to these modules")
+    add("--exclude-modules", nargs="+", metavar="NAME", help="leave these modules out")
+    add("--layers-to-transform", nargs="+", type=int, metavar="N", help="narrow the candidates to these blocks")
+    add("--modules-to-save", nargs="+", metavar="NAME", help="train these modules whole")
+    add(
+        "--peft-config",
+        metavar="FILE",
+        help="a method of PEFT's own instead of a mode: peft_type and its fields, YAML or JSON",
+    )
+
+
+def run(options: argparse.Namespace, rest: Rest) -> None:
+    from ..train.arguments import trainer_help
+    from ..train.run import describe_training, train
+
+    if options.help_trainer:
+        print(trainer_help(options.task or "causal_lm"))
+        return
+    for name in ("model", "dataset", "output_dir"):
+        required(options, name, f"--{name.replace('_', '-')}")
+    check_writable(Path(options.output_dir) / "model.safetensors")
+    results = train(options, rest, given_plan_options(options), flags_of(VERB.parser()))
+    print(describe_training(results))
+
+
+VERB = Verb(
+    "train",
+    "train --model MODEL --dataset D --output-dir FOLDER [flags]",
+    "train a model in any mode; takes every flag of the trainer's own arguments too",
+    "train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset train.jsonl --mode spectrum --ratio 0.25 "
+    "--output-dir out --num-train-epochs 1",
+    add_arguments,
+    run,
+    passes_on=True,
+)

@@ -1,0 +1,104 @@
+"""What can be asked of a comparison: its keys and the metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import OptionError
+
+# What `compare` reads itself; every other key goes to the verb `train` and to the trainer's own arguments.
+KEYS: dict[str, str] = {
+    "modes": "modes to compare; default: all",
+    "ratios": "spectrum ratios, for the modes that choose; default 0.5",
+    "criteria": "scores to choose by; default spectrum",
+    "seeds": "one run of every contestant for each; default 0",
+    "learning_rates": "for all, or {mode or name of a contestant: rates}; default: each mode's own",
+    "learning_rate_factors": "multiply the rates by each of these; default 1",
+    "controls": "what the claim must beat; default random, last",
+    "contestants": "more of them: mappings of name, mode (or peft: a PEFT config) and flags of train",
+    "metric": "what the report ranks by; default accuracy for classification, else loss",
+    "reference": "name of a contestant: the others are held against it, seed by seed",
+    "generate": "metrics of completed prompts: exact_match, rouge_l",
+    "generate_rows": "how many prompts of the evaluation set are completed; default 100",
+    "max_new_tokens": "of a completion; default 256",
+    "general_text": "a dataset with text: what was forgotten is the loss on it, before and after",
+    "general_split": "split of a hub dataset of general text",
+    "generation_speed": "measure it before and after merging",
+    "keep_models": "keep what was trained in the cells' folders",
+    "confidence": "of the intervals over seeds; default 0.95",
+}
+# Keys of `train` that may name a file whose content decides the numbers.
+FILE_KEYS = ("plan", "report", "gradients", "deepspeed", "fsdp_config")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of quality.
+
+    Attributes:
+        title: for the reader.
+        higher: is better.
+        tasks: that it belongs to; None: every task whose cells complete prompts.
+    """
+
+    title: str
+    higher: bool
+    tasks: frozenset[str] | None
+
+
+_TEXT = frozenset({"causal_lm", "seq2seq"})
+METRICS: dict[str, Metric] = {
+    "loss": Metric("held-out loss", False, _TEXT | {"classification"}),
+    "perplexity": Metric("perplexity", False, _TEXT),
+    "token_accuracy": Metric("token accuracy", True, _TEXT),
+    "accuracy": Metric("accuracy", True, frozenset({"classification"})),
+    "macro_f1": Metric("macro-F1", True, frozenset({"classification"})),
+    "exact_match": Metric("exact match", True, None),
+    "rouge_l": Metric("ROUGE-L", True, None),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, checked.
+
+    Attributes:
+        train: keys for `train` that all cells share.
+        arguments: trainer flags of the command line that all cells share.
+        asked: values of `KEYS`, defaults filled in.
+        task: of the checkpoint.
+        source: the config file, for messages.
+    """
+
+    train: Mapping[str, Any]
+    arguments: tuple[str, ...]
+    asked: Mapping[str, Any]
+    task: str
+    output: Path
+    source: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def metric(self) -> str:
+        return str(self.asked["metric"])
+
+
+def number_within(above: float, at_most: float | None = None, whole: bool = False) -> Callable[[str, Any], Any]:
+    wanted = f"a{' whole' if whole else ''} number above {above:g}" + (f", at most {at_most:g}" if at_most else "")
+
+    def check(name: str, value: Any) -> Any:
+        try:
+            number = int(str(value)) if whole else float(value)
+        except (TypeError, ValueError):
+            number = None
+        if isinstance(value, bool) or number is None or not math.isfinite(number):
+            number = None
+        if number is None or not above < number <= (at_most or math.inf):
+            raise OptionError(f"{name} is {value!r}, wanted {wanted}.")
+        return number
+
+    return check

@@ -1,0 +1,124 @@
+"""Datasets are read and brought into the standard columns of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DataError, near_matches, one_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# The standard names of columns; each can be renamed by a flag of the command line (`--text-column body`).
+COLUMNS = ("text", "prompt", "completion", "messages", "label")
+# TRL hands these to the chat template when they are there.
+_CHAT_EXTRAS = ("tools", "chat_template_kwargs")
+_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# Task -> sets of columns that it can read, the preferred one first.
+FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "causal_lm": (("messages",), ("prompt", "completion"), ("text",)),
+    "seq2seq": (("prompt", "completion"),),
+    "classification": (("text", "label"),),
+}
+IGNORED = -100  # label of a position that takes no part in the loss, as in torch and transformers
+
+
+def read_dataset(source: str, split: str = "train") -> Dataset:
+    """Read a dataset from the hub, from a local folder, or from one local `.jsonl`, `.json`, `.csv` or `.parquet` file.
+
+    Args:
+        source: a path or a hub id.
+        split: as `datasets` reads it, `validation` or `train[:100]`; a single file is the split `train`.
+    Raises:
+        DataError: not there, of another kind, not readable, or without rows.
+    """
+    import datasets
+
+    path = Path(source)
+    try:
+        if path.is_file() or path.suffix in _READERS:
+            if path.suffix not in _READERS:
+                raise DataError(f"{source}: a dataset file ends in one of {sorted(_READERS)}, not in {path.suffix!r}.")
+            if not path.is_file():
+                raise DataError(f"{source}: no such file.")
+            if path.stat().st_size == 0:
+                raise DataError(f"{source}: the file is empty.")
+            dataset = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split=split)
+        else:
+            dataset = datasets.load_dataset(source, split=split)
+    except DataError:
+        raise
+    except Exception as error:  # datasets, pyarrow and huggingface_hub each have their own tree of errors
+        cause = error.__cause__ or error
+        raise DataError(f"{source}: not readable as a dataset ({type(cause).__name__}: {one_line(cause)}).") from error
+    return dataset
+
+
+def select_columns(dataset: Dataset, task: str, source: str, renamed: Mapping[str, str] | None = None) -> Dataset:
+    """Bring a dataset into the standard columns of a task.
+
+    Of several formats that a dataset offers, the one with the most renamed columns is taken, then the preferred one.
+
+    Args:
+        renamed: standard name -> name in this dataset, for those that the user gave.
+    Returns:
+        The dataset with the columns of one format (for `messages`, also those that chat templates read).
+    Raises:
+        DataError: a named column is not there, no format fits, or a column holds nulls or another type.
+    """
+    renamed = dict(renamed or {})
+    present = list(dataset.column_names)
+    for standard, name in renamed.items():
+        if name not in present:
+            raise DataError(f"{source}: no column {name!r} (--{standard}-column)." + near_matches(name, present))
+    found = {name: renamed.get(name, name) for name in COLUMNS if renamed.get(name, name) in present}
+    usable = [f for f in FORMATS[task] if all(name in found for name in f)]
+    if not usable:
+        wanted = " or ".join("/".join(f) for f in FORMATS[task])
+        raise DataError(
+            f"{source}: no usable column for task {task!r}: it has {present}, wanted {wanted}; "
+            "name yours with --text-column, --prompt-column, --completion-column, --messages-column, --label-column."
+        )
+    chosen = max(usable, key=lambda f: sum(name in renamed for name in f))  # the first of the best
+    kept = [found[name] for name in chosen]
+    if "messages" in chosen:
+        kept += [name for name in _CHAT_EXTRAS if name in present]
+    dataset = dataset.select_columns(kept)
+    dataset = dataset.rename_columns({found[standard]: standard for standard in chosen})
+    for standard in chosen:
+        _check_column(dataset, standard, source)
+    return dataset
+
+
+def _check_column(dataset: Dataset, name: str, source: str) -> None:
+    import datasets
+
+    column = dataset.with_format("arrow")[name]
+    nulls = sum(chunk.null_count for chunk in column.chunks) if hasattr(column, "chunks") else column.null_count
+    if nulls:
+        row = next(i for i, value in enumerate(dataset[name]) if value is None)
+        raise DataError(f"{source}: column {name!r} is empty in {nulls} of {len(dataset)} rows, first in {row + 1}.")
+    feature = dataset.features[name]
+    dtype = getattr(feature, "dtype", None)
+    is_chat = isinstance(feature, datasets.List | list)
+    fits = {
+        "text": dtype in {"string", "large_string"},
+        "prompt": dtype in {"string", "large_string"} or is_chat,
+        "completion": dtype in {"string", "large_string"} or is_chat,
+        "messages": is_chat,
+        "label": isinstance(feature, datasets.ClassLabel) or str(dtype).removeprefix("large_") in _LABEL_DTYPES,
+    }
+    if not fits[name]:
+        raise DataError(f"{source}: column {name!r} holds {feature}, wanted {_WANTED[name]}.")
+
+
+_LABEL_DTYPES = {"string", "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
+_WANTED = {
+    "text": "strings",
+    "prompt": "strings or lists of messages",
+    "completion": "strings or lists of messages",
+    "messages": "lists of messages with role and content",
+    "label": "strings or integers (regression is not among the tasks)",
+}

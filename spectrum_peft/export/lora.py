@@ -1,0 +1,151 @@
+"""export_lora: an adapter as a LoRA for plain peft."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import OptionError
+from ..records import write_text
+from ..weights.adapters import PEFT_PREFIX, AdapterState
+from ..weights.updates import LowRank, Value
+from ..weights.writer import SafetensorsWriter, header_bytes
+from .adapters import open_adapter
+from .folder import TOKENIZER_FILES, checked_out, copy_entry, whole_folder
+
+# Fields of an adapter's config that say what it is and are the same in a plain LoRA.
+_KEPT_FIELDS = (
+    "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "lora_dropout",
+    "fan_in_fan_out", "bias", "use_rslora", "use_dora", "lora_bias", "trainable_token_indices", "ensure_weight_tying",
+)  # fmt: skip
+
+
+def export_lora(adapter_or_model: Any, out: str | os.PathLike[str], *, adapter_name: str | None = None) -> Path:
+    """Write an adapter as a LoRA that plain peft opens, without spectrum_peft: the same function, the same factors.
+
+    Every low-rank update is written from its factors (B, A, scale), with `rank_pattern` and `alpha_pattern`; modules
+    that train whole go into `modules_to_save`. A plain PEFT LoRA comes out as it is.
+
+    Args:
+        adapter_or_model: folder of an adapter, or a `PeftModel`.
+        out: folder to write; must not exist, or be empty.
+        adapter_name: which adapter of a model in memory; None for the active one.
+    Raises:
+        OptionError: real weights were trained, which are no low-rank update; `out` is not empty.
+        CheckpointError, MismatchError: as in `merge_into_base`.
+    """
+    source = open_adapter(adapter_or_model, adapter_name)
+    target = checked_out(out)
+    state = source.state
+    if state.config["peft_type"] == "LORA":
+        config = json.loads(json.dumps(state.config, default=_as_json))
+        tensors = {key: stored.whole() for key, stored in state.tensors.items()}
+    else:
+        config, tensors = _as_lora(state)
+    with whole_folder(target) as folder:
+        order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
+        header = header_bytes({k: (tensors[k].dtype, tuple(tensors[k].shape)) for k in order}, {"format": "pt"}, order)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        with SafetensorsWriter(folder / "adapter_model.safetensors", header, size) as writer:
+            at = 0
+            for key in order:
+                writer.write(tensors[key], at)
+                at += tensors[key].nbytes
+        if state.folder is not None:
+            for entry in sorted(state.folder.iterdir()):
+                # config.json has the names of a classifier's labels, and with them the size of its head.
+                if TOKENIZER_FILES.fullmatch(entry.name) or entry.name == "config.json":
+                    copy_entry(entry, folder)
+        write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return target
+
+
+def _as_json(value: Any) -> Any:
+    """What PEFT configs hold beside plain data: sets, enums, small dataclasses."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return getattr(value, "value", str(value))
+
+
+def _as_lora(state: AdapterState) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(adapter_config.json, {key: tensor}) of a plain LoRA with the same function."""
+    updates = state.updates(state.planned())
+    by_name = {} if state.plan is None else state.plan.by_name
+    for update in updates:
+        entry = by_name.get(update.name)
+        if isinstance(update, Value) and entry is not None and entry.action == "train":
+            assert state.plan is not None
+            raise OptionError(
+                f"mode {state.plan.mode!r} trains real weights, first {update.name}: that is no low-rank update, so "
+                "there is no LoRA of it. Merge it: merge_into_base(adapter, base, out), or spectrum-peft merge."
+            )
+    low = [u for u in updates if isinstance(u, LowRank)]
+    if not low:
+        raise OptionError(f"{state.where}: holds no low-rank update; merge it instead (merge_into_base).")
+    root = math.sqrt if state.config.get("use_rslora") else float
+    ranks = {u.key: u.factors()[1].shape[-2] for u in low}
+    alphas = {u.key: _whole_number(u.scale * root(ranks[u.key])) for u in low}
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    tensors: dict[str, Tensor] = {}
+    saved = list(state.config.get("modules_to_save") or ())
+    for update in updates:
+        if isinstance(update, LowRank):
+            tensors |= _peft_tensors(update)
+        elif isinstance(update, Value) and ".lora_spectrum." in update.key:  # a norm that trains beside the adapters
+            module, _, leaf = update.key.removeprefix(PEFT_PREFIX).partition(".lora_spectrum.")
+            tensors[f"{PEFT_PREFIX}{module}.{leaf}"] = update.stored.whole()
+            saved.append(module)
+        else:
+            tensors[update.key] = update.stored.whole()
+    config = {
+        **{key: state.config[key] for key in _KEPT_FIELDS if key in state.config},
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {_anchored(u): ranks[u.key] for u in low if ranks[u.key] != rank},
+        "alpha_pattern": {_anchored(u): alphas[u.key] for u in low if alphas[u.key] != alpha},
+        "target_modules": sorted({u.module for u in low if u.experts is None}),
+        "target_parameters": sorted({u.name for u in low if u.experts is not None}) or None,
+        "modules_to_save": list(dict.fromkeys(saved)) or None,
+    }
+    return json.loads(json.dumps(config, default=_as_json)), tensors
+
+
+def _whole_number(value: float) -> float:
+    """alpha / rank * rank is not always the alpha it was."""
+    nearest = round(value)
+    return nearest if math.isclose(value, nearest, rel_tol=1e-12) else value
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    counted = Counter(values)
+    return max(counted, key=lambda v: (counted[v], v))
+
+
+def _anchored(update: LowRank) -> str:
+    return "^" + re.escape(update.name if update.experts is not None else update.module)
+
+
+def _peft_tensors(update: LowRank) -> dict[str, Tensor]:
+    """The factors in PEFT's layout, from (B, A)."""
+    b, a, _ = update.factors()
+    if update.experts is not None:
+        a, b = a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
+    names_of = ("lora_embedding_A", "lora_embedding_B") if update.table else ("lora_A.weight", "lora_B.weight")
+    found = {f"{PEFT_PREFIX}{update.key}.{leaf}": t.contiguous() for leaf, t in zip(names_of, (a, b), strict=True)}
+    if update.magnitude is not None:
+        found[f"{PEFT_PREFIX}{update.key}.lora_magnitude_vector"] = update.magnitude.whole()
+    return found

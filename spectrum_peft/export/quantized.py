@@ -1,0 +1,71 @@
+"""Which modules of a base were quantized while its adapter was trained, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import names
+from ..errors import CheckpointError, OptionError, near_matches
+from ..records import REAL_WEIGHT_ACTIONS, Plan
+from ..weights import FileWeights
+
+
+def quantization_settings(given: Any, plan: Plan | None) -> dict[str, Any]:
+    """The fields of a `BitsAndBytesConfig`: from one, from its fields, or from the word that `load_model_with_spectrum`
+    takes, which means double quantization, heads and the plan's real weights left out."""
+    if given in (None, "none"):
+        raise OptionError(
+            "onto='dequantized': nothing says how the base was quantized in training; give quantization='nf4', 'fp4', "
+            "'int8' or the BitsAndBytesConfig (--quantization)."
+        )
+    if not isinstance(given, str):
+        return dict(given if isinstance(given, Mapping) else given.to_dict())
+    known = ("nf4", "fp4", "int8")
+    if given not in known:
+        raise OptionError(f"quantization is {given!r}." + near_matches(given, known))
+    real = (
+        [names.module_name(e.name) for e in plan.entries if e.trains and e.action in REAL_WEIGHT_ACTIONS]
+        if plan
+        else []
+    )
+    return {
+        "load_in_8bit": given == "int8",
+        "load_in_4bit": given != "int8",
+        "bnb_4bit_quant_type": given,
+        "bnb_4bit_use_double_quant": True,
+        "llm_int8_skip_modules": [*real, *sorted(names.HEADS)],
+    }
+
+
+def quantized_names(files: FileWeights, settings: Mapping[str, Any]) -> list[str]:
+    """Parameters of the base that transformers puts into bitsandbytes layers on loading: every Linear and Conv1D that
+    no skip rule matches. The model is built without weights: only its classes say which matrix is a Linear."""
+    import transformers
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    assert files.folder is not None
+    config = transformers.AutoConfig.from_pretrained(files.folder)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None:
+        raise CheckpointError(
+            f"{files.folder}: architectures in config.json is {config.architectures!r}, wanted a class of "
+            "transformers, which says what was quantized; merge from the model in memory instead."
+        )
+    with torch.device("meta"):
+        model = kind._from_config(config)
+    skipped = HfQuantizer.get_modules_to_not_convert(
+        model, settings.get("llm_int8_skip_modules"), model._keep_in_fp32_modules
+    )
+    chosen = [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skipped)
+    ]
+    infos = {t.name for t in files.tensors()}
+    return sorted(names.align(chosen, infos).values())

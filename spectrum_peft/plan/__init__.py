@@ -1,0 +1,40 @@
+"""Scores become a decision: which matrices train, by which means, rank, scale and rate.
+
+Reads records, writes records; knows neither weights nor models.
+
+    options     names, defaults, ranges of what can be asked for, and what excludes each other
+    modes       the table of modes
+    candidates  the rows of a report that could train
+    choose      how many of them, in which order
+    policies    what the chosen ones become
+    budget      ranks within a number of parameters
+    make        make_plan: all of it together
+    published   the published tool's choice and its file
+    explain     a plan in words        diff  two plans        replan  the ranks, decided anew
+"""
+
+from __future__ import annotations
+
+from .diff import diff_plans
+from .explain import explain, format_table
+from .make import make_plan, worth_probing
+from .modes import MODES, Mode, get_mode
+from .options import CRITERIA, DEFAULT_RATIO, OPTIONS, check_options, needs_gradients
+from .replan import replan
+
+__all__ = [
+    "CRITERIA",
+    "DEFAULT_RATIO",
+    "MODES",
+    "OPTIONS",
+    "Mode",
+    "check_options",
+    "diff_plans",
+    "explain",
+    "format_table",
+    "get_mode",
+    "make_plan",
+    "needs_gradients",
+    "replan",
+    "worth_probing",
+]

@@ -1,0 +1,100 @@
+"""The table of modes.
+
+A mode differs from the others in two things: how its entries are chosen (a policy, by the key `Mode.select`) and what
+a chosen module becomes (`Mode.action`). Everything else that depends on the mode is a field of its row, so that nobody
+asks `if mode ==`. To add a mode, add a row, and a policy if none of these chooses as it does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..errors import OptionError, near_matches
+from ..records import REAL_WEIGHT_ACTIONS
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One row of the table.
+
+    Attributes:
+        name: as the user writes it.
+        summary: one line for tables and help texts.
+        select: key of `POLICIES`.
+        action: what a chosen module becomes, one of `records.ACTIONS`.
+        default_lr: learning rate where the user set none, for AdamW.
+        needs_data: wants a GradientReport or calibration batches.
+        whole_model: every parameter of the model trains, candidates or not.
+        importance_rates: the learning rate of an entry grows with its score, within `lr_ratio`.
+        rescorable: `rescore_every` may move the choice during training.
+        plain_model: the callback alone can carry it out, on a model without a PEFT wrapper.
+        own_options: options that mean something in this mode and not in every mode; refused elsewhere.
+    """
+
+    name: str
+    summary: str
+    select: str
+    action: str
+    default_lr: float
+    needs_data: bool = False
+    whole_model: bool = False
+    importance_rates: bool = False
+    rescorable: bool = False
+    plain_model: bool = False
+    own_options: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def real_weights(self) -> bool:
+        """The weights of the base train themselves; there is no adapter."""
+        return self.action in REAL_WEIGHT_ACTIONS
+
+    @property
+    def selective(self) -> bool:
+        """Scores decide: the ratio, the threshold and the scope mean something."""
+        return self.select != "all"
+
+
+MODES: dict[str, Mode] = {
+    row.name: row
+    for row in (
+        Mode(
+            "full", "every parameter trains", select="all", action="train", default_lr=2e-5,
+            whole_model=True, plain_model=True,
+        ),
+        Mode(
+            "spectrum", "the best-scored matrices train, as real weights", select="top", action="train",
+            default_lr=2e-5, plain_model=True,
+        ),
+        Mode("lora", "LoRA of one rank on every matrix", select="all", action="lora", default_lr=2e-4),
+        Mode(
+            "spectra_qlora", "LoRA of one rank on the best-scored matrices", select="top", action="lora",
+            default_lr=2e-4, rescorable=True,
+        ),
+        Mode(
+            "alors", "LoRA of two ranks on the best-scored matrices, learning rates by importance", select="tiers",
+            action="lora", default_lr=2e-4, importance_rates=True, rescorable=True,
+            own_options=frozenset({"r_high", "r_medium", "score_cuts", "trainable_parameters"}),
+        ),
+        Mode(
+            "sgm", "LoRA on the best-scored matrices, a factor shared by those with like gradients", select="alike",
+            action="shared", default_lr=2e-4, needs_data=True,
+            own_options=frozenset({"similarity", "similarity_threshold", "n_groups", "share", "group_gain"}),
+        ),
+        Mode(
+            "lorsa", "singular values shift and their vectors turn, for the components that the data ask for",
+            select="components", action="lorsa", default_lr=3e-3, needs_data=True,
+            own_options=frozenset({"n_components", "component_scope", "svd_rank", "rotation_rank"}),
+        ),
+    )
+}  # fmt: skip
+
+
+def get_mode(name: object) -> Mode:
+    """The row of a mode.
+
+    Raises:
+        OptionError: there is no such mode; the message shows the near ones.
+    """
+    if not isinstance(name, str) or name not in MODES:
+        raise OptionError(f"mode is {name!r}." + near_matches(str(name), MODES))
+    return MODES[name]

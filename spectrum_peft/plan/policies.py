@@ -1,0 +1,276 @@
+"""What the chosen candidates become: one function for each way to decide, which a mode names by its key.
+
+policy(candidates, options, gradients) -> Draft(entries, notes)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..errors import OptionError, near_matches
+from ..records import GradientReport, GradientStat, PlanEntry
+from .budget import allocate_ranks
+from .choose import (
+    Candidate,
+    Draft,
+    Policy,
+    choose,
+    drafted,
+    groups,
+    half,
+    importance_rates,
+    natural_key,
+    score_of,
+    tier_ranks,
+)
+from .modes import get_mode
+
+
+def everything(
+    candidates: Sequence[Candidate], options: Mapping[str, Any], gradients: GradientReport | None = None
+) -> Draft:
+    """Every candidate within `backward_depth`; scores are of no consequence."""
+    taken = {c.name: int(options["r"]) for c in candidates if c.reachable}
+    if not taken:
+        raise OptionError(
+            f"backward_depth={options['backward_depth']} leaves none of the {len(candidates)} candidates: "
+            "nothing would train. Raise it."
+        )
+    return drafted(candidates, options, taken)
+
+
+def top(candidates: Sequence[Candidate], options: Mapping[str, Any], gradients: GradientReport | None = None) -> Draft:
+    """The best-scored ones, at one rank."""
+    chosen, notes = choose(candidates, options)
+    return drafted(candidates, options, {c.name: int(options["r"]) for cs in chosen.values() for c in cs}, notes)
+
+
+def tiers(
+    candidates: Sequence[Candidate], options: Mapping[str, Any], gradients: GradientReport | None = None
+) -> Draft:
+    """Two ranks: the better half of what is chosen gets `r_high`, the other half `r_medium`, the rest is frozen.
+
+    `score_cuts=(high, medium)` sets the tiers by score instead: above `high`, and above `medium`. With
+    `trainable_parameters` every reachable candidate gets an adapter and the ranks are fitted to the budget
+    (`allocate_ranks`). The odd one of a group belongs to the better half.
+    """
+    high, medium = tier_ranks(options)
+    notes: list[str] = []
+    if options["trainable_parameters"] is not None:
+        reachable = [c for c in candidates if c.reachable]
+        chosen = groups(reachable, options["scope"])
+        ranks, notes = allocate_ranks(chosen, int(options["trainable_parameters"]), high, medium)
+    elif options["score_cuts"] is not None:
+        high_cut, medium_cut = options["score_cuts"]
+        chosen, notes = choose(candidates, {**options, "snr_threshold": medium_cut})
+        ranks = {c.name: high if score_of(c) > high_cut else medium for cs in chosen.values() for c in cs}
+    else:
+        chosen, notes = choose(candidates, options)
+        ranks = {c.name: high if i < half(cs) else medium for cs in chosen.values() for i, c in enumerate(cs)}
+    return drafted(candidates, options, ranks, notes, importance_rates(chosen, options["lr_ratio"]))
+
+
+def components(
+    candidates: Sequence[Candidate], options: Mapping[str, Any], gradients: GradientReport | None = None
+) -> Draft:
+    """The best-scored matrices, and of each the singular components with the largest importance, s_i^2 E[(dL/ds_i)^2].
+
+    `n_components` of each matrix, or with `component_scope="global"` as many in all, wherever the importance is; a matrix
+    of which none is taken stays frozen then. What a matrix is too small for is clamped, and a notice says so.
+
+    Raises:
+        OptionError: fused experts among the candidates; gradients that do not list a chosen matrix, or not its components.
+    """
+    fused = [c.name for c in candidates if c.shape is not None and len(c.shape) == 3]
+    if fused:
+        kinds = sorted({c.kind for c in candidates if c.name in fused})
+        raise OptionError(
+            f"mode {options['mode']!r} works on single matrices, and {fused[0]} holds one for each expert. Leave them out: "
+            f"exclude_modules={kinds}."
+        )
+    chosen, notes = choose(candidates, options)
+    taken = sorted((c for cs in chosen.values() for c in cs), key=lambda c: natural_key(c.name))
+    importance = {c.name: _importance(c, options, gradients) for c in taken}
+    shapes = {c.name: c.shape or _stat(c, gradients).shape for c in taken}
+    for option, limits in (
+        ("svd_rank", {name: min(shape) for name, shape in shapes.items()}),
+        ("n_components", {name: len(values) for name, values in importance.items()}),
+        ("rotation_rank", {name: min(shape) for name, shape in shapes.items()}),
+    ):
+        clamped = [name for name, limit in limits.items() if options[option] > limit]
+        if clamped:
+            notes.append(
+                f"{option}={options[option]} is more than {len(clamped)} of {len(limits)} matrices have, first "
+                f"{clamped[0]}: clamped to {limits[clamped[0]]} there."
+            )
+    counts = {name: min(int(options["n_components"]), len(values)) for name, values in importance.items()}
+    if options["component_scope"] == "global":
+        order = sorted(
+            (-value, natural_key(name), i, name)
+            for name, values in importance.items()
+            for i, value in enumerate(values)
+        )
+        picked: dict[str, list[int]] = {name: [] for name in importance}
+        for _, _, i, name in order[: sum(counts.values())]:
+            picked[name].append(i)
+        empty = [name for name, found in picked.items() if not found]
+        if empty:
+            notes.append(
+                f"component_scope='global': none of the components of {len(empty)} matrices is among the "
+                f"{sum(counts.values())} most important ones, first {empty[0]}; they stay frozen."
+            )
+    else:
+        picked = {
+            name: [i for _, i in sorted((-value, i) for i, value in enumerate(values))][: counts[name]]
+            for name, values in importance.items()
+        }
+    entries = []
+    for c in candidates:
+        entry = PlanEntry(c.name, "freeze", kind=c.kind, shape=c.shape, score=c.score)
+        if picked.get(c.name):
+            rank = min(int(options["rotation_rank"]), *shapes[c.name])
+            # The update is no product that alpha scales: its scale is 1.
+            entry = PlanEntry(
+                c.name, get_mode(options["mode"]).action, rank=rank,
+                alpha=math.sqrt(rank) if options["use_rslora"] else float(rank),
+                kind=c.kind, shape=shapes[c.name], score=c.score, components=tuple(sorted(picked[c.name])),
+            )  # fmt: skip
+        entries.append(entry)
+    return Draft(tuple(entries), tuple(notes))
+
+
+def _stat(candidate: Candidate, gradients: GradientReport | None) -> GradientStat:
+    assert gradients is not None
+    if candidate.name not in gradients.by_name:
+        raise OptionError(
+            f"{candidate.name} is chosen, and the gradients do not list it."
+            + near_matches(candidate.name, gradients.by_name)
+        )
+    return gradients.by_name[candidate.name]
+
+
+def _importance(
+    candidate: Candidate, options: Mapping[str, Any], gradients: GradientReport | None
+) -> tuple[float, ...]:
+    """Of the components that `svd_rank` looks at, the largest singular value first."""
+    stat = _stat(candidate, gradients)
+    wanted = min(int(options["svd_rank"]), *stat.shape)
+    if len(stat.importance) < wanted:
+        have = f"{len(stat.importance)} of them" if stat.importance else "none"
+        raise OptionError(
+            f"svd_rank={options['svd_rank']} looks at {wanted} components of {candidate.name}, the gradients know {have}: "
+            f"probe_gradients(model, batches, svd_rank={options['svd_rank']}), or `spectrum-peft probe --svd-rank "
+            f"{options['svd_rank']}`."
+        )
+    return stat.importance[:wanted]
+
+
+# Least mean likeness to the rest of a group, by kind of similarity, where neither a threshold nor a number of groups is given.
+# Measured on SmolLM2-135M with instructions (docs/sgm.md): neighbours overlap by 0.3 to 0.6 in `subspace`, two blocks at random
+# by 0.014; 0.15 is ten times that. Whole gradients (`cosine`) are nearly orthogonal whatever the pair.
+LIKENESS = {"subspace": 0.15, "cosine": 0.05}
+
+
+def alike(
+    candidates: Sequence[Candidate], options: Mapping[str, Any], gradients: GradientReport | None = None
+) -> Draft:
+    """The best-scored ones, at one rank, in groups of like gradients that share a factor of their adapter.
+
+    Within a kind and shape, average linkage on 1 - similarity, cut where the mean likeness of two groups falls below
+    `similarity_threshold`, or at `n_groups` (of each kind and shape, as far as there are members). What has no like is a LoRA
+    of its own.
+    Source of the clustering: Sokal and Michener (1958), UPGMA, as SciPy has it.
+    """
+    assert gradients is not None
+    draft = top(candidates, options, gradients)
+    taken = {e.name for e in draft.entries if e.trains}
+    _check_compared([e for e in draft.entries if e.trains], gradients)
+    groups_of: dict[str, str] = {}
+    widths: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    for table in gradients.similarities:
+        members = [i for i, name in enumerate(table.names) if name in taken]
+        whole = table.subspace if options["similarity"] == "subspace" else table.cosine
+        for cluster in _clusters([[whole[i][j] for j in members] for i in members], options):
+            if len(cluster) < 2:
+                continue
+            factor = "AB" if options["share"] == "both" else "A" if table.side == "in" else "B"
+            label = f"{factor}:{table.kind}:{counts.setdefault(table.kind, 0)}"
+            counts[table.kind] += 1
+            for i in cluster:
+                name = table.names[members[i]]
+                groups_of[name] = label
+                widths[name] = sum(table.shape) if factor == "AB" else table.width
+    entries = []
+    for e in draft.entries:
+        if e.name in groups_of:
+            e = replace(
+                e, group=groups_of[e.name], shared=(e.rank or 0) * widths[e.name], gain=bool(options["group_gain"])
+            )
+        elif e.trains:
+            e = replace(e, action="lora")
+        entries.append(e)
+    notes = list(draft.notes)
+    alone = len(taken) - len(groups_of)
+    notes.append(
+        f"{len(groups_of)} matrices share factors in {len(set(groups_of.values()))} groups, {alone} have no like and get a LoRA "
+        f"of their own (similarity {options['similarity']})."
+    )
+    return Draft(tuple(entries), tuple(notes))
+
+
+def _check_compared(taken: Sequence[PlanEntry], gradients: GradientReport) -> None:
+    """What was never compared would pass for what has no like.
+
+    Raises:
+        OptionError: gradients that do not list a chosen matrix, or that compared none.
+    """
+    compared = {name for table in gradients.similarities for name in table.names}
+    by_shape: dict[tuple[Any, ...], list[str]] = {}
+    for entry in taken:
+        if entry.name not in gradients.by_name:
+            raise OptionError(
+                f"{entry.name} is chosen, and the gradients do not list it."
+                + near_matches(entry.name, gradients.by_name)
+            )
+        if entry.shape is None or len(entry.shape) == 2:
+            by_shape.setdefault((entry.kind, entry.shape), []).append(entry.name)
+    some = [members[0] for members in by_shape.values() if len(members) > 1]
+    # A report of no samples stands for gradients that are not known yet.
+    if some and not compared and gradients.samples:
+        raise OptionError(
+            f"the gradients compare no two matrices, of {some[0]} and its like: they were measured with directions=0. Wanted "
+            "probe_gradients(model, batches), or `spectrum-peft probe` without --directions 0."
+        )
+
+
+def _clusters(likeness: Sequence[Sequence[float]], options: Mapping[str, Any]) -> list[list[int]]:
+    """Groups of indexes by a symmetric table of likeness, each ascending, in the order of their first members."""
+    size = len(likeness)
+    if size < 2:
+        return [[i] for i in range(size)]
+    from scipy.cluster.hierarchy import fcluster, linkage  # 0.3 s that no other mode need pay
+
+    tree = linkage([1 - likeness[i][j] for i in range(size) for j in range(i + 1, size)], method="average")
+    if options["n_groups"] is not None:
+        labels = fcluster(tree, options["n_groups"], criterion="maxclust")
+    else:
+        threshold = options["similarity_threshold"]
+        threshold = LIKENESS[options["similarity"]] if threshold is None else threshold
+        labels = fcluster(tree, 1 - threshold, criterion="distance")
+    found: dict[int, list[int]] = {}
+    for i, label in enumerate(labels):
+        found.setdefault(int(label), []).append(i)
+    return list(found.values())
+
+
+POLICIES: dict[str, Policy] = {
+    "all": everything,
+    "top": top,
+    "tiers": tiers,
+    "alike": alike,
+    "components": components,
+}

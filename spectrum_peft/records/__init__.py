@@ -1,0 +1,32 @@
+"""The records that the stages hand to each other: plain frozen data, no torch, no I/O but their own files.
+
+`scan` writes an `SnrReport`, `probe` a `GradientReport`, `plan` turns them into a `Plan`, the tuner, the callback and the export
+read the plan. A record saved and loaded again is equal to the first; the same record gives the same bytes. JSON and YAML by
+the file's ending.
+"""
+
+from __future__ import annotations
+
+from .files import finite_only, read_mapping, write_text
+from .gradients import GradientReport, GradientStat, Similarity
+from .memory import MemoryReport
+from .plan import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry, count_trainable
+from .report import Fingerprint, MatrixStat, SnrReport
+
+__all__ = [
+    "ADAPTER_ACTIONS",
+    "REAL_WEIGHT_ACTIONS",
+    "Fingerprint",
+    "GradientReport",
+    "GradientStat",
+    "MatrixStat",
+    "MemoryReport",
+    "Plan",
+    "PlanEntry",
+    "Similarity",
+    "SnrReport",
+    "count_trainable",
+    "finite_only",
+    "read_mapping",
+    "write_text",
+]

@@ -1,0 +1,210 @@
+"""What trains and by which means: one entry for each tensor, and the options that it was made with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from ..errors import CheckpointError
+from .files import SCHEMA_VERSION, Record, as_plain, built, built_rows, revived, wanted_field
+from .report import Fingerprint
+
+Action = Literal["train", "lora", "shared", "lorsa", "save", "freeze"]
+ACTIONS: tuple[str, ...] = ("train", "lora", "shared", "lorsa", "save", "freeze")
+# Actions that train the base parameter itself, and those that put a low-rank product beside it.
+REAL_WEIGHT_ACTIONS = frozenset({"train", "save"})
+ADAPTER_ACTIONS = frozenset({"lora", "shared", "lorsa"})
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What happens to one parameter.
+
+    Attributes:
+        name: full parameter name in the base model, also where an adapter is put beside it.
+        action: `train` (the weight itself), `lora`, `shared`, `lorsa` (an adapter), `save` (a whole module trains
+            through `modules_to_save`), `freeze`.
+        rank, alpha: of the adapter; the update is scaled by alpha / rank (alpha / sqrt(rank) with rsLoRA).
+        lr_ratio: this tensor's learning rate over the optimizer's.
+        group: tensors of one group share an adapter factor; None alone. The label begins with what they share: `A:`, `B:` or
+            `AB:`.
+        shared: elements of this entry's factors that are its group's, which has them once.
+        gain: a trained number of this entry scales the group's factor.
+        components: `lorsa`: indexes of the singular components that train, ascending, 0 the largest; `rank` is the rank of
+            their rotations then.
+        active: False holds a place that re-evaluation may fill; nothing of it trains.
+        kind, shape, score: as in the report, so that a plan explains itself.
+    """
+
+    name: str
+    action: str
+    rank: int | None = None
+    alpha: float | None = None
+    lr_ratio: float = 1.0
+    group: str | None = None
+    active: bool = True
+    kind: str = ""
+    shape: tuple[int, ...] | None = None
+    score: float | None = None
+    components: tuple[int, ...] | None = None
+    shared: int = 0
+    gain: bool = False
+
+    @property
+    def trains(self) -> bool:
+        return self.active and self.action != "freeze"
+
+    @property
+    def numel(self) -> int:
+        """Elements of the base parameter; 0 if its shape is not known."""
+        return math.prod(self.shape) if self.shape else 0
+
+    @property
+    def trainable_numel(self) -> int:
+        """Elements that train for this entry on its own: the weight, both factors of a LoRA (per expert) and its gain, or
+        the shifts and rotations of singular components."""
+        if not self.trains or not self.shape:
+            return 0
+        if self.action in REAL_WEIGHT_ACTIONS:
+            return self.numel
+        if self.components is not None:
+            return len(self.components) * (1 + 2 * (self.rank or 0))
+        experts = self.shape[0] if len(self.shape) == 3 else 1
+        return experts * (self.rank or 0) * (self.shape[-1] + self.shape[-2]) + self.gain
+
+
+def count_trainable(entries: Iterable[PlanEntry]) -> int:
+    """Elements that train for some entries together: what a group shares counts once."""
+    total = 0
+    seen: set[str] = set()
+    for entry in entries:
+        total += entry.trainable_numel
+        if entry.trains and entry.group is not None:
+            total -= entry.shared if entry.group in seen else 0
+            seen.add(entry.group)
+    return total
+
+
+@dataclass(frozen=True)
+class Plan(Record):
+    """What trains, how, at what rank, scale and learning rate. Plain data: it says everything, it does nothing.
+
+    Attributes:
+        mode: key of `policies.MODES`.
+        entries: every candidate, frozen ones too, in model order; then `save` entries.
+        options: the options the plan was made with, after defaults.
+        criterion, fingerprint, model_id, revision: of the report it was made from.
+        total_parameters: of the base model, tied tensors once; 0 if not known.
+        notes: notices for the reader (clamped ranks, fewer blocks than asked for, fused qkv).
+        patterns: regexes of `unfrozen_parameters` where a preset fixes them; empty: derived from the entries.
+    """
+
+    mode: str
+    entries: tuple[PlanEntry, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    criterion: str = "spectrum"
+    fingerprint: Fingerprint | None = None
+    model_id: str | None = None
+    revision: str | None = None
+    total_parameters: int = 0
+    notes: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
+
+    _kind = "plan"
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for entry in self.entries:
+            if entry.action not in ACTIONS:
+                raise CheckpointError(f"plan entry {entry.name}: action is {entry.action!r}, wanted one of {ACTIONS}.")
+            if entry.name in seen:
+                raise CheckpointError(f"plan entry {entry.name} stands twice; a parameter has one entry.")
+            seen.add(entry.name)
+
+    @cached_property
+    def trainable_names(self) -> list[str]:
+        """Sorted full parameter names of the base model that train or carry a live adapter."""
+        return sorted(e.name for e in self.entries if e.trains)
+
+    @cached_property
+    def by_name(self) -> dict[str, PlanEntry]:
+        return {e.name: e for e in self.entries}
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Elements that the optimizer will see; factors shared in a group count once, the other side per layer."""
+        return count_trainable(self.entries)
+
+    @property
+    def unfrozen_parameters(self) -> list[str]:
+        """Regexes as axolotl and the published script read them (`re.match` on parameter names); real weights only."""
+        if self.patterns:
+            return list(self.patterns)
+        return [f"^{e.name}$" for e in self.entries if e.trains and e.action in REAL_WEIGHT_ACTIONS]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256, 64 hex digits, of what the plan does: mode, and every entry that has a place in the model.
+
+        Scores, notes and options are left out: two scans may differ in a last bit and still mean the same training.
+        """
+        acts = [
+            (
+                e.name,
+                e.action,
+                e.rank,
+                e.alpha,
+                e.lr_ratio,
+                e.group,
+                e.active,
+                *(e.components or ()),
+                *["gain"] * e.gain,
+            )
+            for e in self.entries
+            if e.action != "freeze"
+        ]
+        return hashlib.sha256(json.dumps([self.mode, sorted(acts)]).encode()).hexdigest()
+
+    def replace(self, **changes: Any) -> Plan:
+        """A copy with some fields changed; this one stays."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "record": self._kind,
+            "schema_version": SCHEMA_VERSION,
+            "mode": self.mode,
+            "model_id": self.model_id,
+            "revision": self.revision,
+            "criterion": self.criterion,
+            "fingerprint": None if self.fingerprint is None else dataclasses.asdict(self.fingerprint),
+            "options": as_plain(dict(self.options)),
+            "total_parameters": self.total_parameters,
+            "notes": list(self.notes),
+            "entries": [as_plain(e) for e in self.entries],
+            "unfrozen_parameters": self.unfrozen_parameters,
+            "patterns": list(self.patterns),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "plan") -> Plan:
+        cls._check_header(data, source)
+        fingerprint = data.get("fingerprint")
+        return cls(
+            mode=str(wanted_field(data, "mode", source)),
+            entries=built_rows(PlanEntry, data, "entries", source),
+            options=revived(dict(data.get("options") or {})),
+            criterion=str(data.get("criterion")),
+            fingerprint=None if fingerprint is None else built(Fingerprint, fingerprint, f"{source}: fingerprint"),
+            model_id=data.get("model_id"),
+            revision=data.get("revision"),
+            total_parameters=int(data.get("total_parameters") or 0),
+            notes=tuple(data.get("notes") or ()),
+            patterns=tuple(data.get("patterns") or ()),
+        )

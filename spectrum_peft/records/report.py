@@ -1,0 +1,191 @@
+"""What a scan found: one row for each tensor, with the fingerprint of the weights that it is of."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from .. import names
+from ..errors import CheckpointError, MismatchError
+from .files import SCHEMA_VERSION, Record, as_plain, built, built_rows, wanted_field
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Identity of a checkpoint.
+
+    Attributes:
+        structure: sha256 of the sorted (name, shape) of the matrices in the blocks, names without the base-model
+            prefix, so that a folder and the same weights loaded under another head agree.
+        content: sha256 over each tensor's name, dtype, shape, first and last 64 KiB as stored; None where the stored
+            bytes are not at hand (a live model without a local folder, a published scan, a `.gguf`).
+        source: `file`, `live`, `gguf` or `published`.
+    """
+
+    structure: str | None
+    content: str | None
+    source: str
+
+    def check(self, other: Fingerprint, *, this: str, that: str, force: bool = False) -> str | None:
+        """Compare two fingerprints as far as both know themselves.
+
+        Returns:
+            None when the contents agree, else a line to log: what was compared and what could not be.
+        Raises:
+            MismatchError: they differ and `force` is false.
+        """
+        for part in ("content", "structure"):
+            mine, theirs = getattr(self, part), getattr(other, part)
+            if mine is None or theirs is None:
+                continue
+            if mine != theirs:
+                message = f"{this} does not belong to {that}: fingerprint {part} is {mine[:12]}, wanted {theirs[:12]}."
+                if not force:
+                    raise MismatchError(message + " Make it anew from this checkpoint, or pass force=True (--force).")
+                return message + " Used all the same (force)."
+            if part == "content":
+                return None
+        known = (
+            "only names and shapes could be compared"
+            if self.structure and other.structure
+            else "nothing could be compared"
+        )
+        return f"{this} and {that}: {known}, the stored bytes of one of them are not at hand."
+
+
+@dataclass(frozen=True)
+class MatrixStat:
+    """One tensor of a checkpoint as the scan saw it.
+
+    Attributes:
+        name: full parameter name in the base model; one expert of a fused parameter is `name[e]`.
+        kind: name without its numbers and `.weight` (`self_attn.q_proj`); selection ranks within a kind.
+        shape: as stored for a Linear, (out, in); a GPT-2 Conv1D keeps its stored (in, out). None if not known.
+        numel: number of elements; 0 if not known.
+        dtype: as stored, `bfloat16`; `unknown` for a published scan.
+        score: the criterion's value; infinite is allowed; None if not scored.
+        n_signal: how many singular values the criterion calls signal; None where it has no edge.
+        s_max: largest singular value; None where no spectrum was computed.
+        role: one of `names.ROLES`.
+        power_law: exponent fitted to the tail of the eigenvalue density; None where there is no spectrum.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] | None
+    numel: int
+    dtype: str
+    score: float | None
+    n_signal: int | None
+    s_max: float | None
+    role: str = "linear"
+    power_law: float | None = None
+
+
+@dataclass(frozen=True)
+class SnrReport(Record):
+    """What a scan found: every tensor of a checkpoint, the candidates with their score.
+
+    Attributes:
+        stats: all tensors in checkpoint order (fused experts one by one).
+        criterion: key of `criteria.CRITERIA`.
+        fingerprint: of the weights that were scanned.
+        model_id, revision: where they came from; None for a model in memory without a name.
+        tied: groups of names that are one tensor, as (kept name, other names...).
+        notes: what a reader must know, such as `4-bit weights were dequantized one by one`.
+    """
+
+    stats: tuple[MatrixStat, ...]
+    criterion: str
+    fingerprint: Fingerprint
+    model_id: str | None = None
+    revision: str | None = None
+    tied: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    _kind = "snr_report"
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        """{name: score} of the scored matrices, in report order."""
+        return {s.name: s.score for s in self.stats if s.score is not None}
+
+    @property
+    def total_parameters(self) -> int:
+        """Number of elements of all tensors, tied ones once."""
+        extra = {name for group in self.tied for name in group[1:]}
+        return sum(s.numel for s in self.stats if s.name not in extra)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "record": self._kind,
+            "schema_version": SCHEMA_VERSION,
+            "model_id": self.model_id,
+            "revision": self.revision,
+            "criterion": self.criterion,
+            "fingerprint": dataclasses.asdict(self.fingerprint),
+            "tied": [list(group) for group in self.tied],
+            "notes": list(self.notes),
+            "stats": [as_plain(s) for s in self.stats],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "report") -> SnrReport:
+        """A report as `to_dict` writes it, or a published scan in either of its layouts (`published_report`)."""
+        if "record" not in data and _published_rows(data) is not None:
+            return published_report(data, source)
+        cls._check_header(data, source)
+        return cls(
+            stats=built_rows(MatrixStat, data, "stats", source),
+            criterion=str(wanted_field(data, "criterion", source)),
+            fingerprint=built(Fingerprint, wanted_field(data, "fingerprint", source), f"{source}: fingerprint"),
+            model_id=data.get("model_id"),
+            revision=data.get("revision"),
+            tied=tuple(tuple(group) for group in data.get("tied") or ()),
+            notes=tuple(data.get("notes") or ()),
+        )
+
+
+def published_report(data: Mapping[str, Any], source: str = "published scan") -> SnrReport:
+    """A scan published with the original tool as a report: module names get `.weight`, what it does not say stays None.
+
+    Args:
+        data: `{module: {"snr": x, "type": kind}}`, or grouped and sorted, `{kind: {module: snr}}`; `Infinity` is allowed.
+    Raises:
+        CheckpointError: another layout, a score that is no number or NaN, a module that stands twice.
+    Source: QuixiAI/spectrum@13dcd40, folder model_snr_results.
+    """
+    rows = _published_rows(data)
+    if not rows:
+        raise CheckpointError(
+            f"{source}: no published scan: wanted {{module: {{snr, type}}}} or {{kind: {{module: snr}}}}."
+        )
+    scores: dict[str, float] = {}
+    for module, value in rows:
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            raise CheckpointError(f"{source}: the SNR of {module!r} is {value!r}, wanted a number or Infinity.")
+        name = f"{module}.weight"
+        if name in scores:
+            raise CheckpointError(f"{source}: {module!r} stands twice, wanted it once.")
+        scores[name] = float(value)
+    kinds = names.kinds(scores)
+    stats = tuple(
+        MatrixStat(name, kinds[name], None, 0, "unknown", value, None, None, role=names.role(name, None))
+        for name, value in scores.items()
+    )
+    return SnrReport(stats, criterion="spectrum", fingerprint=Fingerprint(None, None, "published"))
+
+
+def _published_rows(data: Mapping[str, Any]) -> list[tuple[str, Any]] | None:
+    """(module, SNR) in file order, or None if this is neither published layout."""
+    if not data or not all(isinstance(group, Mapping) and group for group in data.values()):
+        return None
+    if all("snr" in row for row in data.values()):
+        return [(module, row["snr"]) for module, row in data.items()]
+    if any("snr" in group or any(isinstance(v, Mapping | list) for v in group.values()) for group in data.values()):
+        return None
+    return [(module, value) for group in data.values() for module, value in group.items()]

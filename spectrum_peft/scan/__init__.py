@@ -1,0 +1,25 @@
+"""Weights in, `SnrReport` out.
+
+scan      every matrix of a checkpoint, several at a time
+criteria  what a matrix scores
+cache     results of a scan that may be killed
+spectrum  the singular values of one matrix
+svd       leading singular triplets
+"""
+
+from __future__ import annotations
+
+from .cache import cache_folder
+from .criteria import CRITERIA
+from .scan import scan_weights
+from .spectrum import spectrum_of
+from .svd import SingularTriplets, cached_svd
+
+__all__ = [
+    "CRITERIA",
+    "SingularTriplets",
+    "cache_folder",
+    "cached_svd",
+    "scan_weights",
+    "spectrum_of",
+]

@@ -1,0 +1,211 @@
+"""Weights in, `SnrReport` out: one matrix at a time, several at once, going on where a killed scan stopped.
+
+The model is never loaded: tensors are read from the files as they are scored. A job has a matrix of its own and one
+thread: solvers side by side are faster than one that uses all cores, and where other work holds a core, the solver's
+threads wait for each other (4.6 s were seen for an eigenvalue problem of 14 ms).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .. import names
+from ..errors import CheckpointError, OptionError, near_matches
+from ..machine import cores
+from ..records import MatrixStat, SnrReport
+from ..weights import TensorInfo, WeightSource, open_weights
+from ..weights.threads import one_torch_thread
+from . import criteria
+from .cache import PartialResults, cache_folder, result_key
+from .criteria import Criterion, MatrixScore
+
+logger = logging.getLogger(__name__)
+
+# More jobs than this by default would hold more matrices in memory than a scan is worth.
+_MOST_JOBS = 16
+
+
+def scan_weights(
+    model_or_path: Any,
+    criterion: str = "spectrum",
+    jobs: int | None = None,
+    device: str = "auto",
+    score: Iterable[str] = ("linear",),
+    cache: bool = False,
+    revision: str | None = None,
+    seed: int = 0,
+) -> SnrReport:
+    """List every tensor of a checkpoint and score its matrices.
+
+    Results are stored as they come, under the weights' identity in `cache_folder()`; a scan that was killed takes them
+    up again. They are removed when the scan completes.
+
+    Args:
+        model_or_path: whatever `open_weights` opens: a model, folder, file, adapter folder or hub id.
+        criterion: key of `criteria.CRITERIA`.
+        jobs: matrices at once; None for one a core, at most 16. Memory grows with it.
+        device: `cpu`, `cuda`, `cuda:1`, ...; `auto` is cuda where there is one.
+        score: roles to score, of `names.ROLES`; 1-D tensors are scored as a matrix of one row. The rest is listed.
+        cache: keep the finished report under the weights' identity, and return a kept one without scanning.
+        revision: of a hub id.
+        seed: of the criterion `random`.
+    Raises:
+        OptionError: unknown criterion, role or device; jobs below 1; the criterion needs data.
+        CheckpointError: the weights cannot be read, or hold NaN or Inf (by name).
+    """
+    row = criteria.criterion_named(criterion)
+    if row.needs_data:
+        raise OptionError(
+            f"criterion {criterion!r} needs gradients on data, which a scan of weights does not have: scan with the default "
+            "criterion, and give make_plan gradients=probe_gradients(model, batches), or SpectrumConfig calibration_data."
+        )
+    roles = _checked_roles(score)
+    jobs = _checked_jobs(jobs)
+    where = _device(device)
+    source = open_weights(model_or_path, revision)
+    tensors = source.tensors()
+    wanted = [(name, info) for info in tensors if _scorable(info, roles) for name in _units(info)]
+
+    if not row.needs_weights:
+        found = {name: criteria.score(None, criterion, name=name, seed=seed) for name, _ in wanted}
+        return _report(source, tensors, row, found)
+
+    key = result_key(source, row, where)
+    kept = cache_folder() / "reports" / f"{key}-{'-'.join(roles) or 'none'}.json"
+    if cache and kept.is_file():
+        logger.info("taking the finished scan of the same weights from %s", kept)
+        report: SnrReport = SnrReport.load(kept)
+        # The same values may have come from another folder, or from the same one cast: who they are is asked again.
+        return dataclasses.replace(
+            report,
+            fingerprint=source.fingerprint(),
+            model_id=source.model_id,
+            revision=source.revision,
+            notes=source.notes,
+        )
+
+    def one(name: str, info: TensorInfo) -> MatrixScore:
+        matrix = source.read(name).to(where)
+        try:
+            return criteria.score(matrix.T if info.transposed else matrix, criterion, name=name, seed=seed)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source.model_id or 'model'}: {error}") from None
+
+    with PartialResults(cache_folder() / "partial" / f"{key}.jsonl") as partial, one_torch_thread(), torch.no_grad():
+        rest = [(name, info) for name, info in wanted if name not in partial.results]
+        if len(rest) < len(wanted):
+            logger.info(
+                "going on with a stopped scan: %d of %d matrices are done", len(wanted) - len(rest), len(wanted)
+            )
+        for name, result in _side_by_side(one, rest, jobs, done=len(wanted) - len(rest)):
+            partial.add(name, result)
+        report = _report(source, tensors, row, {name: partial.results[name] for name, _ in wanted})
+        if cache:
+            report.save(kept)
+        partial.completed()
+    return report
+
+
+def _checked_roles(score: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(score, str):
+        raise OptionError(f"score is {score!r}, wanted a tuple of roles such as ('linear',).")
+    asked = set(score)
+    for role in sorted(asked - set(names.ROLES)):
+        raise OptionError(
+            f"score names the role {role!r}, wanted one of the known.{near_matches(str(role), names.ROLES)}"
+        )
+    return tuple(role for role in names.ROLES if role in asked)
+
+
+def _checked_jobs(jobs: int | None) -> int:
+    if jobs is None:
+        return min(cores(), _MOST_JOBS)
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
+        raise OptionError(f"jobs is {jobs!r}, wanted an integer from 1 up.")
+    return jobs
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(f"device is {device!r}, wanted 'auto', 'cpu', 'cuda' or 'cuda:N'.") from error
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"device is {device!r}, but torch sees {torch.cuda.device_count()} CUDA devices.")
+    return where
+
+
+def _scorable(info: TensorInfo, roles: Sequence[str]) -> bool:
+    return info.role in roles and (len(info.shape) in (1, 2) or info.experts is not None) and info.numel > 0
+
+
+def _units(info: TensorInfo) -> list[str]:
+    """What is scored of a parameter: itself, or each of its experts."""
+    return [info.name] if info.experts is None else [f"{info.name}[{e}]" for e in range(info.experts)]
+
+
+def _report(
+    source: WeightSource, tensors: list[TensorInfo], row: Criterion, found: dict[str, MatrixScore]
+) -> SnrReport:
+    kinds = names.kinds([t.name for t in tensors])
+    stats = []
+    for info in tensors:
+        shape = info.shape if info.experts is None else info.shape[1:]
+        for name in _units(info):
+            result = found.get(name)
+            stats.append(
+                MatrixStat(
+                    name=name,
+                    kind=kinds[info.name],
+                    shape=shape,
+                    numel=math.prod(shape),
+                    dtype=info.dtype,
+                    score=result.score if result else None,
+                    n_signal=result.n_signal if result else None,
+                    s_max=result.s_max if result else None,
+                    role=info.role,
+                    power_law=result.power_law if result else None,
+                )
+            )
+    fingerprint = source.fingerprint()
+    return SnrReport(
+        tuple(stats), row.name, fingerprint, source.model_id, source.revision, tied=source.tied, notes=source.notes
+    )
+
+
+def _side_by_side(
+    one: Callable[[str, TensorInfo], MatrixScore], todo: list[tuple[str, TensorInfo]], jobs: int, done: int
+) -> Iterator[tuple[str, MatrixScore]]:
+    """Results as they come; the first error stops the rest and is raised."""
+    with _progress(len(todo) + done, done) as advance, ThreadPoolExecutor(jobs, thread_name_prefix="scan") as pool:
+        running: dict[Future[MatrixScore], str] = {pool.submit(one, name, info): name for name, info in todo}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+                advance()
+        finally:
+            for future in running:
+                future.cancel()
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Callable[[], Any]]:
+    """A bar on standard error where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, initial=done, unit="matrix", desc="scan", file=sys.stderr) as bar:
+        yield bar.update

@@ -1,0 +1,177 @@
+"""The trainer's own arguments from flags and config files, with this project's defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import TrainingArguments
+from trl import TrlParser
+
+from ..arguments import Rest, checked_value
+from ..data import COLUMNS
+from ..errors import CheckpointError, OptionError, near_matches
+from ..tuner.loading import fast_dtype
+from .tasks import TASKS, Task, task_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+# --- the trainer's own arguments -------------------------------------------------------------------------------------
+
+
+class _TrainerParser(TrlParser):
+    """TRL's parser of dataclasses; it raises instead of printing its usage."""
+
+    def error(self, message: str) -> Any:
+        raise OptionError(message)
+
+
+def _trainer_parser(task: str) -> _TrainerParser:
+    return _TrainerParser([task_named(task).arguments_class()], allow_abbrev=False, prog="spectrum-peft train")
+
+
+def task_named(name: str) -> Task:
+    if name not in TASKS:
+        raise OptionError(f"task is {name!r}." + near_matches(name, TASKS))
+    return TASKS[name]
+
+
+def trainer_help(task: str) -> str:
+    """The flags of a task's own training arguments, with their defaults."""
+    return _trainer_parser(task).format_help()
+
+
+def trainer_arguments(
+    task: str, rest: Rest, defaults: Mapping[str, Any], known: Sequence[str] = ()
+) -> TrainingArguments:
+    """Build a task's training arguments: ours as defaults, then the config file, then the command line.
+
+    Args:
+        known: flags of the verb itself, for near matches.
+    Raises:
+        OptionError: an unknown flag or key, a value that the arguments refuse.
+    """
+    parser = _trainer_parser(task)
+    (arguments_class,) = parser.dataclass_types
+    parser.set_defaults(**defaults)
+    actions: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        if action.dest != "help":
+            actions.setdefault(action.dest, action)  # a switch that is on by default has a second action, `--no-...`
+    types = {name: str(hint) for name, hint in typing.get_type_hints(arguments_class).items()}
+    for key, value in (rest.config or {}).items():
+        if key not in actions:
+            choices = [*actions, *(flag.removeprefix("--").replace("-", "_") for flag in known)]
+            raise OptionError(f"{rest.source}: unknown key {key!r}." + near_matches(key, choices))
+        if not any(isinstance(value, kind) and kind.__name__ in types[key] for kind in (dict, list)):
+            value = checked_value(actions[key], key, value, rest.source)
+        parser.set_defaults(**{key: value})
+    try:
+        args, unknown = parser.parse_args_into_dataclasses(
+            list(rest.argv), return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError) as error:
+        if isinstance(error, OptionError):
+            raise
+        raise OptionError(f"training arguments: {error}") from error
+    if unknown:
+        flags = [*known, *(flag for action in parser._actions for flag in action.option_strings)]
+        dashes = [flag for flag in flags if "_" not in flag]  # each flag has a form with underscores too
+        raise OptionError(f"unknown argument {unknown[0]!r}." + near_matches(unknown[0], dashes))
+    return args
+
+
+def given_fields(rest: Rest) -> set[str]:
+    """Names of the trainer's arguments that the user set."""
+    flags = (token[2:].partition("=")[0].replace("-", "_") for token in rest.argv if token.startswith("--"))
+    return {*flags, *(rest.config or {})}
+
+
+def quiet_progress() -> None:
+    """No progress bars in a file or a pipe."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
+def renamed_columns(options: argparse.Namespace) -> dict[str, str]:
+    """{standard column: name in the dataset} of the `--...-column` flags that were given."""
+    return {name: value for name in COLUMNS if (value := getattr(options, f"{name}_column")) is not None}
+
+
+# --- what a checkpoint is --------------------------------------------------------------------------------------------
+
+
+def config_of(model: str, options: argparse.Namespace) -> Any:
+    """transformers' config of a folder or hub id.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    if model.endswith(".gguf"):
+        raise CheckpointError(
+            f"{model}: a .gguf can be scanned, not trained. Convert it to a folder of safetensors first: load it with "
+            "transformers (from_pretrained(folder, gguf_file=name)) and save the weights."
+        )
+    if Path(model).exists() and not (Path(model) / "config.json").is_file():
+        raise CheckpointError(f"{model}: no config.json there, so it is not a checkpoint folder.")
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            model, revision=options.revision, trust_remote_code=bool(options.trust_remote_code)
+        )
+    except (OSError, ValueError) as error:
+        where = (
+            "cannot be loaded as a model" if Path(model).exists() else "no such folder, and not loadable from the hub"
+        )
+        raise CheckpointError(f"{model}: {where} ({_first_line(error)})") from error
+
+
+def dtype_of(options: argparse.Namespace) -> tuple[torch.dtype, str]:
+    """The dtype to load in, and one line that says why."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.dtype in (None, "auto"):
+        dtype = fast_dtype()
+        why = "multiplies bfloat16 fast" if dtype == torch.bfloat16 else "does not multiply bfloat16 fast"
+        return dtype, f"{str(dtype).removeprefix('torch.')} on {device}, which {why} (--dtype to change)"
+    if options.dtype not in DTYPES:
+        raise OptionError(f"dtype is {options.dtype!r}." + near_matches(options.dtype, (*DTYPES, "auto")))
+    return getattr(torch, options.dtype), f"{options.dtype} on {device}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def task_for(options: argparse.Namespace) -> str:
+    """The task that was named, else the one that the checkpoint's architecture says."""
+    return task_named(options.task or task_of(config_of(options.model, options), options.model)).name
+
+
+def default_arguments(options: argparse.Namespace, row: Task, rate: float, dtype: torch.dtype) -> dict[str, Any]:
+    """Defaults of the training arguments: the mode's rate, and mixed precision only in the dtype that was loaded."""
+    defaults: dict[str, Any] = {
+        "output_dir": options.output_dir,
+        "learning_rate": rate,
+        "include_num_input_tokens_seen": True,
+        "logging_nan_inf_filter": False,  # it logs a NaN as 0
+        "disable_tqdm": not sys.stderr.isatty(),
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+    }
+    if not torch.cuda.is_available():
+        defaults["use_cpu"] = True
+    if options.seed is not None:
+        defaults["seed"] = options.seed
+    fields = {f.name for f in dataclasses.fields(row.arguments_class())}
+    if options.max_length is not None and "max_length" in fields:
+        defaults["max_length"] = options.max_length
+    return defaults

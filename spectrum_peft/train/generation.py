@@ -1,0 +1,224 @@
+"""Text that a model writes: greedy completions of prompts, how good they are, and how fast they come.
+
+torch and rouge-score are imported inside functions.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import DataError, InstallError, OptionError, near_matches
+
+MAX_NEW_TOKENS = 256
+_BATCH = 8
+# The answer of a gsm8k solution: what stands after `####` (Cobbe et al. 2021, arXiv:2110.14168, section 2).
+_ANSWER = re.compile(r"####\s*\$?\s*(-?[\d,]*\.?\d+)")
+
+
+def final_answer(text: str) -> str | None:
+    """The number after the last `####`, without thousands separators and without zeros that say nothing.
+
+    Returns:
+        None where there is no such number.
+    """
+    found = _ANSWER.findall(text)
+    if not found:
+        return None
+    number = found[-1].replace(",", "")
+    if "." in number:
+        number = number.rstrip("0").rstrip(".")
+    sign, digits = ("-", number[1:]) if number.startswith("-") else ("", number)
+    digits = digits.lstrip("0") or "0"
+    digits = f"0{digits}" if digits.startswith(".") else digits
+    return digits if digits == "0" else sign + digits
+
+
+def exact_match(completions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Share of completions whose final `#### N` is the reference's, and of those that have one at all.
+
+    Raises:
+        DataError: a reference has no `#### N`.
+    """
+    wanted = [final_answer(text) for text in references]
+    if None in wanted:
+        row = wanted.index(None)
+        raise DataError(
+            f"exact_match: completion {row + 1} of the dataset ends in no `#### NUMBER`: {references[row][-60:]!r}."
+        )
+    given = [final_answer(text) for text in completions]
+    hits = sum(a == b for a, b in zip(given, wanted, strict=True))
+    return {"exact_match": hits / len(wanted), "answered": sum(a is not None for a in given) / len(wanted)}
+
+
+def rouge_l(completions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Mean F-measure of the longest common subsequence of words, stemmed (Lin 2004), by the package rouge-score.
+
+    Raises:
+        InstallError: rouge-score is missing.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise InstallError("ROUGE-L needs rouge-score: pip install 'spectrum-peft[eval]'.") from error
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scores = [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(completions, references, strict=True)]
+    return {"rouge_l": sum(scores) / len(scores)}
+
+
+METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
+    "exact_match": exact_match,
+    "rouge_l": rouge_l,
+}
+
+
+def check_metric(name: str) -> None:
+    """Raises:
+    OptionError: no such metric. InstallError: what it needs is not installed.
+    """
+    if name not in METRICS:
+        raise OptionError(f"metric is {name!r}." + near_matches(name, METRICS))
+    METRICS[name](["#### 1"], ["#### 1"])  # a missing package shows now and not after hours of training
+
+
+def check_rows(rows: Any, metrics: Sequence[str], source: str) -> None:
+    """Raises:
+    DataError: there is nothing to complete, or a reference that a metric cannot be asked of.
+    """
+    if not {"messages", "prompt"} & set(rows.column_names):
+        raise DataError(_NO_PROMPT.format(source=source, columns=rows.column_names))
+    if "exact_match" in metrics:
+        answers = rows["messages"] if "messages" in rows.column_names else rows["completion"]
+        texts = [a if isinstance(a, str) else a[-1]["content"] for a in answers]
+        exact_match(texts, texts)
+
+
+_NO_PROMPT = "{source}: generation needs prompt and completion, or messages; it has {columns}."
+
+
+def prompts_of(rows: Any, tokenizer: Any, source: str) -> tuple[list[str], list[str]]:
+    """What is to be completed, as the trainer shows it to the model, and the completions that were written by hand.
+
+    Args:
+        rows: dataset with `prompt` and `completion` (strings or messages), or `messages` that end in an answer.
+    Raises:
+        DataError: there is nothing to complete.
+    """
+    if "messages" in rows.column_names:
+        pairs = [(row[:-1], row[-1]["content"]) for row in rows["messages"]]
+    elif "prompt" in rows.column_names:
+        last = [c if isinstance(c, str) else c[-1]["content"] for c in rows["completion"]]
+        pairs = list(zip(rows["prompt"], last, strict=True))
+    else:
+        raise DataError(_NO_PROMPT.format(source=source, columns=rows.column_names))
+    prompts = [
+        p if isinstance(p, str) else tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False)
+        for p, _ in pairs
+    ]
+    return prompts, [reference for _, reference in pairs]
+
+
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = _BATCH,
+    chat: bool = False,
+) -> list[str]:
+    """Greedy completions, without the prompts and special tokens.
+
+    Args:
+        chat: the prompts come from a chat template, which has written the special tokens.
+    """
+    import torch
+
+    side, pad = tokenizer.padding_side, tokenizer.pad_token
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # Long ones together: a batch is as long as its longest prompt.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    try:
+        for at in range(0, len(order), batch_size):
+            own = order[at : at + batch_size]
+            inputs = _encoded(model, tokenizer, [prompts[i] for i in own], chat)
+            with torch.no_grad():
+                output = model.generate(**inputs, **_greedy(tokenizer), max_new_tokens=max_new_tokens)
+            if not model.config.is_encoder_decoder:
+                output = output[:, inputs["input_ids"].shape[1] :]
+            for i, text in zip(own, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
+                texts[i] = text
+    finally:
+        tokenizer.padding_side, tokenizer.pad_token = side, pad
+    return texts
+
+
+def _encoded(model: Any, tokenizer: Any, texts: list[str], chat: bool) -> dict[str, Any]:
+    inputs = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=not chat)
+    return {k: inputs[k].to(model.device) for k in ("input_ids", "attention_mask")}
+
+
+def _greedy(tokenizer: Any) -> dict[str, Any]:
+    """Whatever the checkpoint's generation config says of sampling."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "pad_token_id": pad}
+
+
+def judge(
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    metrics: Sequence[str],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = _BATCH,
+    source: str = "the dataset",
+) -> dict[str, float]:
+    """Complete the prompts of a dataset and judge the text.
+
+    Args:
+        metrics: keys of `METRICS`.
+    Returns:
+        The values of the metrics, each in [0, 1], and `generated_rows`.
+    Raises:
+        OptionError, DataError, InstallError.
+    """
+    for name in metrics:
+        check_metric(name)
+    prompts, references = prompts_of(rows, tokenizer, source)
+    chat = "messages" in rows.column_names or not isinstance(rows[0]["prompt"], str)
+    texts = complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, chat=chat)
+    found: dict[str, float] = {}
+    for name in metrics:
+        found |= METRICS[name](texts, references)
+    return {**found, "generated_rows": len(texts)}
+
+
+def speed(model: Any, tokenizer: Any, prompt: str, *, tokens: int, repeats: int = 3) -> dict[str, Any]:
+    """How fast one text is written, token by token, at batch size 1.
+
+    Args:
+        tokens: that are written each time, whatever the model would stop at.
+    Returns:
+        tokens_per_second (median of the repeats, prompt included in the time), and the repeats.
+    """
+    import torch
+
+    inputs = _encoded(model, tokenizer, [prompt], chat=False)
+    fixed: Mapping[str, Any] = {**_greedy(tokenizer), "max_new_tokens": tokens, "min_new_tokens": tokens}
+    rates = []
+    with torch.no_grad():
+        model.generate(**inputs, **{**fixed, "max_new_tokens": 2, "min_new_tokens": 2})
+        for _ in range(repeats):
+            began = time.perf_counter()
+            model.generate(**inputs, **fixed)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            rates.append(tokens / (time.perf_counter() - began))
+    return {"tokens_per_second": statistics.median(rates), "repeats": rates}

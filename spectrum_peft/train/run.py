@@ -1,0 +1,259 @@
+"""The verb `train`, on the trainers of transformers and TRL."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback
+
+from ..arguments import LORA_FIELDS, Rest
+from ..errors import CheckpointError, DataError, OptionError
+from ..plan import OPTIONS, check_options, needs_gradients
+from ..probe import DEFAULT_SAMPLES, calibration_batches
+from ..records import SnrReport, finite_only, write_text
+from ..scan import scan_weights
+from ..tuner.config import SpectrumConfig
+from ..tuner.loading import load_model_with_peft, load_model_with_spectrum, load_tokenizer
+from .arguments import given_fields, quiet_progress
+from .callback import SpectrumCallback
+from .settle import Run, settle
+from .tasks import build_trainer, evaluate
+from .watch import FiniteLoss, RankLog, StepClock, peak_memory, reset_peak_memory
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "train_results.json"
+
+
+def train(
+    options: argparse.Namespace, rest: Rest, plan_options: dict[str, Any], flags: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Load, train, judge, save.
+
+    Args:
+        options: flags of the verb `train`.
+        rest: what goes to the trainer's own arguments.
+        plan_options: those of `make_plan` that were given.
+        flags: of the verb, for near matches.
+    Returns:
+        What is written to `train_results.json`: what was trained, how fast, at what peak memory, and the metrics before
+        and after where there is an evaluation set. Memory in bytes, time in seconds. The peak is that of loading and
+        training, without the two evaluations (on systems other than Linux the first one counts).
+    """
+    quiet_progress()
+    run = settle(options, rest, plan_options, flags)
+    args, task = run.args, run.task.name
+    method = f"PEFT's {run.name}" if run.mode is None else f"mode {run.name}"
+    usual = "that of mode 'lora'" if run.mode is None else f"the default of mode {run.name!r}"
+    source = "set by you" if "learning_rate" in given_fields(rest) else usual
+    print(f"{method}, task {task}, {run.why}")
+    print(f"learning rate {args.learning_rate:g} ({source})")
+
+    transformers.set_seed(args.seed)  # a new head and new adapters are random
+    memory_before = peak_memory()
+    model, tokenizer, report, setup = _load(run, options, plan_options)
+    if tokenizer is None:
+        raise CheckpointError(f"{options.model}: has no tokenizer, which training on text needs.")
+    memory_loaded = peak_memory()
+    clock = StepClock()
+    callbacks: list[TrainerCallback] = [clock, FiniteLoss()]
+    callback = None
+    if run.peft is None:
+        callback = SpectrumCallback()
+        callback.report = report
+        callbacks.insert(0, callback)
+    elif hasattr(model.base_model, "update_and_allocate"):
+        callbacks.append(RankLog())
+    trainer = build_trainer(
+        task,
+        model=model,
+        tokenizer=tokenizer,
+        args=args,
+        train_dataset=run.train_rows,
+        eval_dataset=run.eval_rows,
+        max_length=options.max_length,
+        callbacks=callbacks,
+    )
+    if not len(trainer.train_dataset):
+        raise DataError(
+            f"{options.dataset}: none of its {len(run.train_rows)} rows is left to train on: in each the prompt alone fills the "
+            f"{getattr(args, 'max_length', options.max_length)} tokens of max_length."
+        )
+    before = evaluate(task, trainer, trainer.eval_dataset) if run.eval_rows is not None else None
+    rounded = _kept_in_float32(trainer) if hasattr(model, "spectrum_plan") else []
+    reset_peak_memory()
+    trainer.train(resume_from_checkpoint=run.resume)
+    peak = max(memory_loaded, peak_memory())
+    for parameter, stored in rounded:
+        parameter.data = parameter.data.to(stored)
+    after = evaluate(task, trainer, trainer.eval_dataset) if run.eval_rows is not None else None
+
+    plan = callback.plan if callback is not None else None
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if plan is not None and plan.options.get("rescore_every") is not None:
+        trained = plan.trainable_parameters  # what is allocated is more than what is live
+    output = Path(args.output_dir)
+    trainer.save_model(str(output))
+    results = {
+        "mode": run.name,
+        "task": task,
+        "model": options.model,
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "quantization": options.quantization,
+        "new_head": run.new_head,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "trainable_parameters": trained,
+        "total_parameters": sum(map(_elements, model.parameters())),
+        "setup_seconds": setup,
+        "steps": trainer.state.global_step,
+        "seconds_per_step": statistics.median(clock.seconds) if clock.seconds else None,
+        "step_seconds": clock.seconds,
+        "input_tokens": int(trainer.state.num_input_tokens_seen),
+        "peak_memory_bytes": peak,
+        "peak_memory_before_loading_bytes": memory_before,
+        "saved_bytes": sum(file.stat().st_size for file in output.glob("*.safetensors")),
+        "before": before,
+        "after": after,
+        "log_history": trainer.state.log_history,
+    }
+    if trainer.is_world_process_zero():
+        if hasattr(trainer.model, "peft_config") and run.head:
+            # The names of the classes: an adapter's own files have no place for them.
+            trainer.model.config.save_pretrained(output)
+        if callback is not None:
+            callback.write_records(output)
+        write_text(output / RESULTS, json.dumps(finite_only(results), indent=1) + "\n")
+    return results
+
+
+def _load(
+    run: Run, options: argparse.Namespace, plan_options: Mapping[str, Any]
+) -> tuple[Any, Any, SnrReport | None, dict[str, float]]:
+    """Model, tokenizer, report, and the seconds of the scan and of all that makes the model ready to train."""
+    kwargs: dict[str, Any] = {
+        "dtype": run.dtype,
+        "quantization": options.quantization,
+        "model_class": getattr(transformers, run.task.auto_class),
+        **run.head,
+    }
+    kwargs |= remote_options(options)
+    if options.attn_implementation:
+        kwargs["attn_implementation"] = options.attn_implementation
+    began = time.perf_counter()
+    if run.peft is not None:
+        model, tokenizer = load_model_with_peft(options.model, {"task_type": run.task.task_type, **run.peft}, **kwargs)
+        return model, tokenizer, None, {"scan": 0.0, "model": time.perf_counter() - began}
+    assert run.mode is not None
+    report = None if run.plan else _report(options, plan_options, run.mode.selective)
+    scanned = time.perf_counter()
+    spectrum = SpectrumConfig(
+        **plan_options,
+        **{name: value for name in LORA_FIELDS if (value := getattr(options, name)) is not None},
+        report=report,
+        plan=run.plan,
+        gradients=options.gradients,
+        calibration_data=_calibration(run, options, plan_options),
+        force=options.force,
+        task_type=run.task.task_type,
+    )
+    model, tokenizer = load_model_with_spectrum(options.model, spectrum, **kwargs)
+    return model, tokenizer, report, {"scan": scanned - began, "model": time.perf_counter() - scanned}
+
+
+def _calibration(
+    run: Run, options: argparse.Namespace, plan_options: Mapping[str, Any]
+) -> list[dict[str, torch.Tensor]] | None:
+    """The first training rows as batches, where the plan needs gradients and no report of them was given."""
+    if run.plan is not None or options.gradients or not needs_gradients(check_options(**plan_options)):
+        return None
+    samples = DEFAULT_SAMPLES if options.calibration_samples is None else options.calibration_samples
+    if samples < 1:
+        raise OptionError(f"--calibration-samples is {samples}, wanted at least 1.")
+    rows = run.train_rows.select(range(min(samples, len(run.train_rows))))
+    print(f"probing gradients on the first {len(rows)} training rows (--gradients gives a report of `probe` instead)")
+    limit = options.max_length or getattr(run.args, "max_length", None)
+    return calibration_batches(
+        rows,
+        n=len(rows),
+        tokenizer=load_tokenizer(options.model, **remote_options(options)),
+        task=run.task.name,
+        batch_size=min(run.args.per_device_train_batch_size, len(rows)),
+        labels=list(run.head["label2id"]) if run.head else None,
+        **({} if limit is None else {"max_length": limit}),
+    )
+
+
+def remote_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Which version of a hub model to load, and whether to run its code, as `from_pretrained` wants it."""
+    return {name: value for name in ("revision", "trust_remote_code") if (value := getattr(options, name))}
+
+
+def _kept_in_float32(trainer: Any) -> list[tuple[torch.nn.Parameter, torch.dtype]]:
+    """Give the real weights that train a float32 value, where they are stored in less and mixed precision is on.
+
+    In bfloat16 most steps of fine-tuning are smaller than half of a value's last place and would be lost. A tuner layer
+    does this by itself (`trainable_dtype`); in a plain model the products fit only under autocast.
+
+    Returns:
+        Each such parameter with its dtype as loaded, to round it once when training has ended.
+    """
+    model, args = trainer.model, trainer.args
+    short = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if not short:
+        return []
+    if model.spectrum_plan.options["trainable_dtype"] == "base" or not (args.bf16 or args.fp16):
+        logger.warning("%d tensors train in %s: steps below half of a last place are lost", len(short), short[0].dtype)
+        return []
+    kept = [(p, p.dtype) for p in short]
+    for parameter in short:
+        parameter.data = parameter.data.float()
+    return kept
+
+
+def _report(options: argparse.Namespace, plan_options: Mapping[str, Any], scored: bool) -> SnrReport:
+    """The report that was given, else a scan; a mode that takes everything needs names and shapes, no scores."""
+    if options.report:
+        return SnrReport.load(options.report)
+    criterion = plan_options.get("criterion", OPTIONS["criterion"])
+    if criterion == "fisher":  # its scores come with the gradients
+        criterion, scored = OPTIONS["criterion"], False
+    if scored:
+        print(f"no --report was given: scanning {options.model}")
+    return scan_weights(
+        options.model,
+        criterion=criterion,
+        score=("linear",) if scored else (),
+        cache=True,
+        revision=options.revision,
+        seed=plan_options.get("seed", OPTIONS["seed"]),
+    )
+
+
+def describe_training(results: Mapping[str, Any]) -> str:
+    """A few lines for the reader of the terminal."""
+    trained, total = results["trainable_parameters"], results["total_parameters"]
+    lines = [
+        f"trained {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) for {results['steps']} steps, "
+        f"{results['seconds_per_step'] or 0:.3g} s a step, peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB"
+    ]
+    if results["before"]:
+        for name, value in results["after"].items():
+            if name not in {"tokens", "examples"}:
+                lines.append(f"{name}: {results['before'][name]:.4f} -> {value:.4f}")
+    return "\n".join(lines)
+
+
+def _elements(parameter: torch.nn.Parameter) -> int:
+    """Number of weights; a 4-bit parameter stores two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else torch.Size(state.shape).numel()

@@ -1,0 +1,182 @@
+"""Models and adapters that were saved, opened again: the verbs `evaluate` and `probe`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+
+from ..arguments import Rest
+from ..data import label_names, read_dataset, select_columns
+from ..errors import CheckpointError
+from ..probe import DEFAULT_SAMPLES, calibration_batches, probe_gradients
+from ..records import GradientReport, finite_only, read_mapping
+from ..scan import scan_weights
+from ..tuner.config import SpectrumConfig
+from ..tuner.loading import load_model_with_spectrum, load_trained
+from . import generation
+from .arguments import (
+    DTYPES,
+    config_of,
+    default_arguments,
+    dtype_of,
+    quiet_progress,
+    renamed_columns,
+    task_named,
+    trainer_arguments,
+)
+from .run import RESULTS, remote_options
+from .tasks import TASKS, Task, build_trainer, evaluate, has_classifier, task_of
+
+# --- probe -----------------------------------------------------------------------------------------------------------
+
+
+def _what_is_there(options: argparse.Namespace) -> tuple[dict[str, Any] | None, Any, Task]:
+    """What `options.model` is, before it is loaded.
+
+    Returns:
+        (fields of its adapter's config, None where it is no adapter; config of the model, where an adapter comes with one
+        that one, for it has the labels of its head; the task).
+    """
+    folder = Path(options.model)
+    adapter = read_mapping(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
+    described, name = options.model, options.task
+    if adapter is not None:
+        name = name or next((t.name for t in TASKS.values() if t.task_type == adapter.get("task_type")), None)
+        if not (folder / "config.json").is_file():
+            described = adapter["base_model_name_or_path"]
+    config = config_of(described, options)
+    return adapter, config, task_named(name or task_of(config, described))
+
+
+def probe(options: argparse.Namespace) -> GradientReport:
+    """What the verb `probe` does: load a model or a trained adapter, draw rows, measure its gradients on them."""
+    quiet_progress()
+    adapter, config, task = _what_is_there(options)
+    dtype, why = dtype_of(options)
+    print(f"task {task.name}, {why}", file=sys.stderr)
+    rows = read_dataset(options.dataset, options.dataset_split or "train")
+    rows = select_columns(rows, task.name, options.dataset, renamed_columns(options))
+    kwargs, labels = remote_options(options), None
+    if options.attn_implementation:
+        kwargs["attn_implementation"] = options.attn_implementation
+    if task.labelled:
+        has_head = adapter is not None or has_classifier(config)
+        labels = label_names(rows, config if has_head else None, options.dataset)
+        kwargs["num_labels"] = len(labels)
+    transformers.set_seed(options.seed)  # a new head is random
+    model_class = getattr(transformers, task.auto_class)
+    model, tokenizer = load_trained(
+        options.model, dtype=dtype, quantization=options.quantization, model_class=model_class, **kwargs
+    )
+    if tokenizer is None:
+        raise CheckpointError(f"{options.model}: has no tokenizer, which a probe on text needs.")
+    given = {name: value for name in ("batch_size", "max_length") if (value := getattr(options, name)) is not None}
+    samples = DEFAULT_SAMPLES if options.samples is None else options.samples
+    batches = calibration_batches(rows, tokenizer, samples, options.seed, task=task.name, labels=labels, **given)
+    directions = {} if options.directions is None else {"directions": options.directions}
+    return probe_gradients(model, batches, seed=options.seed, svd_rank=options.svd_rank or 0, **directions)
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What training has saved, or a base, opened to be judged.
+
+    Attributes:
+        config: of the checkpoint; for classification it names the labels.
+        options, rest, flags: as `evaluate_saved` takes them.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    config: Any
+    options: argparse.Namespace
+    rest: Rest
+    flags: Sequence[str]
+
+    def rows(self, source: str, split: str | None = None) -> datasets.Dataset:
+        """Rows of a dataset with the task's standard columns."""
+        rows = read_dataset(source, split or "train")
+        return select_columns(rows, self.task.name, source, renamed_columns(self.options))
+
+    def metrics(self, rows: datasets.Dataset) -> dict[str, float]:
+        """The metrics of `tasks.evaluate`."""
+        with tempfile.TemporaryDirectory() as scratch:
+            options = argparse.Namespace(**{**vars(self.options), "output_dir": scratch, "seed": None})
+            defaults = default_arguments(options, self.task, 0.0, self.model.dtype)
+            defaults |= {"bf16": False, "fp16": False, "gradient_checkpointing": False}
+            args = trainer_arguments(self.task.name, self.rest, defaults, self.flags)
+            trainer = build_trainer(
+                self.task.name,
+                model=self.model,
+                tokenizer=self.tokenizer,
+                args=args,
+                train_dataset=rows,
+                max_length=options.max_length,
+            )
+            return evaluate(self.task.name, trainer, trainer.train_dataset)
+
+
+def open_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str] = ()) -> Saved:
+    """Load `options.model`: a trained adapter on its base, a trained model, or a base.
+
+    A quantized base alone gets an untrained adapter, which changes no value: the trainers take it only with one.
+    """
+    folder = Path(options.model)
+    adapter, config, task = _what_is_there(options)
+    stated = read_mapping(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+    quantization = options.quantization or (stated.get("quantization") if adapter is not None else None)
+    if options.dtype is None and stated.get("dtype") in DTYPES:
+        dtype, why = getattr(torch, stated["dtype"]), f"{stated['dtype']} as in training"
+    else:
+        dtype, why = dtype_of(options)
+    on = f", on a base in {quantization}" if quantization not in (None, "none") else ""
+    print(f"task {task.name}, {why}{on}", file=sys.stderr)
+    kwargs: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
+    kwargs["model_class"] = getattr(transformers, task.auto_class)
+    if task.labelled:
+        kwargs |= {"num_labels": config.num_labels, "id2label": config.id2label, "label2id": config.label2id}
+    kwargs |= remote_options(options)
+    if adapter is None and quantization not in (None, "none"):
+        report = scan_weights(options.model, "last", revision=options.revision)
+        untrained = SpectrumConfig(mode="lora", r=1, report=report, task_type=task.task_type)
+        model, tokenizer = load_model_with_spectrum(options.model, untrained, **kwargs)
+    else:
+        model, tokenizer = load_trained(options.model, **kwargs)
+    if tokenizer is None:
+        raise CheckpointError(f"{options.model}: has no tokenizer, which evaluation on text needs.")
+    return Saved(model, tokenizer, task, config, options, rest, flags)
+
+
+def evaluate_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """Judge a trained adapter, a trained model or a base on a dataset.
+
+    Returns:
+        The metrics of `tasks.evaluate`, and of `generation.METRICS` those asked for, with `model`, `task` and `dataset`.
+    """
+    quiet_progress()
+    for name in options.generate or ():
+        generation.check_metric(name)
+    saved = open_saved(options, rest, flags)
+    rows = saved.rows(options.dataset, options.dataset_split)
+    if saved.task.labelled:
+        label_names(rows, saved.config, options.dataset)
+    metrics = saved.metrics(rows)
+    if options.generate:
+        metrics |= generation.judge(
+            saved.model, saved.tokenizer, rows, options.generate,
+            max_new_tokens=options.max_new_tokens or generation.MAX_NEW_TOKENS, source=options.dataset,
+        )  # fmt: skip
+    return finite_only({"model": options.model, "task": saved.task.name, "dataset": options.dataset, **metrics})

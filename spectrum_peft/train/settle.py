@@ -1,0 +1,169 @@
+"""Everything about a run that can be known before the model is loaded, checked."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import TrainingArguments
+
+from ..arguments import LORA_FIELDS, Rest
+from ..data import label_ids, label_names, read_dataset, select_columns
+from ..errors import DataError, OptionError
+from ..plan import MODES, Mode, check_options, get_mode
+from ..records import Plan, read_mapping
+from ..tuner.loading import check_quantizable, checked_peft_config
+from .arguments import config_of, default_arguments, dtype_of, renamed_columns, task_named, trainer_arguments
+from .tasks import Task, has_classifier, task_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a training run is, settled before a weight is read.
+
+    Attributes:
+        name: of the mode, or of the method of PEFT's own.
+        mode: row of the table; None for a method of PEFT's own.
+        peft: fields of a PEFT config, `peft_type` among them; None for our modes.
+        why: one line on the dtype.
+        train_rows, eval_rows: with the task's standard columns; no evaluation rows where no set was named.
+        head: keywords of the loader that size and name a classification head.
+        new_head: the checkpoint has none, so that it begins at random.
+    """
+
+    name: str
+    mode: Mode | None
+    peft: dict[str, Any] | None
+    plan: Plan | None
+    task: Task
+    dtype: torch.dtype
+    why: str
+    args: TrainingArguments
+    resume: str | bool | None
+    train_rows: datasets.Dataset
+    eval_rows: datasets.Dataset | None
+    head: dict[str, Any]
+    new_head: bool
+
+
+Rows = tuple[datasets.Dataset, datasets.Dataset | None]
+
+
+def settle(
+    options: argparse.Namespace,
+    rest: Rest,
+    plan_options: Mapping[str, Any],
+    flags: Sequence[str] = (),
+    rows: Rows | None = None,
+) -> Run:
+    """Check everything about a run that can be checked without its weights; the arguments are those of `train`.
+
+    Args:
+        rows: training and evaluation rows of the same datasets, where an earlier call has read them.
+    Raises:
+        OptionError, CheckpointError, DataError: whatever is wrong with flags, checkpoint folder or datasets.
+    """
+    plan = Plan.load(options.plan) if options.plan else None
+    own = _peft_fields(options, plan_options) if options.peft_config else None
+    checked = check_options(**plan_options)
+    mode = None if own else get_mode(plan.mode if plan else checked["mode"])
+    name = own["peft_type"] if own else mode.name
+    config = config_of(options.model, options)
+    task = task_named(options.task or task_of(config, options.model))
+    if mode is not None and options.quantization not in (None, "none"):
+        check_quantizable(mode)
+    dtype, why = dtype_of(options)
+    rate = MODES["lora"].default_lr if mode is None else mode.default_lr
+    args = trainer_arguments(task.name, rest, default_arguments(options, task, rate, dtype), flags)
+    if args.learning_rate < 0:
+        raise OptionError(f"learning_rate is {args.learning_rate:g}, wanted a rate of at least 0.")
+    if plan is not None:
+        _refuse_other_options(plan, plan_options, options.plan)
+    resume = _resume(args.resume_from_checkpoint)
+    eval_source = options.eval_dataset or (options.dataset if options.eval_split else None)
+    if args.eval_strategy != "no" and eval_source is None:
+        raise OptionError(
+            f"eval_strategy is {args.eval_strategy.value!r}, but there is no --eval-dataset or --eval-split."
+        )
+    if own and own["peft_type"] == "ADALORA" and own.setdefault("total_step", args.max_steps) <= 0:
+        raise OptionError(f"{options.peft_config}: AdaLoRA needs total_step; give it, or --max-steps.")
+    if own:
+        checked_peft_config(own)
+
+    train_rows, eval_rows = rows or _read_rows(options, task.name, args)
+    head: dict[str, Any] = {}
+    if "label" in train_rows.column_names:
+        labels = label_names(train_rows, config if has_classifier(config) else None, options.dataset)
+        ids = {name: i for i, name in enumerate(labels)}
+        head = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": ids}
+        if eval_rows is not None:
+            _check_labels(eval_rows, labels, eval_source)
+    new_head = bool(head) and not has_classifier(config)
+    return Run(name, mode, own, plan, task, dtype, why, args, resume, train_rows, eval_rows, head, new_head)
+
+
+def _check_labels(rows: Any, labels: Sequence[str], source: str) -> None:
+    """
+    Raises:
+        DataError: evaluation rows hold a label that is none of the model's.
+    """
+    try:
+        label_ids(rows, labels)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+
+
+def _refuse_other_options(plan: Plan, given: Mapping[str, Any], source: str) -> None:
+    """A plan is final: an option beside it that says something else would be of no effect.
+
+    Raises:
+        OptionError: names the first of them.
+    """
+    for name, value in given.items():
+        fixed = plan.options.get(name)
+        value = tuple(value) if isinstance(value, list) else value
+        if name not in ("mode", "seed") and fixed != value:
+            raise OptionError(
+                f"--{name.replace('_', '-')} is {value!r}, but {source} was made with {fixed!r}. Make another plan, or leave "
+                "the flag out."
+            )
+
+
+def _read_rows(options: argparse.Namespace, task: str, args: TrainingArguments) -> Rows:
+    renamed = renamed_columns(options)
+    if getattr(args, "dataset_text_field", "text") != "text":  # TRL's name for the same wish
+        renamed.setdefault("text", args.dataset_text_field)
+        args.dataset_text_field = "text"
+    train_rows = read_dataset(options.dataset, options.dataset_split or "train")
+    train_rows = select_columns(train_rows, task, options.dataset, renamed)
+    source = options.eval_dataset or (options.dataset if options.eval_split else None)
+    if source is None:
+        return train_rows, None
+    return train_rows, select_columns(read_dataset(source, options.eval_split or "train"), task, source, renamed)
+
+
+def _peft_fields(options: argparse.Namespace, plan_options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `--peft-config`, which goes with none of our own options."""
+    given = [name for name in (*LORA_FIELDS, "plan", "report") if getattr(options, name) is not None]
+    given += [name for name in plan_options if name != "seed"]
+    if given:
+        raise OptionError(f"--peft-config and {given[0]} are both given: a method of PEFT's own takes only its config.")
+    fields = read_mapping(options.peft_config)
+    if "peft_type" not in fields:
+        raise OptionError(f"{options.peft_config}: peft_type is missing, wanted a name such as ADALORA.")
+    return {**fields, "peft_type": str(fields["peft_type"]).upper()}
+
+
+def _resume(value: str | None) -> str | bool | None:
+    if value is None or value.lower() in {"false", "no"}:
+        return None
+    if value.lower() in {"true", "yes", "last"}:
+        return True
+    if not Path(value).is_dir():
+        raise OptionError(f"resume_from_checkpoint is {value!r}, wanted a checkpoint folder or true.")
+    return value

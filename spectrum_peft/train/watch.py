@@ -1,0 +1,76 @@
+"""What a run is watched for: step times, a loss that is no number, ranks that move, peak memory."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..errors import DataError
+from ..machine import peak_resident, reset_peak
+
+
+class StepClock(TrainerCallback):
+    """Times each optimizer step on its own: data, logging, saving and evaluation between steps are not in it."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+class FiniteLoss(TrainerCallback):
+    """Ends a run whose loss or weights have become NaN: what follows would be NaN, too, and nothing would say so."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            raise DataError(f"the loss is {float(loss)} at step {state.global_step}; nothing was saved. " + _NOT_FINITE)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step in (1, state.max_steps):
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                    raise DataError(f"{name} holds NaN or Inf after step {state.global_step}. " + _NOT_FINITE)
+
+
+_NOT_FINITE = (
+    "A lower learning rate may help; `spectrum-peft scan` tells whether the checkpoint itself holds such values."
+)
+
+
+class RankLog(TrainerCallback):
+    """AdaLoRA moves its ranks after each optimizer step, while the gradients are still there."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step)
+
+
+def peak_memory() -> int:
+    """Highest resident memory of this process so far in bytes; on a CUDA device, the highest allocated there."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if (peak := peak_resident()) is not None:
+        return peak
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak_memory() -> None:
+    """Let the peak begin again with what is held now (on a CUDA device, and on Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        reset_peak()

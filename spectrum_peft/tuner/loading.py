@@ -1,0 +1,338 @@
+"""Loading a model so that a plan can be carried out on it: the short way, and the quantization config that a plan needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model, prepare_model_for_kbit_training
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+
+from .. import names
+from ..errors import OptionError, near_matches
+from ..plan import MODES, OPTIONS, Mode, make_plan, needs_gradients
+from ..records import Plan
+from ..scan import scan_weights
+from ..weights import keep_4bit_differentiable
+from . import freeze_to_plan, settle_plan
+from .config import SpectrumConfig, candidates_of
+
+logger = logging.getLogger(__name__)
+
+QUANTIZATIONS = ("nf4", "fp4", "int8")
+
+
+def fast_dtype(device: str | torch.device = "auto") -> torch.dtype:
+    """bfloat16 where the device multiplies it at speed, float32 elsewhere.
+
+    GPUs say so themselves; a CPU does with AMX or AVX512-BF16 (Linux names them in /proc/cpuinfo). Without them a bfloat16
+    product falls back to scalar code, some hundred times slower than float32.
+    """
+    kind = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    if kind.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if kind.type == "cpu":
+        info = Path("/proc/cpuinfo")
+        flags = info.read_text().split() if info.exists() else []
+        return torch.bfloat16 if {"amx_bf16", "avx512_bf16"} & set(flags) else torch.float32
+    return torch.bfloat16
+
+
+def quantization_config_for(
+    plan: Plan | None, model: Any = None, quant_type: str = "nf4", compute_dtype: torch.dtype | None = None
+) -> BitsAndBytesConfig:
+    """The `BitsAndBytesConfig` that leaves exactly the plan's real weights, and the output head, unquantized.
+
+    Args:
+        plan: its entries with action `train` or `save` stay in 16 or 32 bit; None or an adapter plan: only the head does.
+        model: path, id, config or model that will be quantized; names the heads of a family that are not the usual ones.
+        quant_type: `nf4`, `fp4` (4 bit, double quantization) or `int8`.
+        compute_dtype: of products with dequantized weights; None for `fast_dtype()`.
+    Raises:
+        OptionError: an unknown `quant_type`; a plan of mode `full`, which leaves nothing to quantize.
+    """
+    if quant_type not in QUANTIZATIONS:
+        raise OptionError(f"quant_type is {quant_type!r}." + near_matches(str(quant_type), QUANTIZATIONS))
+    skipped = []
+    if plan is not None:
+        check_quantizable(MODES[plan.mode])
+        skipped = [names.module_name(e.name) for e in plan.entries if e.trains and e.action in ("train", "save")]
+    skipped += sorted(names.HEADS)
+    if isinstance(model, nn.Module) and hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()
+        skipped += [name for name, module in model.named_modules() if module is head]
+    skipped = list(dict.fromkeys(skipped))
+    if quant_type == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype or fast_dtype(),
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def load_model_with_spectrum(
+    model_name: str,
+    spectrum_config: str | os.PathLike[str] | Plan | SpectrumConfig | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    quantization: str | None = None,
+    model_class: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """Load a checkpoint and its tokenizer, ready to train what the plan says.
+
+    `full` and `spectrum` on a float base give the plain model with `requires_grad` set, so that `save_pretrained` writes
+    a standard checkpoint. Every other mode, and `spectrum` on a quantized base, gives a `PeftModel`.
+
+    Args:
+        model_name: hub id or local folder.
+        spectrum_config: plan file as `SpectrumScanner.scan_and_save` writes it, a Plan, or a `SpectrumConfig`; None scans
+            and takes the defaults.
+        dtype, torch_dtype: of the weights, as a torch dtype or its name; `auto` for the checkpoint's. None for `fast_dtype()`.
+        device_map: as in transformers.
+        quantization: `nf4`, `fp4`, `int8` or None.
+        model_class: class with `from_pretrained`; None for the class that the checkpoint's config names.
+        kwargs: passed to `from_pretrained` (`revision`, `attn_implementation`, `num_labels`, ...).
+    Returns:
+        (model, tokenizer); the tokenizer is None, with a logged line, where the checkpoint has none.
+    Raises:
+        MismatchError: the plan is of another checkpoint, or trains something that the model lacks.
+        OptionError: dtype and torch_dtype differ; an unknown quantization.
+    """
+    wanted = _one_dtype(dtype, torch_dtype)
+    quantization = _checked_quantization(quantization)
+    config = _as_config(spectrum_config)
+    revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
+    if quantization is not None and "quantization_config" not in kwargs:
+        if MODES[config.mode].real_weights and config.plan is None:
+            config.plan = _plan_before_loading(model_name, config, **revision)
+        kwargs["quantization_config"] = quantization_config_for(
+            config.plan, model_name, quantization, wanted if isinstance(wanted, torch.dtype) else None
+        )
+    loader = model_class or class_for(model_name, **revision, **_remote(kwargs))
+    model = loader.from_pretrained(model_name, dtype=wanted, device_map=device_map, **kwargs)
+    return made_trainable(model, config), load_tokenizer(model_name, **revision, **_remote(kwargs))
+
+
+def load_model_with_peft(
+    model_name: str,
+    peft_config: Mapping[str, Any],
+    *,
+    dtype: str | torch.dtype | None = None,
+    quantization: str | None = None,
+    model_class: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """Load a checkpoint with one of PEFT's own methods on it: a contestant for a comparison with ours.
+
+    Args:
+        peft_config: `peft_type` (ADALORA, LOHA, ...) and fields of its config.
+        others: as in `load_model_with_spectrum`.
+    Returns:
+        (a `PeftModel`, tokenizer or None).
+    Raises:
+        OptionError: PEFT has no such method, the method no such field, or it refuses a value.
+    """
+    wanted = _one_dtype(dtype, None)
+    quantization = _checked_quantization(quantization)
+    config = checked_peft_config(peft_config)
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization_config_for(
+            None, model_name, quantization, wanted if isinstance(wanted, torch.dtype) else None
+        )
+    given = {name: kwargs[name] for name in ("revision",) if name in kwargs}
+    loader = model_class or class_for(model_name, **given, **_remote(kwargs))
+    model = loader.from_pretrained(model_name, dtype=wanted, **kwargs)
+    if quantization is not None:
+        keep_4bit_differentiable(model)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, config), load_tokenizer(model_name, **given, **_remote(kwargs))
+
+
+def check_quantizable(mode: Mode) -> None:
+    """
+    Raises:
+        OptionError: the mode trains every weight, and a quantized one does not train.
+    """
+    if mode.whole_model:
+        raise OptionError(f"mode {mode.name!r} trains every weight, so none can be quantized; use mode='spectrum'.")
+
+
+def checked_peft_config(fields: Mapping[str, Any]) -> Any:
+    """The `PeftConfig` of `peft_type` and its fields.
+
+    Raises:
+        OptionError: PEFT has no such method, the method no such field, or it refuses a value.
+    """
+    kind = str(fields.get("peft_type"))
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise OptionError(f"peft_type is {kind!r}." + near_matches(kind, PEFT_TYPE_TO_CONFIG_MAPPING))
+    known = {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    for name in fields:
+        if name not in known:
+            raise OptionError(f"{kind} has no field {name!r}." + near_matches(name, known))
+    try:
+        return get_peft_config(dict(fields))
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"PEFT refuses the {kind} config: {error}") from error
+
+
+def _checked_quantization(value: str | None) -> str | None:
+    if value in (None, "none", "None"):
+        return None
+    if value not in QUANTIZATIONS:
+        raise OptionError(f"quantization is {value!r}." + near_matches(str(value), QUANTIZATIONS))
+    return value
+
+
+def made_trainable(model: Any, config: SpectrumConfig, *, peft: bool | None = None) -> Any:
+    """Freeze or wrap a loaded model so that it trains what the config says; the second half of `load_model_with_spectrum`.
+
+    Args:
+        peft: True for a `PeftModel` in every mode, as the trainers' `peft_config` makes; None for one where it is needed.
+    """
+    quantized = bool(getattr(model, "is_quantized", False))
+    if MODES[config.mode].plain_model and not quantized and not peft:
+        model.spectrum_plan = settle_plan(model, config)
+        freeze_to_plan(model, model.spectrum_plan)
+        return model
+    if quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config.task_type = config.task_type or task_type_of(model)
+    return get_peft_model(model, config)
+
+
+def load_trained(
+    model_name: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    quantization: str | None = None,
+    model_class: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """Load what training has saved, to be used: an adapter on its base, or a plain checkpoint.
+
+    Args:
+        model_name: folder of an adapter or of a model, or a hub id of a model.
+        quantization: of the base. Weights that an adapter trained whole stay unquantized.
+        others: as in `load_model_with_spectrum`.
+    Returns:
+        (model in eval mode, tokenizer or None). An adapter's folder brings its own tokenizer where it has one.
+    """
+    wanted = _one_dtype(dtype, None)
+    folder = Path(model_name)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    adapter = PeftConfig.from_pretrained(model_name) if is_adapter else None
+    base = model_name if adapter is None else adapter.base_model_name_or_path
+    if quantization not in (None, "none"):
+        plan = getattr(adapter, "plan", None)
+        kwargs["quantization_config"] = quantization_config_for(
+            plan, base, quantization, wanted if isinstance(wanted, torch.dtype) else None
+        )
+    revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
+    loader = model_class or class_for(base, **revision, **_remote(kwargs))
+    model = loader.from_pretrained(base, dtype=wanted, device_map=device_map, **kwargs)
+    keep_4bit_differentiable(model)  # the products of training, not the faster ones for inference that round otherwise
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, model_name)
+    tokenizer = load_tokenizer(model_name) if adapter is not None else None
+    if tokenizer is None:
+        tokenizer = load_tokenizer(base, **revision, **_remote(kwargs))
+    return model.eval(), tokenizer
+
+
+def _one_dtype(dtype: Any, torch_dtype: Any) -> Any:
+    given = [d for d in (dtype, torch_dtype) if d is not None]
+    values = []
+    for value in given:
+        if isinstance(value, str) and value != "auto":
+            resolved = getattr(torch, value.removeprefix("torch."), None)
+            if not isinstance(resolved, torch.dtype):
+                raise OptionError(
+                    f"dtype is {value!r}." + near_matches(value, ("float32", "bfloat16", "float16", "auto"))
+                )
+            value = resolved
+        values.append(value)
+    if len(values) == 2 and values[0] != values[1]:
+        raise OptionError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} differ; give one.")
+    return values[0] if values else fast_dtype()
+
+
+def _as_config(value: Any) -> SpectrumConfig:
+    if value is None:
+        return SpectrumConfig()
+    if isinstance(value, SpectrumConfig):
+        return value
+    return SpectrumConfig(plan=value)
+
+
+def _plan_before_loading(model_name: str, config: SpectrumConfig, **revision: Any) -> Plan:
+    """Which modules stay unquantized must be known before the weights are read."""
+    report, gradients, options = config.resolved_report(), config.resolved_gradients(), config.options()
+    by_data = needs_gradients(options)
+    if by_data and gradients is None:
+        raise OptionError(
+            f"criterion {options['criterion']!r} chooses by gradients, and which modules stay unquantized must be known before "
+            "the model is loaded. Probe the float model first (probe_gradients, or the command `probe`) and give gradients=."
+        )
+    if report is None:
+        criterion = OPTIONS["criterion"] if by_data else options["criterion"]
+        report = scan_weights(
+            model_name, criterion, score=() if by_data else ("linear",), cache=not by_data, seed=config.seed, **revision
+        )
+    return make_plan(report, gradients=gradients, candidates=candidates_of(config, report), **options)
+
+
+def class_for(model_name: str, **kwargs: Any) -> Any:
+    """The transformers class that a checkpoint's config names in `architectures`, else `AutoModelForCausalLM`."""
+    return class_of(AutoConfig.from_pretrained(model_name, **kwargs))
+
+
+def class_of(config: Any) -> Any:
+    """The transformers class that a config names in `architectures`, else `AutoModelForCausalLM`."""
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None and not name.endswith("Model"):
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+def _remote(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+
+
+def task_type_of(model: Any) -> str | None:
+    name = type(model).__name__
+    known = {
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+    }
+    return next((task for ending, task in known.items() if name.endswith(ending)), None)
+
+
+def load_tokenizer(model_name: str, **kwargs: Any) -> Any:
+    """The tokenizer of a checkpoint; None, with a logged line, where a local folder has none."""
+    folder = Path(model_name)
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+    if folder.is_dir() and not any((folder / name).exists() for name in files):
+        logger.info("%s has no tokenizer files; the tokenizer is None", model_name)
+        return None
+    return AutoTokenizer.from_pretrained(model_name, **kwargs)
