@@ -57,9 +57,10 @@ class SpectrumModel(LoraModel):
         if any(c is config for name, c in self.peft_config.items() if name != adapter_name):
             # TRL's reference adapter comes with the policy's own config; the plan of one must not move the other's.
             config = self.peft_config[adapter_name] = copy.copy(config)
+        keep_4bit_differentiable(
+            model
+        )  # for inference, too: merging and unloading read the weights in the usual layout
         config.plan = settle_plan(model, config)
-        if not config.inference_mode:
-            keep_4bit_differentiable(model)
         self._aim(config, model)
         self._refuse_mixtures(config, model, adapter_name)
         refuse_unshareable(config)

@@ -289,7 +289,7 @@ def _layer_values(item: _Live) -> Tensor:
     if item.info.dtype in {"nf4", "fp4"}:
         import bitsandbytes.functional as bnb
 
-        values: Tensor = bnb.dequantize_4bit(*unpacked_4bit(item.parameter))
+        values: Tensor = bnb.dequantize_4bit(*unpacked_4bit(item.parameter, item.info.name))
         return values
     if item.info.dtype == "int8":
         # After the first forward the scales have moved from the parameter to the module's state.

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 def dequantize_4bit(packed: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
@@ -28,31 +34,79 @@ def quantization_of(parameter: Tensor) -> str | None:
     return None
 
 
-def unpacked_4bit(parameter: Any) -> tuple[Tensor, Any]:
-    """Data and quantization state of a 4-bit parameter in bitsandbytes' usual layout; the parameter stays as it is."""
+def unpacked_4bit(parameter: Any, name: str = "weight") -> tuple[Tensor, Any]:
+    """Data and quantization state of a 4-bit parameter in bitsandbytes' usual layout; the parameter stays as it is.
+
+    The layout that bitsandbytes (0.50.2) packs into for CPUs with AVX512-BF16 is undone here: its own inverse leaves the block
+    maxima of a weight without double quantization transposed, and quantizes those of the others a second time. The 4-bit codes
+    come back exactly. The maxima do not: packing rounds them to bfloat16 and drops the originals, so that each block is
+    off by 2^-9 of its values at most; they come back as the float32 numbers that the packed product has used.
+
+    Raises:
+        CheckpointError: packing the result again does not give what the parameter holds.
+    Source: bitsandbytes 0.50.2, functional.py `_convert_weight_packed_for_cpu`.
+    """
+    state = parameter.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        return parameter.data, state
+    import bitsandbytes
     import bitsandbytes.functional as bnb
 
-    state = parameter.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        return bnb._convert_weight_packed_for_cpu_inverse(parameter.data, state)
-    return parameter.data, state
+    rows, columns = state.shape
+    packed = parameter.data.view(torch.uint8).reshape(rows // 32, columns // 2, 32)
+    # A byte has a code of row i in its low half and one of row i + 16 in its high half, of 32 rows that were packed together;
+    # two bytes, one for each of two neighbouring columns, lie side by side.
+    codes = torch.stack([packed & 0xF, packed >> 4], dim=2).reshape(rows // 32, columns // 2, 32, 2)
+    codes = codes.transpose(1, 2).reshape(-1, 2)
+    data = ((codes[:, 0] << 4) | codes[:, 1]).reshape(state.original_qshape)
+    storage = getattr(state, "original_storage_type", None)
+    data = data if storage is None else data.view(storage)
+    plain = bnb.QuantState(
+        absmax=state.absmax.T.float().flatten(),
+        shape=state.shape,
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=state.original_dtype,
+    )
+    again, as_packed = bnb._convert_weight_packed_for_cpu(data, copy.copy(plain))
+    if not (torch.equal(again, parameter.data) and torch.equal(as_packed.absmax, state.absmax)):
+        raise CheckpointError(
+            f"{name}: bitsandbytes {bitsandbytes.__version__} has repacked this 4-bit weight for inference in a form that is not "
+            "known here, wanted that of 0.50.2; load the base again, and wrap it before it is evaluated."
+        )
+    return data, plain
 
 
 def keep_4bit_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights, and undo it where it did; call it before training.
+    """Keep bitsandbytes from repacking 4-bit weights, and undo it where it did; call it before anything reads or trains them.
 
     On a CPU with AVX512-BF16, bitsandbytes (0.50.2, `Linear4bit.forward`) repacks a weight in the first forward in eval
     mode, for a faster product that has no backward: after one evaluation, a training step ends at that layer and says
-    so only in a warning. The layer's output changes within rounding. Without a repacked weight, or without such a CPU,
-    nothing happens.
+    so only in a warning. Without a repacked weight, or without such a CPU, nothing happens. What is undone is logged, since
+    packing has rounded the block maxima (`unpacked_4bit`).
+
+    Raises:
+        CheckpointError: a weight is packed in a form that cannot be undone.
     """
-    for module in model.modules():
-        if not getattr(module, "support_avx512bf16_for_cpu", False):
+    undone = []
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
-        module.support_avx512bf16_for_cpu = False
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         weight: Any = module.weight
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-            weight.data, weight.quant_state = unpacked_4bit(weight)
+            weight.data, weight.quant_state = unpacked_4bit(weight, f"{name}.weight")
+            module.quant_state = weight.quant_state
+            undone.append(name)
+    if undone:
+        logger.warning(
+            "an evaluation before has let bitsandbytes repack %d 4-bit weights (%s ...), which rounds the largest value of each "
+            "block to bfloat16; the weights differ from those of a base that was wrapped before it was evaluated by up to "
+            "0.2 %% each",
+            len(undone),
+            undone[0],
+        )
 
 
 def give_storage_without_values(layer: nn.Module, dtype: torch.dtype) -> None:
