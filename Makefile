@@ -55,7 +55,7 @@ demo: install
 	$(BIN)/python -m spectrum_peft demo
 
 bench: install
-	@for script in $(filter-out benchmarks/common.py benchmarks/quality.py,$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out $(addprefix benchmarks/,$(addsuffix .py,common models tensors turns quality)),$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 bench-short: install

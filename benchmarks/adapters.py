@@ -24,6 +24,7 @@ import common
 import modes
 import quality
 from modes import Contestant, Settings
+from turns import alone, context
 
 RANK, COMPONENTS, ROTATION = 16, 64, 4
 DATA = common.ROOT.parent / "shared" / "data"
@@ -160,17 +161,6 @@ def sizes(pipe: Any, folder: str, report: str, gradients: str) -> None:
     pipe.send(found)
 
 
-def alone(ctx: Any, target: Callable[..., None], *arguments: Any) -> Any:
-    """What a function sends, run in a process of its own."""
-    process, pipe = modes.start(ctx, target, *arguments)
-    try:
-        return pipe.recv()
-    except EOFError:
-        raise modes.ContestantFailed(f"{target.__name__}: its error is above") from None
-    finally:
-        process.join()
-
-
 # --- timing: one layer, one decomposition ----------------------------------------------------------------------------
 
 
@@ -282,7 +272,7 @@ def run_timing(data: str, quick: bool) -> dict[str, Any]:
     facts = common.machine()
     common.warn_if_busy()
     settings = Settings(steps=3 if quick else 8, rank=RANK)
-    ctx = modes.context([])
+    ctx = context(modes.preload())
     folder, report = alone(ctx, modes.prepare, "smollm2-135m")
     parts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -361,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if options.setup:
         result = json.loads(options.output.read_text())
-        ctx = modes.context([])
+        ctx = context(modes.preload())
         folder, _ = alone(ctx, modes.prepare, "smollm2-135m")
         result["parts"]["setup"] = setups(ctx, folder, str(options.data))
         result["claims"] = claims(result["parts"])

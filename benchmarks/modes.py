@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import statistics
@@ -26,26 +25,31 @@ import tempfile
 import time
 import traceback
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import common
+from models import folder_of
+from tensors import SavedForBackward, storages, weight_tensors
+from turns import ContestantFailed, Runner, Turn, context, start
 
 BATCH, LENGTH, WARMUP = 2, 128, 1
+
+
 RANK = 16
-# Hidden 1024 in 24 blocks with SmolLM2's tokens, tied: 359 million parameters.
-LLAMA_350M = {
-    "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16,
-    "num_key_value_heads": 16, "vocab_size": 49152, "max_position_embeddings": 2048, "tie_word_embeddings": True,
-}  # fmt: skip
+
+
 MODELS = ("smollm2-135m", "llama-350m")
+
+
 # Loaded once by the process that the contestants are forked from; importing them takes longer than most steps.
 _PRELOADED = [
     "torch", "transformers", "transformers.models.llama.modeling_llama", "peft", "bitsandbytes", "spectrum_peft.tuner.loading"
 ]  # fmt: skip
+
+
 _PRELOADED_SFT = ["datasets", "trl", "spectrum_peft.train.callback"]
 
 
@@ -67,8 +71,14 @@ class Contestant:
 
 
 _HALF = {"mode": "spectra_qlora", "spectrum_ratio": 0.5}
+
+
 _QUARTER = {"mode": "spectrum", "spectrum_ratio": 0.25}
+
+
 _ALORS = {"mode": "alors", "spectrum_ratio": 0.5}
+
+
 # What is in one group is timed side by side.
 GROUPS: dict[str, dict[str, Contestant]] = {
     "real weights": {
@@ -120,28 +130,6 @@ class Settings:
     def rounds(self) -> int:
         """Steps of a contestant: warm-up, timed ones, and one whose tensors are counted."""
         return self.warmup + self.steps + 1
-
-
-# --- in the process of a contestant ----------------------------------------------------------------------------------
-
-
-class Turn:
-    """A contestant's end of the pipe: it waits for its turn, takes a step, says how long it took."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-        self._began = (0.0, 0.0)
-
-    def wait(self) -> None:
-        self.pipe.recv()
-        self._began = (time.perf_counter(), time.process_time())
-
-    def done(self, hooks: float = 0.0) -> None:
-        """Args:
-        hooks: seconds of the turn that were no part of the step (a re-evaluation of ranks).
-        """
-        wall, cpu = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
-        self.pipe.send({"seconds": wall - hooks, "hooks": hooks, "cpu": cpu})
 
 
 def contest(pipe: Any, folder: str, report: str, contestant: Contestant, settings: Settings) -> None:
@@ -355,24 +343,6 @@ def token_batches(folder: str, settings: Settings) -> list[Any]:
     return list(torch.tensor(ids[:wanted]).reshape(settings.rounds, settings.batch, settings.length))
 
 
-# --- bytes of real tensors -------------------------------------------------------------------------------------------
-
-
-def storages(tensors: Iterator[Any]) -> dict[int, int]:
-    """{address: bytes} of the storages behind some tensors, each once."""
-    return {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
-
-
-def weight_tensors(model: Any) -> Iterator[Any]:
-    """Parameters, buffers, and the statistics that bitsandbytes keeps beside a 4-bit weight."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        yield tensor
-        state = getattr(tensor, "quant_state", None)
-        while state is not None:
-            yield from (t for t in (state.absmax, state.code, state.offset) if hasattr(t, "untyped_storage"))
-            state = state.state2
-
-
 def counted(model: Any, optimizer: Any) -> dict[str, Any]:
     """Bytes of weights, trainable weights, gradients and optimizer state, while gradients are there."""
     import torch
@@ -389,44 +359,6 @@ def counted(model: Any, optimizer: Any) -> dict[str, Any]:
     }
 
 
-class Saved:
-    """Holds a tensor for autograd, and goes when autograd lets it go."""
-
-    def __init__(self, tensor: Any) -> None:
-        self.tensor = tensor
-
-
-class SavedForBackward:
-    """Sums what autograd keeps of a forward: every storage once, those of the model's own tensors left out.
-
-    Under gradient checkpointing that is the inputs of the blocks; what a block computes again in backward is not in it.
-    """
-
-    def __init__(self, model: Any) -> None:
-        import torch
-
-        self._own = storages(weight_tensors(model))
-        self._saved: weakref.WeakSet[Saved] = weakref.WeakSet()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda saved: saved.tensor)
-
-    def _keep(self, tensor: Any) -> Saved:
-        saved = Saved(tensor)
-        self._saved.add(saved)
-        return saved
-
-    def __enter__(self) -> None:
-        self._hooks.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-
-    @property
-    def bytes(self) -> int:
-        """Of what is held now: between forward and backward, all that backward needs."""
-        held = storages(saved.tensor for saved in self._saved)
-        return sum(size for address, size in held.items() if address not in self._own)
-
-
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
@@ -434,90 +366,16 @@ def prepare(pipe: Any, name: str) -> None:
     """Find or make a checkpoint and its scan; sends (folder, report file). Runs in a process of its own."""
     from spectrum_peft.scan import cache_folder, scan_weights
 
-    folder = {"smollm2-135m": _smollm2, "llama-350m": _llama_350m}.get(name, lambda: Path(name))()
+    folder = folder_of("smollm2" if name == "smollm2-135m" else name)
     report = cache_folder() / "benchmarks" / f"report-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}.json"
     scan_weights(str(folder), cache=True).save(report)
     pipe.send((str(folder), str(report)))
 
 
-def _smollm2() -> Path:
-    from spectrum_peft.demo import smollm2_folder
-
-    return smollm2_folder()
-
-
-def _llama_350m() -> Path:
-    """A Llama of random float32 weights with SmolLM2's tokenizer, made once."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from spectrum_peft.scan import cache_folder
-
-    folder = cache_folder() / "models" / "llama-350m-random"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            torch.manual_seed(0)
-            made = Path(temporary) / "made"
-            LlamaForCausalLM(LlamaConfig(**LLAMA_350M)).save_pretrained(made)
-            AutoTokenizer.from_pretrained(_smollm2()).save_pretrained(made)
-            made.rename(folder)
-    return folder
-
-
-# --- in the process that is run ---------------------------------------------------------------------------------------
-
-
-class ContestantFailed(RuntimeError):
-    """A contestant's process ended early; the message holds its traceback."""
-
-
-@dataclass
-class Runner:
-    """The other end of a contestant's pipe."""
-
-    name: str
-    process: Any
-    pipe: Any
-    turns: list[dict[str, float]] = field(default_factory=list)
-
-    def receive(self) -> Any:
-        try:
-            got = self.pipe.recv()
-        except EOFError:
-            self.process.join()
-            raise ContestantFailed(f"{self.name}: its process ended with exit code {self.process.exitcode}") from None
-        if isinstance(got, dict) and "error" in got:
-            raise ContestantFailed(f"{self.name}:\n{got['error']}")
-        return got
-
-    def turn(self) -> Any:
-        self.pipe.send("go")
-        return self.receive()
-
-    def last_turn(self) -> dict[str, Any]:
-        """The turn that is not timed: what the contestant counted, and the most private memory that was seen meanwhile."""
-        self.pipe.send("go")
-        seen = [common.private(self.process.pid)]
-        while not self.pipe.poll(0.01):
-            seen.append(common.private(self.process.pid))
-        known = [value for value in seen if value is not None]
-        return {**self.receive()["facts"], "peak_private_bytes": max(known, default=None)}
-
-
-def context(groups: Sequence[str]) -> Any:
-    ctx = multiprocessing.get_context("forkserver")
+def preload(groups: Sequence[str] = ()) -> list[str]:
+    """What the contestants of some groups import."""
     sft = any(contestant.sft for group in groups for contestant in GROUPS[group].values())
-    ctx.set_forkserver_preload(_PRELOADED + (_PRELOADED_SFT if sft else []))
-    return ctx
-
-
-def start(ctx: Any, target: Callable[..., None], *arguments: Any) -> tuple[Any, Any]:
-    here, there = ctx.Pipe()
-    process = ctx.Process(target=target, args=(there, *arguments), daemon=True)
-    process.start()
-    there.close()
-    return process, here
+    return _PRELOADED + (_PRELOADED_SFT if sft else [])
 
 
 def compare(
@@ -569,7 +427,7 @@ def disturbed(comparison: Mapping[str, Any]) -> bool:
 def identity(settings: Settings) -> str:
     """Short digest of all that makes a kept comparison still valid: code, settings, versions, machine."""
     code = hashlib.sha256()
-    for path in sorted([*(common.ROOT / "spectrum_peft").rglob("*.py"), Path(__file__), Path(common.__file__)]):
+    for path in sorted([*(common.ROOT / "spectrum_peft").rglob("*.py"), *Path(__file__).parent.glob("*.py")]):
         code.update(path.name.encode() + b"\0" + path.read_bytes())
     facts = common.machine()
     known = {name: facts[name] for name in ("cpu", "cpu_flags", "cores", "python", "packages")}
@@ -586,7 +444,7 @@ def run(
     facts = common.machine()
     common.warn_if_busy()
     kept = cache_folder() / "benchmarks" / f"modes-{identity(settings)}"
-    ctx = context(groups)
+    ctx = context(preload(groups))
     runs: dict[str, list[Any]] = {}
     for model in models:
         process, pipe = start(ctx, prepare, model)

@@ -35,6 +35,7 @@ from typing import Any
 
 import common
 import yaml
+from models import folder_of
 
 from spectrum_peft.compare.cell import RESULTS
 from spectrum_peft.compare.matrix import file_digest
@@ -205,15 +206,13 @@ SUITES: dict[str, Suite] = {
 }  # fmt: skip
 
 
-def folder_of(model: str) -> str:
-    from spectrum_peft import demo
-
-    return str(demo.minilm_folder() if model == "minilm" else demo.smollm2_folder())
-
-
 def settings(suite: Suite, quick: bool, work: Path) -> dict[str, Any]:
     """Keys of `compare` that search and final run share, without the datasets."""
-    config: dict[str, Any] = {"model": folder_of(suite.model), **suite.config, **((suite.quick or {}) if quick else {})}
+    config: dict[str, Any] = {
+        "model": str(folder_of(suite.model)),
+        **suite.config,
+        **((suite.quick or {}) if quick else {}),
+    }
     if config.pop("general", None):
         config["general_text"] = str(work / "general.jsonl")
     return config

@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import common  # noqa: E402
 import components  # noqa: E402
 import modes  # noqa: E402
+import tensors  # noqa: E402
+import turns  # noqa: E402
 
 
 def _run(tmp_path: Path, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
@@ -93,9 +95,9 @@ def test_all_of_modes_runs_and_the_bytes_are_as_claimed(tmp_path: Path, tiny_lla
 
 def test_a_contestant_that_fails_is_named_with_its_error() -> None:
     here, there = multiprocessing.Pipe()
-    runner = modes.Runner("lora, nf4", None, here)
+    runner = turns.Runner("lora, nf4", None, here)
     there.send({"error": "ValueError: of its own"})
-    with pytest.raises(modes.ContestantFailed, match=r"lora, nf4:\nValueError: of its own"):
+    with pytest.raises(turns.ContestantFailed, match=r"lora, nf4:\nValueError: of its own"):
         runner.turn()
 
 
@@ -111,7 +113,7 @@ def test_what_is_saved_for_backward_is_counted_once_and_without_weights() -> Non
 
     layer = torch.nn.Linear(8, 16, bias=False)
     x = torch.randn(4, 8, requires_grad=True)
-    saved = modes.SavedForBackward(layer)
+    saved = tensors.SavedForBackward(layer)
     with saved:
         y = layer(x)  # keeps x and the weight
         z = (y.sigmoid() * y.sigmoid()).sum()  # keeps each sigmoid once, for itself and for the product
