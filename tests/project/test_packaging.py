@@ -53,8 +53,23 @@ def test_the_makefile_installs_the_wheels_that_the_demo_names() -> None:
 def test_no_package_index_is_named_in_the_files_that_install() -> None:
     for name in ("setup.cfg", "pyproject.toml", "Makefile", ".ci/run"):
         text = (ROOT / name).read_text()
+        text = "\n".join(
+            line for line in text.splitlines() if " = https://github.com/" not in line and ".github.io/" not in line
+        )
         assert "index-url" not in text, name
         assert "://" not in text, name
+
+
+def test_pre_commit_runs_the_linters_of_the_dev_extra() -> None:
+    import yaml
+
+    pinned = {word for word in _setup()["options.extras_require"]["dev"].split() if word.startswith("ruff==")}
+    hooks = [
+        hook
+        for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+        for hook in repo["hooks"]
+    ]
+    assert {version for hook in hooks for version in hook.get("additional_dependencies", ())} == pinned
 
 
 @pytest.fixture(scope="module")
