@@ -173,7 +173,7 @@ def _settled(model: nn.Module, config: SpectrumConfig) -> Plan:
         _check_fingerprint(plan.fingerprint, model, "the plan", config.force)
         plan = _with_model_names(plan, present)
         _settle_tokens(model, config, plan, present)
-        return plan.replace(entries=(*plan.entries, *_saved_entries(model, config, plan, present)))
+        return _with_saved(model, config, plan, present)
     report = config.resolved_report()
     options = config.options()
     if report is None:
@@ -193,7 +193,22 @@ def _settled(model: nn.Module, config: SpectrumConfig) -> Plan:
     plan = config.with_patterns(make_plan(report, gradients=gradients, candidates=candidates, **options))
     config.report = report
     _settle_tokens(model, config, plan, present)
+    return _with_saved(model, config, plan, present)
+
+
+def _with_saved(model: nn.Module, config: SpectrumConfig, plan: Plan, present: dict[str, Any]) -> Plan:
+    """The plan with what trains in whole modules: what it trains anyway inside of them, and what the config adds."""
+    inside = [
+        dataclasses.replace(e, action="save") if e.action == "train" and lies_in(e.name, config.modules_to_save) else e
+        for e in plan.entries
+    ]
+    plan = plan.replace(entries=tuple(inside))
     return plan.replace(entries=(*plan.entries, *_saved_entries(model, config, plan, present)))
+
+
+def lies_in(name: str, modules: Iterable[str] | None) -> bool:
+    """Whether a parameter belongs to one of the modules, or to a part of one; modules as `modules_to_save` names them."""
+    return any(part.endswith(wanted) for part in _parents(name) for wanted in modules or ())
 
 
 def _gradients(
@@ -277,7 +292,14 @@ def token_layers(model: nn.Module, config: SpectrumConfig, present: dict[str, An
     tokens = config.trainable_token_indices
     if not tokens:
         return []
-    return list(tokens) if isinstance(tokens, dict) else [_input_embedding(model, present or base_parameters(model))]
+    if isinstance(tokens, dict):
+        return list(tokens)
+    name = _input_embedding(model, present or base_parameters(model))
+    if name is None:
+        raise OptionError(
+            "trainable_token_indices is a list, and the model names no input embedding; wanted {module: indices}."
+        )
+    return [name]
 
 
 def _settle_tokens(model: nn.Module, config: SpectrumConfig, plan: Plan, present: dict[str, Any]) -> None:
@@ -323,18 +345,14 @@ def _saved_entries(
 
     asked = [m for m in config.modules_to_save or () if m not in ("classifier", "score")]
     for wanted in asked:
-        if not any(names.module_name(n).endswith(wanted) for n in present):
-            modules = {names.module_name(n).rpartition(".")[2] for n in present}
+        if not any(lies_in(name, [wanted]) for name in present):
+            modules = {part.rpartition(".")[2] for name in present for part in _parents(name)}
             raise OptionError(
                 f"modules_to_save: {wanted!r} matches no module of the model." + near_matches(wanted, modules)
             )
     heads = head_modules(model, present) if config.task_type in (None, *_TASKS_WITH_A_NEW_HEAD) else []
     for name in present:
-        module = names.module_name(name)
-        below = [
-            part for part in (module, *_parents(module)) if any(part.endswith(w) for w in config.modules_to_save or ())
-        ]
-        if name not in known and (below or module in heads):
+        if name not in known and (lies_in(name, config.modules_to_save) or names.module_name(name) in heads):
             yield entry(name)
     layers = token_layers(model, config, present)
     for name in present:
@@ -351,16 +369,21 @@ def _saved_entries(
                 yield entry(name)
 
 
-def _parents(module: str) -> Iterator[str]:
-    while "." in module:
-        module = module.rpartition(".")[0]
-        yield module
+def _parents(name: str) -> Iterator[str]:
+    """The module of a parameter, and the modules that this lies in."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
-def _input_embedding(model: nn.Module, present: dict[str, Any]) -> str:
-    embedding = base_of(model).get_input_embeddings()
+def _input_embedding(model: nn.Module, present: dict[str, Any]) -> str | None:
+    """Base name of the module that the model calls its input embedding; None where it names none with a weight."""
+    try:
+        embedding = base_of(model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no transformers model, or one without tokens
+        return None
     embedding = getattr(embedding, "original_module", embedding)
-    return next(names.module_name(n) for n, (owner, _) in present.items() if owner is embedding)
+    return next((names.module_name(n) for n, (owner, _) in present.items() if owner is embedding), None)
 
 
 # --- originals of weights that train ---------------------------------------------------------------------------------
@@ -489,6 +512,15 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
         if parameter is not None:
             by_tensor.setdefault(id(parameter), []).append(name)
     return {name: group for group in by_tensor.values() if len(group) > 1 for name in group}
+
+
+def modules_tied_to_embedding(model: nn.Module) -> list[str]:
+    """Modules whose weight is the input embeddings' own tensor, whatever adapters are around them; by their base names."""
+    name = _input_embedding(model, base_parameters(model))
+    if name is None:
+        return []
+    tied = _tied_names(model).get(f"{name}.weight", ())
+    return sorted(names.module_name(other) for other in tied if other != f"{name}.weight")
 
 
 def real_weight_entries(plan: Plan) -> list[PlanEntry]:

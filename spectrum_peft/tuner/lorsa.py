@@ -101,6 +101,10 @@ class Basis(_KeepsDtype):
                 "something else: the plan's seed or the module's name was changed, or this torch draws other numbers."
             )
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Also called where a loader puts another tensor in a parameter's place: transformers' makes one that trains."""
+        super().register_parameter(name, None if param is None else param.requires_grad_(False))
+
     def settle(self) -> None:
         """Have the triplets: those of a file that was loaded, else those of the matrix, decomposed through the cache."""
         if not self.pending or not has_values(self.values):
@@ -130,8 +134,13 @@ class Basis(_KeepsDtype):
     def rows(self, side: str) -> Tensor:
         """[U P]^T (|S| + r, out) for `left`, [V Q]^T (|S| + r, in) for `right`; the parameter is a view of it."""
         self.settle()
-        joined, vectors = self._joined[side], getattr(self, side)
-        if vectors.data_ptr() != joined.data_ptr():  # moved, copied, or replaced by a loader
+        vectors = getattr(self, side)
+        if vectors.device != self._joined[side].device:
+            self._join(side)
+        joined = self._joined[side]
+        if torch.compiler.is_compiling():  # a traced graph cannot ask where tensors lie: it copies
+            return torch.cat((vectors.detach(), joined[len(vectors) :]))
+        if vectors.data_ptr() != joined.data_ptr():  # copied, or replaced by a loader
             self._join(side)
         return self._joined[side]
 

@@ -12,7 +12,8 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,10 +27,20 @@ from .. import names
 from ..errors import MismatchError, OptionError, TrainingSetupError, near_matches
 from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry
 from ..weights import keep_4bit_differentiable
-from .apply import original_keeper, plan_parameters, settle_plan, token_layers, trainable_mismatch, with_groups
+from .apply import (
+    lies_in,
+    modules_tied_to_embedding,
+    original_keeper,
+    plan_parameters,
+    settle_plan,
+    token_layers,
+    trainable_mismatch,
+    with_groups,
+)
 from .config import SpectrumConfig
-from .layers import SpectrumLayer
+from .layers import Aside, SpectrumLayer, has_parts
 from .lorsa import install, singular_layers
+from .mixed_batches import check_rows, names_for_rows
 from .ranks import RankChange, allocate, is_sliced, moments, set_rank
 from .shared import refuse_unshareable, share_factors
 
@@ -71,9 +82,10 @@ class SpectrumModel(LoraModel):
             with warnings.catch_warnings():
                 # PEFT looks for rank patterns among modules only, not among the fused expert parameters it adapts too.
                 warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                with Aside(model) as self._aside:
+                    super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            del self._keep_original
+            del self._keep_original, self._aside
         self._repair_tied_modules(adapter_name, config)
         if is_movable(config):
             self._allocate(adapter_name, config)
@@ -112,7 +124,7 @@ class SpectrumModel(LoraModel):
             return
         already = config.modules_to_save or []
         modules = dict.fromkeys(names.module_name(e.name) for e in entries)
-        new = [m for m in modules if not any(f".{m}".endswith(f".{known}") for known in already)]
+        new = [m for m in modules if not lies_in(f"{m}.weight", already)]
         config.modules_to_save = [*already, *new] or None
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
         if any(model.get_submodule(m) is embedding for m in modules) and self._get_module_names_tied_with_embedding():
@@ -134,6 +146,11 @@ class SpectrumModel(LoraModel):
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         if isinstance(head, TrainableTokensWrapper):
             head.__dict__["bias"] = head.original_module.bias
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """As PEFT's, which finds none any longer where another adapter has put its wrapper around the embeddings."""
+        found: list[str] = super()._get_module_names_tied_with_embedding()
+        return found or modules_tied_to_embedding(self.model)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: SpectrumConfig) -> None:
         """PEFT's own check knows embeddings by two names; here the tie follows the module, whatever it is called."""
@@ -178,7 +195,8 @@ class SpectrumModel(LoraModel):
                     from_file=lora_config.plan_from_file,
                 )
             return
-        layer = target if isinstance(target, SpectrumLayer) else SpectrumLayer(target, current_key)
+        layer = target if isinstance(target, SpectrumLayer) else self._aside.around(target)
+        layer = layer or SpectrumLayer(target, current_key)
         layer.update_layer(
             adapter_name,
             [e.name.rpartition(".")[2] for e in entries],
@@ -188,8 +206,11 @@ class SpectrumModel(LoraModel):
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            setattr(parent, target_name, layer)
+                layer.lora_spectrum[adapter_name].requires_grad_(False)
+            if has_parts(target):
+                self._aside.add(parent, target_name, layer)
+            else:
+                setattr(parent, target_name, layer)
 
     def _refuse_mixtures(self, config: SpectrumConfig, model: nn.Module, adapter_name: str) -> None:
         """One module holds real weights or low-rank products, not both. Asked before anything is put in.
@@ -339,6 +360,20 @@ class SpectrumModel(LoraModel):
             if not by_name[name].trains
             for factor in (layer.lora_A, layer.lora_B)
         ]
+
+    # --- rows of several adapters ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """As PEFT's; the rows that `adapter_names` gives out may belong to adapters of real weights, too."""
+        rows = kwargs.get("adapter_names")
+        if rows is None:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+            return
+        check_rows(self.model, self.peft_config, rows)
+        with names_for_rows(self.model, rows, beams=kwargs.get("num_beams") or 1):
+            yield
 
     # --- dtypes ---------------------------------------------------------------------------------------------------
 
@@ -554,8 +589,7 @@ def is_saved(entry: PlanEntry, config: SpectrumConfig) -> bool:
     """Trains as a whole module through PEFT's `modules_to_save`: embeddings, output heads, and what the user lists there."""
     if not entry.trains or entry.action != "save":
         return False
-    module = names.module_name(entry.name)
-    listed = any(f".{module}.".find(f".{m}.") >= 0 for m in config.modules_to_save or ())
+    listed = lies_in(entry.name, config.modules_to_save)
     return listed or names.in_head(entry.name) or names.role(entry.name, entry.shape) == "embedding"
 
 
