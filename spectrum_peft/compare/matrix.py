@@ -41,12 +41,14 @@ class Contestant:
         settings: keys of `train` that make it what it is: mode, ratio, criterion, rate, ...
         control: the control that it belongs to, or None.
         peft: fields of a PEFT config, for a method that is no mode of ours.
+        also: further names under which the same settings were asked for; they are run once.
     """
 
     label: str
     settings: Mapping[str, Any]
     control: str | None = None
     peft: Mapping[str, Any] | None = None
+    also: tuple[str, ...] = ()
 
     @property
     def mode(self) -> str:
@@ -312,21 +314,23 @@ def contestants_of(comparison: Comparison, shapes: Shapes | None = None) -> list
                 )
     kept: dict[str, Contestant] = {}
     labels: set[str] = set()
-    also: dict[str, str] = {}
     for c in made:
         same = json.dumps([c.settings, c.peft], sort_keys=True)
         if same in kept:
-            also[c.label] = kept[same].label
+            first = kept[same]
+            if c.label not in (first.label, *first.also):
+                kept[same] = replace(first, also=(*first.also, c.label))
             continue
         if c.label in labels:
             raise OptionError(f"{comparison.source}: two contestants are called {c.label!r}.")
         kept[same] = c
         labels.add(c.label)
     reference = comparison.asked["reference"]
-    if reference in also and reference not in labels:
-        raise OptionError(
-            f"{comparison.source}: reference: {reference!r} is the same as {also[reference]!r}, which stands in the tables."
-        )
+    for c in kept.values():
+        if reference in c.also and reference not in labels:
+            raise OptionError(
+                f"{comparison.source}: reference: {reference!r} is the same as {c.label!r}, which stands in the tables."
+            )
     if reference is not None and reference not in labels:
         raise OptionError(
             f"{comparison.source}: reference: {reference!r} is no contestant."

@@ -75,7 +75,8 @@ def summary_of(contestant: Contestant, rows: Sequence[Mapping[str, Any]], confid
     finished = [r for r in rows if r["error"] is None]
     summary: dict[str, Any] = {
         "label": contestant.label, "mode": contestant.mode, "control": contestant.control,
-        "settings": dict(contestant.settings), "peft": contestant.peft, "seeds": [r["seed"] for r in finished],
+        "also": list(contestant.also), "settings": dict(contestant.settings), "peft": contestant.peft,
+        "seeds": [r["seed"] for r in finished],
         "failed": [r["error"] for r in rows if r["error"] is not None], "metrics": {}, "figures": {},
     }  # fmt: skip
     if not finished:
@@ -175,6 +176,10 @@ def _notes(
     asked = comparison.asked
     seeds, percent = len(asked["seeds"]), f"{100 * asked['confidence']:g} %"
     notes = list(comparison.notes)
+    for summary in summaries:
+        if summary["also"]:
+            others = ", ".join(repr(label) for label in summary["also"])
+            notes.append(f"{others} asked for the settings of {summary['label']!r} and stands there")
     failed = [r for r in cells if r["error"] is not None]
     if failed:
         notes.append(f"{len(failed)} of {len(cells)} runs failed and are listed below with their logs")

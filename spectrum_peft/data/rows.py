@@ -22,6 +22,8 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "seq2seq": (("prompt", "completion"),),
     "classification": (("text", "label"),),
 }
+# Columns without which there is nothing to learn from or to judge; prompts may be empty.
+_LEARNED = ("text", "completion", "messages")
 IGNORED = -100  # label of a position that takes no part in the loss, as in torch and transformers
 
 
@@ -66,7 +68,7 @@ def select_columns(dataset: Dataset, task: str, source: str, renamed: Mapping[st
     Returns:
         The dataset with the columns of one format (for `messages`, also those that chat templates read).
     Raises:
-        DataError: a named column is not there, no format fits, or a column holds nulls or another type.
+        DataError: a named column is not there, no format fits, or a column holds nulls, another type, or blanks only.
     """
     renamed = dict(renamed or {})
     present = list(dataset.column_names)
@@ -89,7 +91,15 @@ def select_columns(dataset: Dataset, task: str, source: str, renamed: Mapping[st
     dataset = dataset.rename_columns({found[standard]: standard for standard in chosen})
     for standard in chosen:
         _check_column(dataset, standard, source)
+        if standard in _LEARNED and len(dataset) and not any(map(_says_something, dataset[standard])):
+            raise DataError(f"{source}: column {standard!r} holds no text in any of {len(dataset)} rows.")
     return dataset
+
+
+def _says_something(value: str | list[dict[str, object]]) -> bool:
+    """Whether a text, or one of the messages of a chat, has more than white space."""
+    parts = [value] if isinstance(value, str) else [message.get("content") for message in value]
+    return any(part.strip() if isinstance(part, str) else part for part in parts)
 
 
 def _check_column(dataset: Dataset, name: str, source: str) -> None:

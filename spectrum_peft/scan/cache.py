@@ -7,18 +7,21 @@ import json
 import logging
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
+from ..errors import CheckpointError
+from ..records import SnrReport
 from ..weights import WeightSource
 from .criteria import Criterion, MatrixScore
 
 logger = logging.getLogger(__name__)
 
 # Goes into the key of stored results: to be raised when a criterion's numbers change.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def cache_folder() -> Path:
@@ -34,14 +37,81 @@ def result_key(source: WeightSource, row: Criterion, device: torch.device) -> st
     return hashlib.sha256(json.dumps([_CACHE_VERSION, source.identity(), row.name, device.type]).encode()).hexdigest()
 
 
+# --- finished scans --------------------------------------------------------------------------------------------------
+
+
+def kept_results(path: Path, criterion: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, MatrixScore] | None:
+    """The results in a kept report, if it has one for each matrix that is wanted and nothing else.
+
+    Only what a scan computes is taken; names, shapes and the rest are the checkpoint's to say.
+
+    Args:
+        shapes: of the matrices that are wanted, by name.
+    Returns:
+        None where there is no such file, or where it cannot be believed, which is logged: it will be written again.
+    """
+    if not path.is_file():
+        return None
+    try:
+        report: SnrReport = SnrReport.load(path)
+    except CheckpointError as error:
+        logger.warning("the kept scan is not used: %s", error)
+        return None
+    stats = {s.name: s for s in report.stats if s.score is not None}
+    found = {
+        s.name: MatrixScore(s.score, s.n_signal, s.s_max, s.power_law) for s in stats.values() if s.score is not None
+    }
+    problem = None
+    if report.criterion != criterion:
+        problem = f"criterion is {report.criterion!r}, wanted {criterion!r}"
+    elif found.keys() != shapes.keys():
+        name = min(found.keys() ^ shapes.keys())
+        problem = f"has scores of {len(found)} matrices, wanted {len(shapes)}; {name} is in one of them only"
+    else:
+        for name, shape in shapes.items():
+            if stats[name].shape != shape:
+                problem = f"{name}: shape is {stats[name].shape}, wanted {shape}"
+            elif not is_plausible(found[name], shape):
+                problem = f"{name}: {found[name]} is no result of a matrix of shape {shape}"
+    if problem:
+        logger.warning("the kept scan is not used: %s: %s", path, problem)
+        return None
+    return found
+
+
+def is_plausible(result: MatrixScore, shape: tuple[int, ...]) -> bool:
+    """Whether these are numbers that a matrix of this shape may have."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    signal, largest, exponent = result.n_signal, result.s_max, result.power_law
+    least = min(shape) if len(shape) > 1 else 1
+    return (
+        number(result.score)
+        and result.score >= 0
+        and (signal is None or (type(signal) is int and 0 <= signal <= least))
+        and (largest is None or (number(largest) and 0 <= largest < math.inf))
+        and (exponent is None or (number(exponent) and exponent > 1))
+    )
+
+
+# --- scans that were stopped -----------------------------------------------------------------------------------------
+
+
 class PartialResults:
     """One line of JSON per scored matrix, appended as it is done; what a killed scan left is read first.
 
-    A cache folder that cannot be written costs the resumption, not the scan: it is logged.
+    A cache folder that cannot be written costs the resumption, not the scan: it is logged. A line that is cut off, or whose
+    numbers are none of its matrix, is passed over: that matrix is scored again.
+
+    Args:
+        shapes: of the matrices that are wanted, by name.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.path = path
+        self._shapes = shapes
         self.results: dict[str, MatrixScore] = {}
         self._file: TextIO | None = None
 
@@ -63,9 +133,12 @@ class PartialResults:
     def _take(self, line: str) -> None:
         try:
             name, value, n_signal, s_max, alpha = json.loads(line)
-        except ValueError:  # the last line of a killed scan, or the empty one after it: that matrix is scored again
+            result = MatrixScore(float(value), n_signal, s_max, alpha)
+        except (ValueError, TypeError, RecursionError):  # cut off by a kill, or the empty line after it, or damaged
             return
-        self.results[name] = MatrixScore(float(value), n_signal, s_max, alpha)
+        # Of other roles than those that this scan was asked for, perhaps: not wanted now.
+        if isinstance(name, str) and name in self._shapes and is_plausible(result, self._shapes[name]):
+            self.results[name] = result
 
     def add(self, name: str, result: MatrixScore) -> None:
         self.results[name] = result

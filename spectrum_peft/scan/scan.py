@@ -7,7 +7,6 @@ threads wait for each other (4.6 s were seen for an eigenvalue problem of 14 ms)
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import sys
@@ -25,7 +24,7 @@ from ..records import MatrixStat, SnrReport
 from ..weights import TensorInfo, WeightSource, open_weights
 from ..weights.threads import one_torch_thread
 from . import criteria
-from .cache import PartialResults, cache_folder, result_key
+from .cache import PartialResults, cache_folder, kept_results, result_key
 from .criteria import Criterion, MatrixScore
 
 logger = logging.getLogger(__name__)
@@ -80,18 +79,12 @@ def scan_weights(
         return _report(source, tensors, row, found)
 
     key = result_key(source, row, where)
+    shapes = {name: info.shape if info.experts is None else info.shape[1:] for name, info in wanted}
     kept = cache_folder() / "reports" / f"{key}-{'-'.join(roles) or 'none'}.json"
-    if cache and kept.is_file():
+    results = kept_results(kept, row.name, shapes) if cache else None
+    if results is not None:
         logger.info("taking the finished scan of the same weights from %s", kept)
-        report: SnrReport = SnrReport.load(kept)
-        # The same values may have come from another folder, or from the same one cast: who they are is asked again.
-        return dataclasses.replace(
-            report,
-            fingerprint=source.fingerprint(),
-            model_id=source.model_id,
-            revision=source.revision,
-            notes=source.notes,
-        )
+        return _report(source, tensors, row, results)
 
     def one(name: str, info: TensorInfo) -> MatrixScore:
         matrix = source.read(name).to(where)
@@ -100,7 +93,8 @@ def scan_weights(
         except CheckpointError as error:
             raise CheckpointError(f"{source.model_id or 'model'}: {error}") from None
 
-    with PartialResults(cache_folder() / "partial" / f"{key}.jsonl") as partial, one_torch_thread(), torch.no_grad():
+    unfinished = PartialResults(cache_folder() / "partial" / f"{key}.jsonl", shapes)
+    with unfinished as partial, one_torch_thread(), torch.no_grad():
         rest = [(name, info) for name, info in wanted if name not in partial.results]
         if len(rest) < len(wanted):
             logger.info(
@@ -110,7 +104,10 @@ def scan_weights(
             partial.add(name, result)
         report = _report(source, tensors, row, {name: partial.results[name] for name, _ in wanted})
         if cache:
-            report.save(kept)
+            try:
+                report.save(kept)
+            except CheckpointError as error:
+                logger.warning("the finished scan could not be kept: %s", error)
         partial.completed()
     return report
 

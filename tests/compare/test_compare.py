@@ -107,6 +107,20 @@ def test_what_would_be_the_same_run_twice_is_one_contestant() -> None:
     ]  # fmt: skip
 
 
+def test_a_name_that_was_dropped_stands_in_a_note() -> None:
+    twice = [
+        {"name": "mine", "mode": "lora"},
+        {"name": "yours", "mode": "lora"},
+        {"name": "other", "mode": "lora", "r": 4},
+    ]
+    one = comparison(modes=["lora"], controls=[], contestants=twice)
+    contestants = contestants_of(one)
+    assert [(c.label, c.also) for c in contestants] == [("lora", ("mine", "yours")), ("other", ())]
+    notes = collect(one, contestants, [], machine(), None)["notes"]
+    assert "'mine', 'yours' asked for the settings of 'lora' and stands there" in notes
+    assert not any("'other'" in note for note in notes)
+
+
 def test_a_quantized_base_has_no_mode_that_trains_all_of_it() -> None:
     one = comparison({"quantization": "nf4"})
     assert "full" not in one.asked["modes"]

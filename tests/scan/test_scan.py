@@ -336,6 +336,69 @@ def test_a_finished_scan_is_kept_and_taken_only_on_demand(tmp_path: Path, cache:
     assert len(reads) == 24
 
 
+def _edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]:
+    def edit(content: bytes) -> bytes:
+        data = json.loads(content)
+        one = next(s for s in data["stats"] if s["name"] == "model.layers.3.mlp.up_proj.weight")
+        change(one if change.__code__.co_varnames[0] == "stat" else data)
+        return json.dumps(data).encode()
+
+    return edit
+
+
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda content: b"", "empty"),
+    "cut off": (lambda content: content[: len(content) // 2], "not used"),
+    "no report": (lambda content: b"[1, 2]", "not used"),
+    "fewer tensors": (_edited(lambda data: data["stats"].pop()), "scores of 11 matrices, wanted 12"),
+    "another tensor": (_edited(lambda stat: stat.update(name="model.layers.19.mlp.up_proj.weight")), "is in one of them only"),
+    "not scored": (_edited(lambda stat: stat.pop("score")), "not used"),
+    "another shape": (_edited(lambda stat: stat.update(shape=[24, 17])), "shape is"),
+    "another criterion": (_edited(lambda data: data.update(criterion="mp")), "criterion is 'mp', wanted 'spectrum'"),
+    "a score that is text": (_edited(lambda stat: stat.update(score="high")), "not used"),
+    "a negative score": (_edited(lambda stat: stat.update(score=-1.0)), "no result of a matrix"),
+    "too many signal values": (_edited(lambda stat: stat.update(n_signal=25)), "no result of a matrix"),
+    "a value without end": (_edited(lambda stat: stat.update(s_max="inf")), "no result of a matrix"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_kept_scan_that_is_damaged_is_noted_and_made_again(
+    tmp_path: Path, cache: Path, reads: list[str], caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    folder = checkpoint(tmp_path / "model")
+    wanted = scan_weights(folder, cache=True)
+    (path,) = (cache / "reports").iterdir()
+    whole = path.read_bytes()
+    change, message = DAMAGES[damage]
+    path.write_bytes(change(whole))
+    reads.clear()
+    assert scan_weights(folder, cache=True) == wanted
+    assert len(reads) == 12
+    assert "the kept scan is not used" in caplog.text
+    assert message in caplog.text
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['["{}", "high", 3, 1.0, null]', '["{}", NaN, 3, 1.0, null]', '["{}", 1.0, 99, 1.0, null]', '["{}", 1.0, 3]', '{{"{}": 1}}',
+     '["{}", null, 3, 1.0, null]', '["{}", 1.0, 3, -1.0, null]', '[["{}"], 1.0, 3, 1.0, null]', "7", "[" * 100_000],
+)  # fmt: skip
+def test_a_result_of_a_stopped_scan_that_cannot_be_is_scored_again(
+    line: str, stopped: tuple[Path, Path], cache: Path, reads: list[str]
+) -> None:
+    folder, left = stopped
+    wanted = scan_weights(folder)
+    shutil.copytree(left, cache, dirs_exist_ok=True)
+    (partial,) = (cache / "partial").iterdir()
+    first, *rest = partial.read_text().splitlines()
+    partial.write_text("\n".join([line.format(json.loads(first)[0]), *rest]) + "\n")
+    reads.clear()
+    assert scan_weights(folder) == wanted
+    assert len(reads) == 8
+
+
 def test_a_kept_scan_follows_the_weights_and_not_the_path(tmp_path: Path, reads: list[str]) -> None:
     first, second = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b")
     scan_weights(first, cache=True)
@@ -362,7 +425,9 @@ def test_a_cache_that_cannot_be_written_costs_no_scan(
     cache.write_text("a file where the folder should be")
     with caplog.at_level("WARNING", logger="spectrum_peft"):
         assert len(scan_weights(checkpoint(tmp_path / "model")).scores) == 12
+        assert len(scan_weights(tmp_path / "model", cache=True).scores) == 12
     assert "could not be resumed" in caplog.text
+    assert "could not be kept" in caplog.text
 
 
 def test_the_cache_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:

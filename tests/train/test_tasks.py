@@ -123,6 +123,10 @@ def test_a_renamed_column_may_swap_names_with_another() -> None:
         ({"text": ["t"]}, "classification", {}, r"no usable column .* wanted text/label"),
         ({"text": ["t"]}, "causal_lm", {"text": "texts"}, r"no column 'texts' \(--text-column\). Did you mean 'text'"),
         ({"text": ["t", None]}, "causal_lm", {}, "column 'text' is empty in 1 of 2 rows, first in 2"),
+        ({"text": ["", " \n"]}, "causal_lm", {}, "column 'text' holds no text in any of 2 rows"),
+        ({"text": [""], "label": [1]}, "classification", {}, "column 'text' holds no text in any of 1 rows"),
+        ({"prompt": ["p"], "completion": [" "]}, "seq2seq", {}, "column 'completion' holds no text in any of 1 rows"),
+        ({"messages": [[{"role": "user", "content": ""}]]}, "causal_lm", {}, "column 'messages' holds no text"),
         ({"text": [3]}, "causal_lm", {}, r"column 'text' holds .*int64.*, wanted strings"),
         ({"text": ["t"], "label": [0.5]}, "classification", {}, r"column 'label' holds .*float64.* \(regression"),
     ],
@@ -132,6 +136,11 @@ def test_a_column_that_cannot_be_used_is_named(
 ) -> None:
     with pytest.raises(DataError, match=message):
         select_columns(dataset(columns), task, "d", renamed)
+
+
+def test_some_texts_may_be_empty_and_prompts_all_of_them() -> None:
+    assert len(select_columns(dataset({"text": ["", "t"]}), "causal_lm", "d")) == 2
+    assert len(select_columns(dataset({"prompt": [""], "completion": ["c"]}), "causal_lm", "d")) == 1
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
