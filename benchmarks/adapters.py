@@ -242,7 +242,7 @@ def svd_times(quick: bool) -> list[dict[str, Any]]:
 
 def setups(ctx: Any, folder: str, data: str) -> list[dict[str, Any]]:
     """Of whole rows and of their beginnings; `common`: how much of what the whole rows chose is chosen again."""
-    from spectrum_peft.tuner.loading import fast_dtype
+    from spectrum_peft.devices import fast_dtype
 
     found = []
     for length, dtype in SETUPS:

@@ -110,7 +110,7 @@ def reduced(arrows: Mapping[str, set[str]]) -> dict[str, set[str]]:
 
 def picture(package: Path = PACKAGE) -> str:
     """The rooms as a Mermaid graph, an arrow from what is known to who knows it: the way that data goes."""
-    hidden = {"__init__", "__main__", "errors", "names", "machine", "arguments"}
+    hidden = {"__init__", "__main__", "errors", "names", "machine", "devices", "arguments"}
     rooms = {
         room: others - hidden for room, others in between_rooms(package).items() if room not in hidden
     }  # fmt: skip

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from .. import names
 from ..data import IGNORED
+from ..devices import default_device, generators
 from ..errors import DataError
 from ..weights import LiveWeights, TensorInfo, keep_4bit_differentiable
 from .collectors import Collector
@@ -40,7 +41,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     trained = [p for p in model.parameters() if p.requires_grad]
     keep_4bit_differentiable(model)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
+    with torch.random.fork_rng(devices=generators(), device_type=default_device().type), torch.enable_grad():
         try:
             model.eval()
             for parameter in trained:

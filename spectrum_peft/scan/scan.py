@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .. import names
+from ..devices import device_named
 from ..errors import CheckpointError, OptionError, near_matches
 from ..machine import cores
 from ..records import MatrixStat, SnrReport
@@ -52,7 +53,7 @@ def scan_weights(
         model_or_path: whatever `open_weights` opens: a model, folder, file, adapter folder or hub id.
         criterion: key of `criteria.CRITERIA`.
         jobs: matrices at once; None for one a core, at most 16. Memory grows with it.
-        device: `cpu`, `cuda`, `cuda:1`, ...; `auto` is cuda where there is one.
+        device: `cpu`, `cuda`, `cuda:1`, `xpu`, `mps`; `auto` is the accelerator where there is one.
         score: roles to score, of `names.ROLES`; 1-D tensors are scored as a matrix of one row. The rest is listed.
         cache: keep the finished report under the weights' identity, and return a kept one without scanning.
         revision: of a hub id.
@@ -69,7 +70,7 @@ def scan_weights(
         )
     roles = _checked_roles(score)
     jobs = _checked_jobs(jobs)
-    where = _device(device)
+    where = device_named(device)
     source = open_weights(model_or_path, revision)
     tensors = source.tensors()
     wanted = [(name, info) for info in tensors if _scorable(info, roles) for name in _units(info)]
@@ -129,18 +130,6 @@ def _checked_jobs(jobs: int | None) -> int:
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise OptionError(f"jobs is {jobs!r}, wanted an integer from 1 up.")
     return jobs
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise OptionError(f"device is {device!r}, wanted 'auto', 'cpu', 'cuda' or 'cuda:N'.") from error
-    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"device is {device!r}, but torch sees {torch.cuda.device_count()} CUDA devices.")
-    return where
 
 
 def _scorable(info: TensorInfo, roles: Sequence[str]) -> bool:

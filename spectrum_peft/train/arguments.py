@@ -18,8 +18,8 @@ from trl import TrlParser
 
 from ..arguments import Rest, checked_value
 from ..data import COLUMNS
+from ..devices import default_device, fast_dtype
 from ..errors import CheckpointError, OptionError, near_matches
-from ..tuner.loading import fast_dtype
 from .tasks import TASKS, Task, task_of
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -137,7 +137,7 @@ def config_of(model: str, options: argparse.Namespace) -> Any:
 
 def dtype_of(options: argparse.Namespace) -> tuple[torch.dtype, str]:
     """The dtype to load in, and one line that says why."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device().type
     if options.dtype in (None, "auto"):
         dtype = fast_dtype()
         why = "multiplies bfloat16 fast" if dtype == torch.bfloat16 else "does not multiply bfloat16 fast"
@@ -167,7 +167,7 @@ def default_arguments(options: argparse.Namespace, row: Task, rate: float, dtype
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
     }
-    if not torch.cuda.is_available():
+    if default_device().type == "cpu":
         defaults["use_cpu"] = True
     if options.seed is not None:
         defaults["seed"] = options.seed

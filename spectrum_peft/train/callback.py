@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from .. import names
+from ..devices import memory_is_measured, peak_memory
 from ..errors import MismatchError, OptionError, TrainingSetupError
 from ..plan import MODES, replan
 from ..records import ADAPTER_ACTIONS, Plan, SnrReport, write_text
@@ -363,8 +364,8 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         seconds, steps = time.perf_counter() - began, state.global_step - step
         seen = int(state.num_input_tokens_seen or 0) - tokens
         rate = f"{seen / seconds:,.0f} tokens/s" if seen > 0 else "tokens/s not counted (include_num_input_tokens_seen)"
-        if torch.cuda.is_available():
-            memory = f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the device"
+        if memory_is_measured():
+            memory = f"peak {peak_memory() / 2**30:.2f} GiB on the device"
         else:
             memory = f"{psutil.Process().memory_info().rss / 2**30:.2f} GiB resident"
         logger.info("%d steps, %.3g s a step, %s, %s", steps, seconds / max(steps, 1), rate, memory)

@@ -210,6 +210,8 @@ def speed(model: Any, tokenizer: Any, prompt: str, *, tokens: int, repeats: int 
     """
     import torch
 
+    from ..devices import synchronize
+
     inputs = _encoded(model, tokenizer, [prompt], chat=False)
     fixed: Mapping[str, Any] = {**_greedy(tokenizer), "max_new_tokens": tokens, "min_new_tokens": tokens}
     rates = []
@@ -218,7 +220,6 @@ def speed(model: Any, tokenizer: Any, prompt: str, *, tokens: int, repeats: int 
         for _ in range(repeats):
             began = time.perf_counter()
             model.generate(**inputs, **fixed)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            synchronize()
             rates.append(tokens / (time.perf_counter() - began))
     return {"tokens_per_second": statistics.median(rates), "repeats": rates}

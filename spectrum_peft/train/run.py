@@ -16,6 +16,7 @@ import transformers
 from transformers import TrainerCallback
 
 from ..arguments import LORA_FIELDS, Rest
+from ..devices import peak_memory, reset_peak_memory
 from ..errors import CheckpointError, DataError, OptionError
 from ..plan import OPTIONS, check_options, needs_gradients
 from ..probe import DEFAULT_SAMPLES, calibration_batches
@@ -27,7 +28,7 @@ from .arguments import given_fields, quiet_progress
 from .callback import SpectrumCallback
 from .settle import Run, settle
 from .tasks import build_trainer, evaluate
-from .watch import FiniteLoss, RankLog, StepClock, peak_memory, reset_peak_memory
+from .watch import FiniteLoss, RankLog, StepClock
 
 logger = logging.getLogger(__name__)
 

@@ -1,17 +1,16 @@
-"""What a run is watched for: step times, a loss that is no number, ranks that move, peak memory."""
+"""What a run is watched for: step times, a loss that is no number, ranks that move."""
 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from ..devices import synchronize
 from ..errors import DataError
-from ..machine import peak_resident, reset_peak
 
 
 class StepClock(TrainerCallback):
@@ -25,8 +24,7 @@ class StepClock(TrainerCallback):
         self._began = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         self.seconds.append(time.perf_counter() - self._began)
 
 
@@ -55,22 +53,3 @@ class RankLog(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         model.base_model.update_and_allocate(state.global_step)
-
-
-def peak_memory() -> int:
-    """Highest resident memory of this process so far in bytes; on a CUDA device, the highest allocated there."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if (peak := peak_resident()) is not None:
-        return peak
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def reset_peak_memory() -> None:
-    """Let the peak begin again with what is held now (on a CUDA device, and on Linux)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        reset_peak()

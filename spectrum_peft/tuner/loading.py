@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from .. import names
+from ..devices import default_device, fast_dtype, refuse_quantization
 from ..errors import OptionError, near_matches
 from ..plan import MODES, OPTIONS, Mode, make_plan, needs_gradients
 from ..records import Plan
@@ -28,22 +29,6 @@ from .config import SpectrumConfig, candidates_of
 logger = logging.getLogger(__name__)
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
-
-
-def fast_dtype(device: str | torch.device = "auto") -> torch.dtype:
-    """bfloat16 where the device multiplies it at speed, float32 elsewhere.
-
-    GPUs say so themselves; a CPU does with AMX or AVX512-BF16 (Linux names them in /proc/cpuinfo). Without them a bfloat16
-    product falls back to scalar code, some hundred times slower than float32.
-    """
-    kind = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-    if kind.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if kind.type == "cpu":
-        info = Path("/proc/cpuinfo")
-        flags = info.read_text().split() if info.exists() else []
-        return torch.bfloat16 if {"amx_bf16", "avx512_bf16"} & set(flags) else torch.float32
-    return torch.bfloat16
 
 
 def quantization_config_for(
@@ -195,6 +180,7 @@ def _checked_quantization(value: str | None) -> str | None:
         return None
     if value not in QUANTIZATIONS:
         raise OptionError(f"quantization is {value!r}." + near_matches(str(value), QUANTIZATIONS))
+    refuse_quantization(default_device(), value)
     return value
 
 

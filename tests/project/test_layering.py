@@ -25,19 +25,20 @@ TOP = {"__init__", "__main__", "cli"}
 # Who may import whom besides the ground: one line for each room. A new arrow is a line here; a new room without one fails.
 ARROWS = {
     "arguments": "",
+    "devices": "",
     # numbers and weights
     "weights": "",
-    "scan": "weights",
+    "scan": "devices weights",
     # the user's rows, and gradients on them
     "data": "",
-    "probe": "data scan weights",
+    "probe": "data devices scan weights",
     # decisions
     "plan": "",
     "plots": "",
     # models
-    "tuner": "plan probe scan weights",
+    "tuner": "devices plan probe scan weights",
     "memory": "plan tuner weights",
-    "train": "arguments data plan probe scan tuner",
+    "train": "arguments data devices plan probe scan tuner",
     "export": "tuner weights",
     # all of it together
     "scanner": "memory plan scan",

@@ -225,7 +225,7 @@ def test_a_nan_is_refused_by_name(tmp_path: Path) -> None:
         ({"jobs": 1.5}, "jobs is 1.5"),
         ({"jobs": True}, "jobs is True"),
         ({"device": "tpv"}, "device is 'tpv'"),
-        ({"device": "cuda:99"}, r"device is 'cuda:99', but torch sees \d+"),
+        ({"device": "cuda:99"}, r"device is 'cuda:99', but"),
         ({"score": "linear"}, "score is 'linear', wanted a tuple of roles"),
         ({"score": ("linaer",)}, r"the role 'linaer'.*Did you mean 'linear'"),
     ],
