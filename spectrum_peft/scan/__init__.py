@@ -9,7 +9,7 @@ svd       leading singular triplets
 
 from __future__ import annotations
 
-from .cache import cache_folder
+from .cache import cache_folder, cache_sizes, clear_cache
 from .criteria import CRITERIA
 from .scan import scan_weights
 from .spectrum import spectrum_of
@@ -19,7 +19,9 @@ __all__ = [
     "CRITERIA",
     "SingularTriplets",
     "cache_folder",
+    "cache_sizes",
     "cached_svd",
+    "clear_cache",
     "scan_weights",
     "spectrum_of",
 ]

@@ -7,13 +7,14 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OptionError, near_matches
 from ..records import SnrReport
 from ..weights import WeightSource
 from .criteria import Criterion, MatrixScore
@@ -30,6 +31,27 @@ def cache_folder() -> Path:
     if own:
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectrum_peft"
+
+
+def cache_sizes() -> dict[str, int]:
+    """Bytes that are kept, by kind: the folders of `cache_folder()` (`reports`, `partial`, `svd`, `models`, ...)."""
+    folder = cache_folder()
+    kinds = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return {kind.name: sum(f.stat().st_size for f in kind.rglob("*") if f.is_file()) for kind in kinds}
+
+
+def clear_cache(kinds: Iterable[str] = ()) -> None:
+    """Remove what is kept of some kinds, of all for none.
+
+    Raises:
+        OptionError: nothing of such a kind is kept.
+    """
+    known = cache_sizes()
+    for kind in kinds:
+        if kind not in known:
+            raise OptionError(f"{kind!r} is not kept in {cache_folder()}." + near_matches(kind, known))
+    for kind in list(kinds) or known:
+        shutil.rmtree(cache_folder() / kind)
 
 
 def result_key(source: WeightSource, row: Criterion, device: torch.device) -> str:

@@ -15,6 +15,7 @@ from .quantized import (
     give_storage_without_values,
     int8_products_as_on,
     keep_4bit_differentiable,
+    quantized_product_works,
     through_quantization,
 )
 from .source import DTYPES, TensorInfo, WeightSource, split_expert
@@ -42,6 +43,7 @@ __all__ = [
     "matrix_of",
     "open_weights",
     "places",
+    "quantized_product_works",
     "read_bytes",
     "read_header",
     "split_expert",

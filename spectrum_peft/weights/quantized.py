@@ -109,6 +109,33 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
         )
 
 
+def quantized_product_works(kind: str, device: torch.device) -> str | None:
+    """None if a product with quantized weights runs on the device and is right, else what is wrong.
+
+    Compared with the product of the dequantized weights; int8 quantizes the input, too, by its largest value in a row: 1/127 of
+    it, summed over the 64 of a row.
+
+    Args:
+        kind: `nf4`, `fp4` or `int8`.
+    """
+    import bitsandbytes as bnb
+
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(64, 64, generator=generator) for _ in range(2))
+    if kind == "int8":
+        layer: nn.Module = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+        dtype, bound = torch.float16, 64 * 2 / 127
+    else:
+        dtype, bound = torch.float32, 1e-3
+        layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type=kind, compute_dtype=dtype)
+    layer.load_state_dict({"weight": weight.to(dtype)})
+    layer = layer.to(device)
+    y = layer(x.to(device, dtype))
+    exact = weight if kind == "int8" else bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    error = float((y.float().cpu() - x @ exact.float().cpu().T).abs().max())
+    return None if error <= bound else f"off by {error:.3g} where {bound:.3g} is the most"
+
+
 def give_storage_without_values(layer: nn.Module, dtype: torch.dtype) -> None:
     """Fill a bitsandbytes layer made on the meta device with weights that have bitsandbytes' storage and no values.
 

@@ -41,6 +41,7 @@ ARROWS = {
     "train": "arguments data devices plan probe scan tuner",
     "export": "tuner weights",
     # all of it together
+    "doctor": "devices scan weights",
     "scanner": "memory plan scan",
     "compare": "arguments data plan plots scan train tuner weights",
     "demo": "plan plots scan scanner",
