@@ -71,7 +71,7 @@ def _run(argv: list[str]) -> None:
 
 def _overview() -> str:
     lines = [f"{PROG} {__version__}: selective fine-tuning by weight spectrum", "", "commands:"]
-    lines += [f"  {name:<10}{verb.summary}" for name, verb in VERBS.items()]
+    lines += [f"  {name:<12}{verb.summary}" for name, verb in VERBS.items()]
     lines += ["", "examples:", *(f"  {PROG} {verb.example}" for verb in VERBS.values())]
     lines += ["", f"{PROG} COMMAND --help lists a command's flags. --config FILE reads them from YAML."]
     return "\n".join(lines)

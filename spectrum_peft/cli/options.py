@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +113,3 @@ def write_record(record: SnrReport | GradientReport | Plan | MemoryReport, outpu
     if output is not None:
         record.save(output)
         print(f"wrote {output}")
-
-
-def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first and last column to the left, numbers between them to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    last = len(widths) - 1
-    return [
-        "  ".join(
-            cell.ljust(width) if i in (0, last) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..arguments import Rest
 from ..records import GradientReport
-from .options import add_data_options, add_load_options, check_writable, required, table_lines, write_record
+from .options import add_data_options, add_load_options, check_writable, required, write_record
 from .verb import Verb
 
 
@@ -42,7 +42,10 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
 
 def describe_gradients(report: GradientReport) -> str:
     """A table by kind: Fisher mass, and how alike neighbours' gradients are where they were compared."""
-    rows = [("kind", "matrices", "lowest", "median", "highest", "neighbours alike", "best")]
+    from ..plan import format_table
+
+    header = ("kind", "matrices", "lowest", "median", "highest", "neighbours alike", "best")
+    rows = []
     alike = {}
     for s in report.similarities:
         steps = [s.subspace[i][i + 1] for i in range(len(s.names) - 1)]
@@ -56,7 +59,7 @@ def describe_gradients(report: GradientReport) -> str:
         masses = (f"{report.scores[s.name]:.3g}" for s in (ordered[0], middle, ordered[-1]))
         rows.append((kind, str(len(stats)), *masses, alike.get(kind, "-"), ordered[-1].name))
     head = f"{report.model_id or 'model'}: Fisher mass of {len(report.stats)} matrices on {report.samples} samples"
-    return "\n".join([f"{head}, mean loss {report.loss:.4f}", *table_lines(rows)])
+    return "\n".join([f"{head}, mean loss {report.loss:.4f}", format_table(header, rows, last_is_text=True)])
 
 
 VERB = Verb(

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..arguments import Rest, switch
 from ..records import SnrReport
-from .options import check_writable, required, table_lines, write_record
+from .options import check_writable, required, write_record
 from .verb import Verb
 
 
@@ -45,7 +45,10 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
 
 def describe_report(report: SnrReport) -> str:
     """A table of the scores by kind: how many matrices, lowest, median and highest score, and the best one."""
-    rows = [("kind", "matrices", "lowest", "median", "highest", "best")]
+    from ..plan import format_table
+
+    header = ("kind", "matrices", "lowest", "median", "highest", "best")
+    rows = []
     kinds: dict[str, list[Any]] = {}
     for stat in report.stats:
         if stat.score is not None:
@@ -57,7 +60,7 @@ def describe_report(report: SnrReport) -> str:
         rows.append((kind, str(len(stats)), *scores, ordered[-1].name))
     scored = sum(map(len, kinds.values()))
     head = f"{report.model_id or 'model'}: {scored} of {len(report.stats)} tensors scored by {report.criterion!r}"
-    return "\n".join([head, *table_lines(rows), *(f"note: {note}" for note in report.notes)])
+    return "\n".join([head, format_table(header, rows, last_is_text=True), *(f"note: {note}" for note in report.notes)])
 
 
 VERB = Verb(

@@ -187,14 +187,15 @@ def _given_up(plan: Plan) -> list[PlanEntry]:
     return missed
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text columns; the first is flush left, the others flush right."""
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, last_is_text: bool = False) -> str:
+    """Plain text columns; the first is flush left, and the last where it is text, the others flush right."""
     table = [list(header), *(list(row) for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     table.insert(1, ["-" * width for width in widths])
+    left = {0, len(widths) - 1} if last_is_text else {0}
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in table
