@@ -1,7 +1,7 @@
-"""Which folder of the package imports which, read from the source: python docs/architecture.py writes the picture.
+"""Which folder of the package imports which, read from the source, as a picture: python docs/architecture.py
 
-Between `<!-- picture -->` and `<!-- end -->` in docs/architecture.md stands what this script writes; `--check` fails where it
-would change the page. tests/project/test_layering.py holds the imports to its table by the same reading.
+It writes docs/images/architecture.svg; `--check` fails where it would change it. tests/project/test_layering.py holds the
+imports to its table by the same reading.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "spectrum_peft"
-PAGE = ROOT / "docs" / "architecture.md"
-BEGIN, END = "<!-- picture -->\n", "<!-- end -->"
+PICTURE = ROOT / "docs" / "images" / "architecture.svg"
 
 
 def files(package: Path) -> list[Path]:
@@ -108,31 +108,103 @@ def reduced(arrows: Mapping[str, set[str]]) -> dict[str, set[str]]:
     }  # fmt: skip
 
 
+# What is drawn: pixels of a box, and between the middles of two.
+BOX, ROW, COLUMN = (96, 30), 46, 140
+
+
+def columns(arrows: Mapping[str, set[str]]) -> dict[str, int]:
+    """How many rooms must be there before one: the length of the longest way that leads to it."""
+    found: dict[str, int] = {}
+
+    def column(room: str) -> int:
+        if room not in found:
+            found[room] = max((column(other) + 1 for other in arrows[room]), default=0)
+        return found[room]
+
+    for room in arrows:
+        column(room)
+    return found
+
+
+def with_bends(
+    arrows: Mapping[str, set[str]], column: Mapping[str, int]
+) -> tuple[dict[str, set[str]], dict[str, int], dict[tuple[str, str], list[str]]]:
+    """A long arrow gets a place of its own in each column that it crosses, so that it runs beside the rooms there.
+
+    Returns:
+        the arrows from place to place, the places' columns, and the places of each arrow.
+    """
+    places, numbers, ways = {room: set[str]() for room in arrows}, dict(column), {}
+    for room in sorted(arrows):
+        for other in sorted(arrows[room]):
+            between = [f"{other} to {room}, {number}" for number in range(column[other] + 1, column[room])]
+            ways[other, room] = [other, *between, room]
+            for number, (one, next_one) in enumerate(pairwise(ways[other, room]), start=column[other] + 1):
+                places.setdefault(next_one, set()).add(one)
+                numbers[next_one] = number
+    return places, numbers, ways
+
+
+def heights(places: Mapping[str, set[str]], column: Mapping[str, int]) -> dict[str, float]:
+    """Where each place stands in its column: in the order of the mean height of what leads to it, around the middle."""
+    found: dict[str, float] = {}
+    for number in range(max(column.values()) + 1):
+        here = [place for place in sorted(column) if column[place] == number]
+        mean = {p: sum(found[o] for o in places[p]) / len(places[p]) if places[p] else 0.0 for p in here}
+        here.sort(key=lambda place: (mean[place], place))
+        found |= {place: i - (len(here) - 1) / 2 for i, place in enumerate(here)}
+    return found
+
+
 def picture(package: Path = PACKAGE) -> str:
-    """The rooms as a Mermaid graph, an arrow from what is known to who knows it: the way that data goes."""
-    hidden = {"__init__", "__main__", "errors", "names", "machine", "devices", "arguments"}
-    rooms = {
-        room: others - hidden for room, others in between_rooms(package).items() if room not in hidden
-    }  # fmt: skip
-    lines = ["graph LR"]
-    for room in sorted(rooms):
-        is_folder = (package / room).is_dir()
-        lines.append(f"    {room}[{room}/]" if is_folder else f"    {room}([{room}.py])")
-    for room, others in sorted(reduced(rooms).items()):
-        lines += [f"    {other} --> {room}" for other in sorted(others)]
-    return "```mermaid\n" + "\n".join(lines) + "\n```\n"
+    """The folders as SVG, an arrow from what is known to who knows it: the way that data goes, from left to right.
+
+    The files of the top level are left out: what everybody may know, and what ties stages together. Their arrows hide the others.
+    """
+    folders = {room for room in between_rooms(package) if (package / room).is_dir()}
+    arrows = reduced({room: others & folders for room, others in between_rooms(package).items() if room in folders})
+    places, column, ways = with_bends(arrows, columns(arrows))
+    height_of = heights(places, column)
+    lowest, highest = min(height_of.values()), max(height_of.values())
+    width = COLUMN * max(column.values()) + BOX[0] + 20
+    height = round(ROW * (highest - lowest)) + BOX[1] + 20
+    middle = {
+        p: (10 + BOX[0] // 2 + COLUMN * column[p], 10 + BOX[1] // 2 + round(ROW * (height_of[p] - lowest)))
+        for p in places
+    }
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="13">',
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0 0 8 4 0 8z" fill="#7a8a99"/></marker></defs>',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    for way in ways.values():
+        stops = [middle[place] for place in way]
+        begin, end = (stops[0][0] + BOX[0] // 2, stops[0][1]), (stops[-1][0] - BOX[0] // 2, stops[-1][1])
+        path = f"M{begin[0]} {begin[1]}"
+        for (a, b), (x, y) in pairwise([begin, *stops[1:-1], end]):
+            bend = (x - a) // 2
+            path += f"C{a + bend} {b} {x - bend} {y} {x} {y}"
+        lines.append(f'<path d="{path}" fill="none" stroke="#7a8a99" stroke-width="1.3" marker-end="url(#tip)"/>')
+    for room in sorted(arrows):
+        x, y = middle[room]
+        lines.append(
+            f'<rect x="{x - BOX[0] // 2}" y="{y - BOX[1] // 2}" width="{BOX[0]}" height="{BOX[1]}" rx="4" '
+            'fill="#e3edf6" stroke="#33475b"/>'
+        )
+        lines.append(f'<text x="{x}" y="{y + 5}" text-anchor="middle" fill="#16202a">{room}/</text>')
+    return "\n".join([*lines, "</svg>"]) + "\n"
 
 
 def main(argv: list[str]) -> int:
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    new = f"{before}{BEGIN}{picture()}{end}{after}"
+    new = picture()
     if "--check" in argv:
-        if new != text:
-            print(f"{PAGE.relative_to(ROOT)}: the picture is not that of the imports; run python docs/architecture.py")
-        return int(new != text)
-    PAGE.write_text(new, encoding="utf-8")
+        same = PICTURE.is_file() and PICTURE.read_text(encoding="utf-8") == new
+        if not same:
+            print(f"{PICTURE.name} is not the picture of the imports; run python docs/architecture.py")
+        return int(not same)
+    PICTURE.write_text(new, encoding="utf-8")
     return 0
 
 

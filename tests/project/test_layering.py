@@ -119,12 +119,17 @@ def test_stages_that_hand_over_data_do_not_know_each_other() -> None:
 
 def test_the_picture_of_the_rooms_is_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert architecture.main(["--check"]) == 0
-    page = tmp_path / "architecture.md"
-    page.write_text(architecture.PAGE.read_text(encoding="utf-8").replace("weights --> scan", ""), encoding="utf-8")
-    monkeypatch.setattr(architecture, "PAGE", page)
-    monkeypatch.setattr(architecture, "ROOT", tmp_path)
+    old = tmp_path / "architecture.svg"
+    old.write_text(architecture.PICTURE.read_text(encoding="utf-8").replace("weights/", "loads/"), encoding="utf-8")
+    monkeypatch.setattr(architecture, "PICTURE", old)
     assert architecture.main(["--check"]) == 1
     assert architecture.main([]) == 0 and architecture.main(["--check"]) == 0
+
+
+def test_arrows_that_a_longer_way_stands_for_are_left_out() -> None:
+    arrows = {"a": set[str](), "b": {"a"}, "c": {"a", "b"}, "d": {"a"}}
+    assert architecture.reduced(arrows) == {"a": set(), "b": {"a"}, "c": {"b"}, "d": {"a"}}
+    assert architecture.columns(arrows) == {"a": 0, "b": 1, "c": 2, "d": 1}
 
 
 @pytest.mark.parametrize(("file", "line", "seen"), [
