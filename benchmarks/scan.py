@@ -336,7 +336,7 @@ LOADED = """
 import json, sys
 from spectrum_peft.cli.main import main
 code = main(["scan", sys.argv[1], "-o", sys.argv[2]])
-heavy = ("peft", "transformers.modeling_utils", "transformers", "scipy", "matplotlib", "bitsandbytes", "gguf")
+heavy = ("peft", "transformers.modeling_utils", "transformers", "matplotlib", "bitsandbytes", "gguf")
 print(json.dumps([code, [name for name in heavy if name in sys.modules]]))
 """
 

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,20 @@ def _version(package: str) -> str | None:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def cpu_maker() -> str:
+    """`GenuineIntel`, `AuthenticAMD` or what else the processor says of itself; empty where it cannot be asked."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    said = [line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")]
+    if said:
+        return said[0]
+    named = (
+        os.environ.get("PROCESSOR_IDENTIFIER") or platform.processor()
+    )  # Windows: "AMD64 Family 25 ..., AuthenticAMD"
+    return next((maker for maker in ("GenuineIntel", "AuthenticAMD") if maker in named), "")
 
 
 def commit() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 scan      every matrix of a checkpoint, several at a time
 criteria  what a matrix scores
+gram      its singular values, by the library that is fastest here
 cache     results of a scan that may be killed
 spectrum  the singular values of one matrix
 svd       leading singular triplets

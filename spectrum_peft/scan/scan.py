@@ -27,6 +27,7 @@ from ..weights.threads import one_torch_thread
 from . import criteria
 from .cache import PartialResults, cache_folder, kept_results, result_key
 from .criteria import Criterion, MatrixScore
+from .gram import one_openblas_thread
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def scan_weights(
             raise CheckpointError(f"{source.model_id or 'model'}: {error}") from None
 
     unfinished = PartialResults(cache_folder() / "partial" / f"{key}.jsonl", shapes)
-    with unfinished as partial, one_torch_thread(), torch.no_grad():
+    with unfinished as partial, one_torch_thread(), one_openblas_thread(), torch.no_grad():
         rest = [(name, info) for name, info in wanted if name not in partial.results]
         if len(rest) < len(wanted):
             logger.info(

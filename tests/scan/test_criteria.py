@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectrum_peft import names
 from spectrum_peft.errors import CheckpointError, OptionError
-from spectrum_peft.scan import CRITERIA, criteria
+from spectrum_peft.scan import CRITERIA, criteria, gram
 from spectrum_peft.scan.criteria import score, singular_values
 
 SHAPES = [(64, 96), (96, 64), (41, 7), (9, 200), (130, 130)]
@@ -57,7 +57,7 @@ def test_singular_values_are_those_of_the_svd(
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 300])
 def test_the_blocks_of_the_gram_matrix_fit_together(length: int, seeded: torch.Generator) -> None:
     """Sides around the block sizes, and a long side of more than one slice."""
-    matrix = noise((length, criteria._GRAM_SLICE + 17), seeded)
+    matrix = noise((length, gram._SLICE + 17), seeded)
     exact = torch.linalg.svdvals(matrix)
     for turned in (matrix, matrix.T, matrix.T.contiguous()):
         torch.testing.assert_close(singular_values(turned), exact, rtol=1e-5, atol=0.0)
@@ -95,7 +95,7 @@ def test_a_value_that_float32_cannot_place_is_placed_in_float64() -> None:
     trial = torch.cat([torch.tensor([edge * (1 + 1e-9)], dtype=torch.float64), values[1:]])
     assert criteria.published_edge(trial, shape) == edge
     assert score(torch.diag(trial), "spectrum").n_signal == 1
-    coarse = criteria._gram_values(torch.diag(trial), torch.float32, 1.0)
+    coarse = gram.gram_values(torch.diag(trial), torch.float32, 1.0)
     assert not criteria._trusted(coarse, shape, CRITERIA["spectrum"])
     assert criteria._trusted(coarse, shape, None)
 
@@ -134,16 +134,22 @@ def test_a_score_is_within_its_criterions_tolerance(criterion: str, what: str) -
         assert found.score == pytest.approx(exact.score, rel=CRITERIA[criterion].tolerance)
 
 
+@pytest.mark.parametrize("openblas", [False, True])
 @pytest.mark.parametrize("shape", [(64, 96), (130, 130), (400, 250), (512, 512)])
 @pytest.mark.parametrize("strength", [None, 3.0, 30.0])
 def test_float32_errs_no_more_than_the_trust_in_it_assumes(
-    shape: tuple[int, int], strength: float | None, seeded: torch.Generator
+    shape: tuple[int, int],
+    strength: float | None,
+    openblas: bool,
+    seeded: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The one assumption about the processor and its libraries: where this fails, `_USUAL` and `_WORST` are too low."""
+    monkeypatch.setattr(gram, "prefers_openblas", lambda matrix: openblas)
     matrix = (noise(shape, seeded) if strength is None else planted(shape, 3, strength, seeded)).float()
     exact = torch.linalg.svdvals(matrix.double()).square()
     eps = torch.finfo(torch.float32).eps
-    error = (criteria._gram_values(matrix, torch.float32, 1.0).square() - exact).abs()
+    error = (gram.gram_values(matrix, torch.float32, 1.0).square() - exact).abs()
     in_units = error / (eps * (exact.mean() + 4 * exact))
     assert float(in_units.mean()) <= criteria._USUAL
     assert bool(((in_units <= criteria._WORST) | (error <= criteria._WORST_OF_TOP * eps * exact[0])).all())
