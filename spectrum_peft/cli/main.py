@@ -17,13 +17,46 @@ from contextlib import suppress
 
 from .. import __version__
 from ..errors import OptionError, SpectrumError, near_matches
-from . import cache, compare, completion, demo, doctor, evaluate, export, memory, merge, plan, plot, probe, scan, train
+from . import (
+    cache,
+    chat,
+    compare,
+    completion,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    memory,
+    merge,
+    plan,
+    plot,
+    probe,
+    scan,
+    train,
+)
 from .verb import PROG, Verb
 
 # In the order of the overview: that of the work.
 VERBS: dict[str, Verb] = {
     module.VERB.name: module.VERB
-    for module in (scan, probe, plan, train, evaluate, compare, merge, export, memory, plot, demo, doctor, cache)
+    for module in (
+        scan,
+        probe,
+        plan,
+        train,
+        evaluate,
+        generate,
+        chat,
+        compare,
+        merge,
+        export,
+        memory,
+        plot,
+        demo,
+        doctor,
+        cache,
+    )
 }
 VERBS["completion"] = completion.verb_over(VERBS)
 

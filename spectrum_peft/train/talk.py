@@ -1,0 +1,155 @@
+"""Talking to what was trained: text as it is written, and the untrained base beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer, set_seed
+
+from ..errors import CheckpointError, DataError, OptionError
+from ..records import read_mapping
+from .run import RESULTS
+from .saved import Saved
+
+Message = dict[str, str]
+
+
+class _Pieces(TextStreamer):
+    """Hands on text as soon as its characters are whole."""
+
+    def __init__(self, tokenizer: Any, take: Callable[[str], None], skip_prompt: bool) -> None:
+        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+        self.take = take
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.take(text)
+
+
+def prompt_for(tokenizer: Any, messages: Sequence[Message], source: str) -> str:
+    """Messages as the tokenizer's chat template writes them, up to where the answer begins.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or its template refuses these messages.
+    """
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{source}: its tokenizer has no chat template; use `generate --raw`, which gives the text as it is."
+        )
+    try:
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is a program that somebody wrote: it raises what it likes
+        raise DataError(f"{source}: its chat template refuses the messages ({str(error).splitlines()[0]}).") from error
+    return str(text)
+
+
+def write(
+    saved: Saved,
+    prompt: str,
+    take: Callable[[str], None],
+    *,
+    templated: bool,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> str:
+    """Let the model write on from a prompt.
+
+    Args:
+        take: gets the text piece by piece, as it is written.
+        templated: the prompt comes from a chat template, which has written the special tokens.
+        temperature: 0 takes the most probable token each time; above, tokens are drawn.
+        top_p: tokens are drawn from the smallest set with this probability. seed: of the drawing.
+    Returns:
+        The whole text, without the prompt and special tokens.
+    Raises:
+        OptionError: temperature below 0, top_p outside (0, 1], max_new_tokens below 1.
+        DataError: the prompt holds no token, or leaves no room for an answer.
+    """
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise OptionError(
+            f"temperature is {temperature:g}, top_p {top_p:g}, max_new_tokens {max_new_tokens}; wanted from 0 up, in (0, 1],"
+            " and from 1 up."
+        )
+    model, tokenizer = saved.model, saved.tokenizer
+    inputs = tokenizer([prompt], return_tensors="pt", add_special_tokens=not templated)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise DataError("the prompt is empty.")
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and length >= most and not model.config.is_encoder_decoder:
+        raise DataError(f"the prompt has {length} tokens, and the model has room for {most}, its answer included.")
+    if seed is not None:
+        set_seed(seed)
+    drawing: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pieces: list[str] = []
+
+    def keep(piece: str) -> None:
+        pieces.append(piece)
+        take(piece)
+
+    room = max_new_tokens if most is None or model.config.is_encoder_decoder else min(max_new_tokens, most - length)
+    with torch.no_grad():
+        model.generate(
+            **{k: inputs[k].to(model.device) for k in ("input_ids", "attention_mask")},
+            **drawing, pad_token_id=pad, max_new_tokens=room,
+            streamer=_Pieces(tokenizer, keep, skip_prompt=not model.config.is_encoder_decoder),
+        )  # fmt: skip
+    return "".join(pieces)
+
+
+def base_of(source: str) -> str | None:
+    """The model that a folder of trained weights was trained from, as its own record says it; None where it does not."""
+    path = Path(source) / RESULTS
+    found = read_mapping(path).get("model") if path.is_file() else None
+    return found if isinstance(found, str) else None
+
+
+class Beside:
+    """The tuned model, and the one that it was trained from.
+
+    An adapter is switched off for the base; beside a plain checkpoint the base is loaded, when it is first asked.
+
+    Args:
+        open_base: opens a model by its name, as `open_saved` does.
+    """
+
+    def __init__(self, tuned: Saved, open_base: Callable[[str], Saved]) -> None:
+        self.tuned, self._open = tuned, open_base
+        self._base: Saved | None = None
+
+    def models(self, with_base: bool) -> Iterator[tuple[str, Saved]]:
+        """(name, model): `tuned`, and `base` where it is asked for; each is to be used before the next is taken."""
+        yield "tuned", self.tuned
+        if with_base:
+            with self.base() as base:
+                yield "base", base
+
+    @contextmanager
+    def base(self) -> Iterator[Saved]:
+        """The untrained model.
+
+        Raises:
+            CheckpointError: the folder does not say which model it was trained from.
+        """
+        if hasattr(self.tuned.model, "disable_adapter"):
+            with self.tuned.model.disable_adapter():
+                yield self.tuned
+            return
+        source = self.tuned.options.model
+        if self._base is None:
+            name = base_of(source)
+            if name is None:
+                raise CheckpointError(
+                    f"{source}: {RESULTS} does not say which model it was trained from, so none is beside it."
+                )
+            self._base = self._open(name)
+        yield self._base
