@@ -161,7 +161,7 @@ def trained_whole(
         found = {u.name for u in units if u.role == "embedding"}
         taken |= _found("train_embeddings", found)
     if options["train_head"]:
-        found = {u.name for u in units if names.in_head(u.name)}
+        found = {u.name for u in units if u.role == "head" or names.in_head(u.name)}
         for group in tied:
             if group[0] in roles and any(names.in_head(name) for name in group[1:]):
                 if options["backward_depth"] < 1:

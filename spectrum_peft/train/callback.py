@@ -121,6 +121,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
 
     def _take_plan_of(self, tuner: SpectrumModel) -> None:
         config = tuner.peft_config[tuner.active_adapters[0]]
+        tuner.follow_layers(tuner.active_adapters[0])
         self.plan = config.plan
         if isinstance(config.report, SnrReport):
             self.report = config.report

@@ -47,6 +47,8 @@ def parameter_groups(
     """
     from ..tuner import plan_parameters, trainable_mismatch
 
+    if hasattr(getattr(model, "base_model", None), "follow_layers"):
+        model.base_model.follow_layers(model.active_adapter)
     carried = getattr(getattr(model, "active_peft_config", None), "plan", None) or getattr(model, "spectrum_plan", None)
     plan = plan or carried
     if plan is None:

@@ -6,29 +6,27 @@ Nothing here puts layers into a model (that is `model.py`); plain models are onl
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from .. import names
-from ..errors import CheckpointError, MismatchError, OptionError, near_matches
+from ..errors import MismatchError, OptionError, near_matches
 from ..plan import MODES, OPTIONS, make_plan, needs_gradients, worth_probing
 from ..probe import probe_gradients
 from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, GradientReport, Plan, PlanEntry, SnrReport
 from ..scan import scan_weights
-from ..weights import open_weights
+from ..weights import open_weights, output_head, role_of
 from .config import SpectrumConfig, candidates_of
-from .layers import Original, SpectrumLayer
+from .layers import SpectrumLayer
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +169,7 @@ def _settled(model: nn.Module, config: SpectrumConfig) -> Plan:
     if config.plan is not None:
         plan = config.plan
         _check_fingerprint(plan.fingerprint, model, "the plan", config.force)
-        plan = _with_model_names(plan, present)
+        plan = _with_model_names(plan, present, base_of(model))
         _settle_tokens(model, config, plan, present)
         return _with_saved(model, config, plan, present)
     report = config.resolved_report()
@@ -185,7 +183,7 @@ def _settled(model: nn.Module, config: SpectrumConfig) -> Plan:
         report = scan_weights(base_of(model), criterion, score=score, cache=bool(score), seed=config.seed)
     else:
         _check_fingerprint(report.fingerprint, model, "the report", config.force)
-    report = _report_with_model_names(report, present)
+    report = _report_with_model_names(report, present, base_of(model))
     candidates = candidates_of(config, report)
     gradients = None
     if needs_gradients(options):
@@ -202,6 +200,18 @@ def _with_saved(model: nn.Module, config: SpectrumConfig, plan: Plan, present: d
         dataclasses.replace(e, action="save") if e.action == "train" and lies_in(e.name, config.modules_to_save) else e
         for e in plan.entries
     ]
+    head = output_head(base_of(model))
+    for entry in inside:  # embeddings and heads that are called neither
+        owner = present[entry.name][0] if entry.name in present else None
+        whole = isinstance(owner, nn.Embedding | nn.EmbeddingBag) or (owner is head and owner is not None)
+        if (
+            entry.action in REAL_WEIGHT_ACTIONS
+            and entry.trains
+            and whole
+            and not lies_in(entry.name, config.modules_to_save)
+        ):
+            if names.role(entry.name, entry.shape) == "linear":
+                config.modules_to_save = [*(config.modules_to_save or ()), names.module_name(entry.name)]
     plan = plan.replace(entries=tuple(inside))
     return plan.replace(entries=(*plan.entries, *_saved_entries(model, config, plan, present)))
 
@@ -247,13 +257,18 @@ def _check_fingerprint(fingerprint: Any, model: nn.Module, what: str, force: boo
         logger.info(note)
 
 
-def _report_with_model_names(report: SnrReport, present: dict[str, Any]) -> SnrReport:
-    found = names.align([s.name.partition("[")[0] for s in report.stats], present)
+def _report_with_model_names(report: SnrReport, present: dict[str, Any], model: nn.Module) -> SnrReport:
+    """A report that may be of files, with the model's names, and the roles of its modules where names say less."""
+    found = _aligned([s.name.partition("[")[0] for s in report.stats], present, model)
+    head = output_head(model)
     stats = []
     for stat in report.stats:
         base, bracket, expert = stat.name.partition("[")
         if base in found:
-            stats.append(dataclasses.replace(stat, name=found[base] + bracket + expert))
+            role = stat.role
+            if role == "linear":
+                role = role_of(found[base], stat.shape, present[found[base]][0], head) if not bracket else role
+            stats.append(dataclasses.replace(stat, name=found[base] + bracket + expert, role=role))
         elif stat.role == "linear" and names.block_index(base) is not None:
             raise MismatchError(f"the report lists {base}, which the model lacks." + near_matches(base, present))
     if not any(s.role == "linear" for s in stats):
@@ -262,8 +277,24 @@ def _report_with_model_names(report: SnrReport, present: dict[str, Any]) -> SnrR
     return dataclasses.replace(report, stats=tuple(stats), tied=tied)
 
 
-def _with_model_names(plan: Plan, present: dict[str, Any]) -> Plan:
-    found = names.align([e.name for e in plan.entries], present)
+def _aligned(wanted: Iterable[str], present: dict[str, Any], model: nn.Module) -> dict[str, str]:
+    """{name: the model's own name}; names of an older version of the model's class as the class itself translates them.
+
+    That is transformers' `_checkpoint_conversion_mapping` {pattern: replacement}, which PEFT applies to an adapter's tensors.
+    """
+    wanted = list(wanted)
+    found = names.align(wanted, present)
+    renamings = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    for name in wanted if renamings else ():
+        for pattern, replacement in renamings.items():
+            new, count = re.subn(pattern, replacement, name)
+            if name not in found and count and new in present:
+                found[name] = new
+    return found
+
+
+def _with_model_names(plan: Plan, present: dict[str, Any], model: nn.Module) -> Plan:
+    found = _aligned([e.name for e in plan.entries], present, model)
     entries = []
     for entry in plan.entries:
         if entry.name in found:
@@ -309,6 +340,7 @@ def _settle_tokens(model: nn.Module, config: SpectrumConfig, plan: Plan, present
     tensor. On a tied model PEFT 0.21.2 puts one wrapper into the other then, and the first forward fails.
     """
     layers = token_layers(model, config, present)
+    config.row_modules = frozenset[str]()
     if not layers:
         return
     options, saved = plan.options, list(config.modules_to_save or ())
@@ -318,6 +350,8 @@ def _settle_tokens(model: nn.Module, config: SpectrumConfig, plan: Plan, present
     if asked or (options.get("train_head") and tied) or any(_lists(saved, name) for name in rows):
         logger.info("trainable_token_indices of %s left out: the whole embedding trains", ", ".join(layers))
         config.trainable_token_indices = None
+    else:
+        config.row_modules = frozenset(names.module_name(name) for name in rows)
     doubled = [m for m in saved if any(_lists([m], name) for name in tied)]
     if doubled:
         logger.info("modules_to_save: %s left out: it is the embedding, whose rows train", ", ".join(doubled))
@@ -384,56 +418,6 @@ def _input_embedding(model: nn.Module, present: dict[str, Any]) -> str | None:
         return None
     embedding = getattr(embedding, "original_module", embedding)
     return next((names.module_name(n) for n, (owner, _) in present.items() if owner is embedding), None)
-
-
-# --- originals of weights that train ---------------------------------------------------------------------------------
-
-
-def local_folder(model: nn.Module) -> Path | None:
-    """The checkpoint folder that a transformers model was loaded from, where it is a local folder."""
-    path = getattr(getattr(base_of(model), "config", None), "_name_or_path", None)
-    return Path(path) if path and Path(path).is_dir() else None
-
-
-def _read_tensor(folder: str, name: str) -> Tensor:
-    return open_weights(folder).read(name)
-
-
-def original_keeper(model: nn.Module, keep_base: str) -> Callable[[str, Tensor], Original]:
-    """How the originals of weights that train are kept; see `SpectrumConfig.keep_base`.
-
-    Returns:
-        (full parameter name, value) -> Original.
-    """
-    if keep_base in ("host", "none"):
-        return lambda name, value: Original(name, value, lost=keep_base == "none")
-    folder = local_folder(model)
-    stored: dict[str, str] = {}
-    if folder is not None:
-        try:
-            source = open_weights(str(folder))
-            tensors = [t.name for t in source.tensors()]
-            stored = {found: name for name, found in names.align(tensors, base_parameters(model)).items()}
-        except CheckpointError as error:
-            if keep_base == "file":
-                raise
-            logger.info("keep_base='auto': %s; originals are kept in main memory", error)
-    elif keep_base == "file":
-        raise OptionError("keep_base='file' needs a model loaded from a local folder; use keep_base='host'.")
-
-    def keep(name: str, value: Tensor) -> Original:
-        if name in stored:
-            same = value.device.type != "meta" and torch.equal(
-                source.read(stored[name]).to(value.dtype), value.detach().to("cpu")
-            )
-            if same or keep_base == "file":
-                reader = functools.partial(_read_tensor, str(folder), stored[name])
-                return Original(name, value, reader=reader)
-        elif keep_base == "file":
-            raise MismatchError(f"keep_base='file': {folder} holds no tensor {name}." + near_matches(name, stored))
-        return Original(name, value)
-
-    return keep
 
 
 # --- plain models ----------------------------------------------------------------------------------------------------

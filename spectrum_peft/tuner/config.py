@@ -17,20 +17,19 @@ from .. import names
 from ..errors import OptionError, near_matches
 from ..plan import MODES, OPTIONS, check_options, get_mode
 from ..records import ADAPTER_ACTIONS, GradientReport, Plan, SnrReport
+from .lora_fields import check_lora_fields
 
 PEFT_TYPE = "SPECTRUM"
-# Inits that rewrite the base weight when the adapter is made. What such an adapter computes depends on a base that is
-# no longer the checkpoint's, so neither reload nor merge onto the original checkpoint would be exact.
-_INITS_THAT_REWRITE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass
 class SpectrumConfig(LoraConfig):
     """Configuration of selective fine-tuning by weight spectrum; one word, `mode`, switches the method.
 
-    All fields of `peft.LoraConfig` stay. `target_modules`, `exclude_modules` and `layers_to_transform` narrow the
-    candidates before the ratio is applied (default: every Linear and Conv1D but the output head). `modules_to_save` and
-    `trainable_token_indices` train as in PEFT and appear in the plan with action `save`.
+    All fields of `peft.LoraConfig` stay; what each does here, or that it is refused, is in `lora_fields.FIELDS`.
+    `target_modules`, `target_parameters`, `exclude_modules` and `layers_to_transform` narrow the candidates before the ratio
+    is applied (default: every Linear and Conv1D but the output head). `modules_to_save` and `trainable_token_indices` train as
+    in PEFT and appear in the plan with action `save`.
 
     Args:
         mode: key of `policies.MODES`: `full`, `spectrum`, `lora`, `spectra_qlora`, `alors`, `sgm`, `lorsa`.
@@ -113,6 +112,8 @@ class SpectrumConfig(LoraConfig):
 
     # Set by the tuner: the modules that get a layer. Not a field: it follows from the plan.
     planned_modules = frozenset[str]()
+    # Set with the plan: embeddings of which single rows train.
+    row_modules = frozenset[str]()
     # The plan came inside an adapter_config.json, so the adapter's tensors are in a file beside it.
     plan_from_file = False
 
@@ -136,21 +137,7 @@ class SpectrumConfig(LoraConfig):
             raise OptionError(
                 "gradients and calibration_data are both given; the second is what the first comes from, give one."
             )
-        init = self.init_lora_weights
-        if isinstance(init, str) and init.lower().startswith(_INITS_THAT_REWRITE_THE_BASE):
-            raise OptionError(
-                f"init_lora_weights={init!r} rewrites the base weights, so that the adapter would no longer belong to "
-                "the checkpoint it is exported for; wanted True, False, 'gaussian', 'eva' or 'orthogonal'."
-            )
-        if get_mode(self.mode).action == "lorsa":
-            for name, plain in (("use_dora", False), ("lora_bias", False), ("init_lora_weights", True)):
-                if getattr(self, name) != plain:
-                    raise OptionError(
-                        f"{name}={getattr(self, name)!r} is for a product of two free factors; mode {self.mode!r} starts from "
-                        "zero in a fixed basis. Leave it out."
-                    )
-        if self.use_dora and self.rescore_every is not None:
-            raise OptionError("use_dora=True together with rescore_every: a rank cannot change under DoRA's magnitude.")
+        check_lora_fields(self)
         if self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -235,8 +222,9 @@ class SpectrumConfig(LoraConfig):
         return data
 
 
-def candidates_of(config: LoraConfig, report: SnrReport) -> list[str] | None:
-    """The matrices that `target_modules`, `exclude_modules` and `layers_to_transform` leave, as names of the report.
+def candidates_of(config: SpectrumConfig, report: SnrReport) -> list[str] | None:
+    """The matrices that `target_modules`, `target_parameters`, `exclude_modules` and `layers_to_transform` leave, as names of
+    the report. As in PEFT, `target_parameters` alone means them alone, and beside `target_modules` adds to these.
 
     Returns:
         None where none of these fields is set: every Linear and Conv1D but the output head.
@@ -244,11 +232,32 @@ def candidates_of(config: LoraConfig, report: SnrReport) -> list[str] | None:
         OptionError: the fields leave nothing, or one name in a list of targets matches nothing.
     """
     every = config.target_modules in (None, "all-linear")
-    if every and not (config.exclude_modules or config.layers_to_transform or config.modules_to_save):
+    by_parameter = config.target_parameters or []
+    narrowed = (
+        config.exclude_modules or config.layers_to_transform is not None or config.modules_to_save or by_parameter
+    )
+    if MODES[config.mode].whole_model or (every and not narrowed):
         return None
     owners = {s.name: _owner(s.name) for s in report.stats if s.role == "linear"}
-    kept = set(_narrowed(config, dict.fromkeys(owners.values())))
-    return list(dict.fromkeys(name.partition("[")[0] for name, owner in owners.items() if owner in kept))
+    only_parameters = bool(by_parameter) and config.target_modules is None
+    kept = set() if only_parameters else set(_narrowed(config, dict.fromkeys(owners.values())))
+    found = dict.fromkeys(name.partition("[")[0] for name in owners)
+    asked = _by_parameter(by_parameter, found)
+    inside = {name.partition("[")[0] for name, owner in owners.items() if owner in kept}
+    return [name for name in found if name in inside or name in asked]
+
+
+def _by_parameter(wanted: Iterable[str], present: Iterable[str]) -> set[str]:
+    """The matrices that names or ends of names of parameters mean."""
+    present = list(present)
+    asked = set()
+    for end in wanted:
+        matches = {name for name in present if f".{name}".endswith(f".{end}")}
+        if not matches:
+            leaves = {".".join(name.split(".")[-3:]) for name in present}
+            raise OptionError(f"target_parameters: {end!r} matches no matrix of the model." + near_matches(end, leaves))
+        asked |= matches
+    return asked
 
 
 def _owner(name: str) -> str:

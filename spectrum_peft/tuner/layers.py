@@ -151,6 +151,12 @@ class SpectrumLayer(nn.Module, BaseTunerLayer):
         self.lora_spectrum[adapter_name] = HeldWeights(values)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def take_base_dtype(self, adapter_name: str) -> None:
+        """Hold an adapter's values in the dtype that the module had."""
+        if adapter_name in self.lora_spectrum:
+            for name, parameter in self.lora_spectrum[adapter_name].named_parameters():
+                parameter.data = parameter.data.to(self.originals[name].dtype)
+
     # --- the wrapped module's face --------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
@@ -189,6 +195,11 @@ class SpectrumLayer(nn.Module, BaseTunerLayer):
     @property
     def bias(self) -> Tensor | None:
         return self._shown("bias") if "bias" in self.originals else self.base_layer.bias
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return self._device
 
     # --- which values are in force -------------------------------------------------------------------------------
 

@@ -252,6 +252,14 @@ def install(
         basis.decompose()
 
 
+def take_base_dtype(layer: Any, adapter: str) -> None:
+    """Let what trains have the base's dtype, and follow it; on a quantized base it stays as it is."""
+    dtype = layer.get_base_layer().weight.dtype
+    if dtype.is_floating_point:
+        layer.lora_B[adapter].keeps_dtype = False
+        layer.lora_B[adapter].to(dtype)
+
+
 def has_values(tensor: Tensor) -> bool:
     """False on the meta device and for the fake tensors of a dry run."""
     return tensor.device.type != "meta" and not isinstance(tensor.data, FakeTensor)

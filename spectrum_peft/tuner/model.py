@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import math
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,30 +17,44 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from .. import names
-from ..errors import MismatchError, OptionError, TrainingSetupError, near_matches
-from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry
+from ..errors import MismatchError, OptionError, SpectrumError, TrainingSetupError, near_matches
+from ..records import Plan, PlanEntry
 from ..weights import keep_4bit_differentiable
+from .adapter_files import checked_tensors, follow_layers, live_tensors
 from .apply import (
     lies_in,
     modules_tied_to_embedding,
-    original_keeper,
     plan_parameters,
     settle_plan,
     token_layers,
     trainable_mismatch,
     with_groups,
 )
+from .base_state import keep_state_whole
 from .config import SpectrumConfig
 from .layers import Aside, SpectrumLayer, has_parts
-from .lorsa import install, singular_layers
+from .lorsa import install, singular_layers, take_base_dtype
 from .mixed_batches import check_rows, names_for_rows
-from .ranks import RankChange, allocate, is_sliced, moments, set_rank
+from .originals import original_keeper
+from .places import (
+    allocated_rank,
+    alpha_for_scale,
+    describe,
+    is_fused,
+    is_held,
+    is_movable,
+    is_placed,
+    is_saved,
+    patterns_of,
+    scale_of,
+)
+from .ranks import RankChange, allocate, live_rank, moments, set_rank, set_scaling
 from .shared import refuse_unshareable, share_factors
+from .weighted import OF_FACTORS, check_summands, concatenated, fill, sum_config, sum_plan
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +102,10 @@ class SpectrumModel(LoraModel):
         if is_movable(config):
             self._allocate(adapter_name, config)
         share_factors(self.model, adapter_name, config.plan)
-        _describe(config, config.plan)
+        describe(config, config.plan)
         self._check_injected(model, adapter_name, config)
+        if "_state_hooks" not in self.__dict__:
+            self.__dict__["_state_hooks"] = keep_state_whole(self.model)
         self._arm()
 
     def _aim(self, config: SpectrumConfig, model: nn.Module) -> None:
@@ -99,11 +113,11 @@ class SpectrumModel(LoraModel):
         plan: Plan = config.plan
         held = [e for e in plan.entries if is_held(e, config)]
         adapters = [e for e in plan.entries if is_placed(e, config)]
-        modules = [names.module_name(e.name) for e in (*held, *adapters) if e in held or not _is_fused(e)]
+        modules = [names.module_name(e.name) for e in (*held, *adapters) if e in held or not is_fused(e)]
         config.target_modules = list(dict.fromkeys(modules))
         # PEFT shortens long lists of targets to suffixes before it matches; what is matched is this set.
         config.planned_modules = frozenset(modules)
-        config.target_parameters = [e.name for e in adapters if _is_fused(e)] or None
+        config.target_parameters = [e.name for e in adapters if is_fused(e)] or None
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None  # the list above is final
         # Conv1D keeps its weight as (in, out); PEFT asks to be told, and sorts it out by layer where kinds are mixed.
         owners = [model.get_submodule(m) for m in modules]
@@ -264,7 +278,7 @@ class SpectrumModel(LoraModel):
         return {
             e.name: self.model.get_submodule(names.module_name(e.name))
             for e in config.plan.entries
-            if is_placed(e, config) and not _is_fused(e)
+            if is_placed(e, config) and not is_fused(e)
         }
 
     def _allocate(self, adapter_name: str, config: SpectrumConfig) -> None:
@@ -296,9 +310,9 @@ class SpectrumModel(LoraModel):
             elif not new.trains:
                 entries.append(dataclasses.replace(entry, active=False, lr_ratio=1.0, score=new.score))
             else:
-                live = layer.r[adapter_name]
+                live = live_rank(layer, adapter_name)
                 if live == 0:
-                    layer.scaling[adapter_name] = scale_of(new, config)
+                    set_scaling(layer, adapter_name, scale_of(new, config))
                 if live != new.rank:
                     change = set_rank(
                         layer, adapter_name, new.rank, name=entry.name, step=step, seed=config.seed, optimizer=optimizer
@@ -320,7 +334,7 @@ class SpectrumModel(LoraModel):
                 for factor in (layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight):
                     for tensor in (factor.data, *moments(optimizer, factor, change.name).values()):
                         torch.distributed.broadcast(tensor, src=0)
-        _describe(config, config.plan.replace(entries=tuple(entries)))
+        describe(config, config.plan.replace(entries=tuple(entries)))
         return changes
 
     def restore_plan(self, adapter_name: str, places: Iterable[Sequence[Any]]) -> None:
@@ -336,7 +350,7 @@ class SpectrumModel(LoraModel):
         for entry in config.plan.entries:
             if entry.name in rows and entry.name in layers:
                 rank, alpha, lr_ratio, active, score = rows[entry.name]
-                live = layers[entry.name].r[adapter_name]
+                live = live_rank(layers[entry.name], adapter_name)
                 if live != (rank or 0):
                     raise MismatchError(
                         f"resume: {entry.name} was loaded with rank {live}, trainer_state.json says {rank}. The adapter file "
@@ -346,9 +360,17 @@ class SpectrumModel(LoraModel):
                     entry, rank=rank, alpha=alpha, lr_ratio=lr_ratio, active=active, score=score
                 )
                 if rank:
-                    layers[entry.name].scaling[adapter_name] = scale_of(entry, config)
+                    set_scaling(layers[entry.name], adapter_name, scale_of(entry, config))
             entries.append(entry)
-        _describe(config, config.plan.replace(entries=tuple(entries)))
+        describe(config, config.plan.replace(entries=tuple(entries)))
+
+    def follow_layers(self, adapter_name: str) -> None:
+        """Take into the plan what PEFT's EVA did to the layers since; in the dtype that the plan's adapters train in."""
+        config = self.peft_config[adapter_name]
+        before = config.plan
+        follow_layers(self.model, config, adapter_name)
+        if config.plan is not before:
+            self._cast_adapter_dtype(adapter_name)
 
     def resting(self, adapter_name: str) -> list[Tensor]:
         """The parameters of deactivated adapters: they are in the function and do not train."""
@@ -360,6 +382,57 @@ class SpectrumModel(LoraModel):
             if not by_name[name].trains
             for factor in (layer.lora_A, layer.lora_B)
         ]
+
+    # --- sums of adapters -----------------------------------------------------------------------------------------
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """As PEFT's: a new adapter, not active and not trained, that is a weighted sum of others. Its mode is `lora`.
+
+        Args:
+            as in `peft.LoraModel.add_weighted_adapter`. A layer's rank is the one that it needs: of `cat` the sum of the
+            adapters' ranks there, of `svd` and its kin the largest, else the common one.
+        Raises:
+            OptionError: an adapter trains anything but low-rank products; ranks differ where they must not.
+        """
+        if adapter_name in self.peft_config:
+            return
+        combination = check_summands(self.model, self.peft_config, adapters, weights, combination_type)
+        plan = sum_plan(self.model, self.peft_config, adapters, combination, svd_rank)
+        self.peft_config[adapter_name] = sum_config(plan, self.peft_config[adapters[0]])
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except SpectrumError:
+            self.peft_config.pop(adapter_name)
+            raise
+        self.set_requires_grad(adapter_name, False)
+
+        def factors(layer: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            if combination == "cat":
+                return concatenated(layer, adapters, weights)
+            if combination in OF_FACTORS:
+                pair = self._generalized_task_arithmetic_weighted_adapter(
+                    combination, adapters, weights, layer, density, majority_sign_method
+                )
+            else:
+                pair = self._svd_generalized_task_arithmetic_weighted_adapter(
+                    combination, adapters, weights, len(a), layer, a, b, density, majority_sign_method, svd_clamp,
+                    full_matrices=svd_full_matrices, driver=svd_driver,
+                )  # fmt: skip
+            return pair[0], pair[1]
+
+        fill(self.model, plan, adapter_name, factors)
 
     # --- rows of several adapters ---------------------------------------------------------------------------------
 
@@ -378,12 +451,19 @@ class SpectrumModel(LoraModel):
     # --- dtypes ---------------------------------------------------------------------------------------------------
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """One dtype for what trains, `trainable_dtype`, after injection and after every load.
+        """One dtype for what trains, `trainable_dtype`, after injection and after every load; the base's where PEFT is told
+        `autocast_adapter_dtype=False`.
 
         On a quantized base, SFTTrainer's constructor rounds every trainable tensor to bfloat16. The exact values are kept
         here for `restore_dtypes`, which the callback calls before the first step.
         """
         config = self.peft_config[adapter_name]
+        if not autocast_adapter_dtype and config.trainable_dtype == "float32":
+            for layer in self.model.modules():
+                if isinstance(layer, SpectrumLayer):
+                    layer.take_base_dtype(adapter_name)
+            for name, _ in singular_layers(self.model, adapter_name):
+                take_base_dtype(self.model.get_submodule(name), adapter_name)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype and config.trainable_dtype == "float32")
         if getattr(self.model, "is_quantized", False):
             self._keep_exact(adapter_name)
@@ -460,9 +540,9 @@ class SpectrumModel(LoraModel):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         """As PEFT's; without a merge, modules that were trained whole are given back as they were, too."""
-        if hasattr(self, "_guard"):
-            self._guard.remove()
-            del self._guard
+        self._disarm()
+        for handle in self.__dict__.pop("_state_hooks", ()):
+            handle.remove()
         if not merge:
             for name, module in list(self.model.named_modules(remove_duplicate=False)):
                 if isinstance(module, ModulesToSaveWrapper):
@@ -481,19 +561,12 @@ class SpectrumModel(LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """PEFT's selection, live slots only: the file opens as a plain LoRA of the ranks it holds."""
+        """PEFT's selection, live slots only, and a plan that says their ranks: the config is written after this."""
+        follow_layers(model, config, adapter_name)
         for _, basis in singular_layers(model, adapter_name):
             basis.settle()
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        for name, layer in sliced_layers(model, adapter_name).items():
-            rank = layer.r[adapter_name]
-            a, b = (f"{name}.{factor}.{adapter_name}.weight" for factor in ("lora_A", "lora_B"))
-            if a in selected and rank == 0:
-                del selected[a], selected[b]
-            elif a in selected:
-                selected[a] = selected[a][:rank].contiguous()
-                selected[b] = selected[b][:, :rank].contiguous()
-        return selected
+        return live_tensors(model, adapter_name, selected)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -505,29 +578,7 @@ class SpectrumModel(LoraModel):
             MismatchError: a tensor is missing, unknown, or of another shape.
         """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        wanted = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
-        bare = {key: key.removeprefix("base_model.model.") for key in mapped}
-        got = {bare[k] if k not in wanted and bare[k] in wanted else k: v for k, v in mapped.items()}
-        where = f"adapter {adapter_name!r}: the file"
-        _take_ranks(model, config, adapter_name, got, where)
-        missing = sorted(set(wanted) - set(got))
-        if missing:
-            raise MismatchError(f"{where} lacks {len(missing)} tensors of the plan, first {missing[0]}.")
-        unknown = sorted(k for k in got if k not in wanted and (".lora_" in k))
-        if unknown:
-            raise MismatchError(
-                f"{where} holds {len(unknown)} tensors that the plan does not know, first {unknown[0]}."
-                + near_matches(unknown[0], wanted)
-            )
-        for key, value in got.items():
-            if key in wanted and wanted[key].shape != value.shape:
-                raise MismatchError(
-                    f"{where} holds {key} with shape {tuple(value.shape)}, wanted {tuple(wanted[key].shape)}."
-                )
-        for name, basis in singular_layers(model, adapter_name):
-            basis.check_digest(got[f"{name}.lora_A.{adapter_name}.digest"], where)
-        return got
+        return checked_tensors(model, config, adapter_name, mapped)
 
 
 class _Exact(list[tuple[nn.Parameter, Tensor]]):
@@ -536,120 +587,3 @@ class _Exact(list[tuple[nn.Parameter, Tensor]]):
     def __deepcopy__(self, memo: dict[int, Any]) -> _Exact:
         pairs = ((copy.deepcopy(p, memo), p, exact) for p, exact in self)
         return _Exact((q, q.data if p.data_ptr() == exact.data_ptr() else exact.clone()) for q, p, exact in pairs)
-
-
-def sliced_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """{module name in `model`: LoRA layer} of the layers whose rank may move."""
-    return {name: module for name, module in model.named_modules() if is_sliced(module, adapter_name)}
-
-
-def _take_ranks(
-    model: nn.Module, config: SpectrumConfig, adapter_name: str, state: dict[str, Tensor], where: str
-) -> None:
-    """Set every movable layer to the rank that the file holds for it, and pad the factors to the allocation, in place."""
-    ranks = {}
-    for name, layer in sliced_layers(model, adapter_name).items():
-        a, b = (f"{name}.{factor}.{adapter_name}.weight" for factor in ("lora_A", "lora_B"))
-        full_a, full_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        if (a in state) != (b in state):
-            raise MismatchError(f"{where} lacks {b if a in state else a}, and holds the other factor.")
-        given_a = state.get(a, full_a.new_zeros((0, full_a.shape[1]), device="cpu"))
-        given_b = state.get(b, full_b.new_zeros((full_b.shape[0], 0), device="cpu"))
-        rank = given_a.shape[0]
-        if rank > full_a.shape[0] or given_b.shape[1] != rank or given_a.shape[1:] != full_a.shape[1:]:
-            raise MismatchError(
-                f"{where} holds {a} with shape {tuple(given_a.shape)}, wanted at most {tuple(full_a.shape)}."
-            )
-        pad = full_a.shape[0] - rank
-        state[a] = nn.functional.pad(given_a, (0, 0, 0, pad))
-        state[b] = nn.functional.pad(given_b, (0, pad))
-        layer.r[adapter_name] = rank
-        ranks[name.removeprefix("base_model.model.") + ".weight"] = rank
-    if ranks and config.plan is not None:
-        entries = []
-        for e in config.plan.entries:
-            if e.name in ranks and ranks[e.name] != e.rank:
-                rank = ranks[e.name]
-                alpha = alpha_for_scale(scale_of(e, config), rank, config) if rank else 0.0
-                e = dataclasses.replace(e, rank=rank, alpha=alpha, active=e.active and rank > 0)
-            entries.append(e)
-        _describe(config, config.plan.replace(entries=tuple(entries)))
-
-
-def _describe(config: SpectrumConfig, plan: Plan) -> None:
-    """Write the plan into the config's PEFT fields as a file with live slots only must have them."""
-    config.plan = plan
-    live = [e for e in plan.entries if e.action in ADAPTER_ACTIONS and e.rank]
-    in_modules = [e for e in plan.entries if is_held(e, config) or (e in live and not _is_fused(e))]
-    config.target_modules = list(dict.fromkeys(names.module_name(e.name) for e in in_modules))
-    config.rank_pattern, config.alpha_pattern = patterns_of(live, config)
-
-
-def is_saved(entry: PlanEntry, config: SpectrumConfig) -> bool:
-    """Trains as a whole module through PEFT's `modules_to_save`: embeddings, output heads, and what the user lists there."""
-    if not entry.trains or entry.action != "save":
-        return False
-    listed = lies_in(entry.name, config.modules_to_save)
-    return listed or names.in_head(entry.name) or names.role(entry.name, entry.shape) == "embedding"
-
-
-def is_held(entry: PlanEntry, config: SpectrumConfig) -> bool:
-    """Trains in a `SpectrumLayer`: real weights, and norms and biases that train with them."""
-    if not entry.trains or entry.action not in REAL_WEIGHT_ACTIONS or is_saved(entry, config):
-        return False
-    return entry.action == "train" or not (config.bias != "none" and entry.name.endswith("bias"))
-
-
-def is_movable(config: SpectrumConfig) -> bool:
-    """Ranks may change in this process: layers are allocated at the largest rank."""
-    return config.plan.options.get("rescore_every") is not None and not config.inference_mode
-
-
-def is_placed(entry: PlanEntry, config: SpectrumConfig) -> bool:
-    """Gets an adapter layer: it trains, it keeps trained factors, or its rank may grow during training."""
-    return entry.action in ADAPTER_ACTIONS and (entry.trains or bool(entry.rank) or is_movable(config))
-
-
-def allocated_rank(plan: Plan) -> int:
-    """The largest rank that re-evaluation may give a layer, slots per layer."""
-    options = plan.options
-    ranks = [options.get("r_high"), options.get("r_medium"), *(e.rank for e in plan.entries)]
-    if options.get("r_high") is None:
-        ranks.append(options.get("r"))
-    return max(r for r in ranks if r)
-
-
-def patterns_of(
-    entries: Iterable[PlanEntry], config: SpectrumConfig, allocated: int | None = None
-) -> tuple[dict[str, int], dict[str, float]]:
-    """PEFT's `rank_pattern` and `alpha_pattern` for adapter entries, by anchored full name; the config's own are left out.
-
-    Args:
-        allocated: rank of every layer where ranks may move; alpha is then such that the scale is the live rank's.
-    """
-    ranks, alphas = {}, {}
-    for entry in entries:
-        key = "^" + re.escape(entry.name if _is_fused(entry) else names.module_name(entry.name))
-        rank, alpha = entry.rank, entry.alpha
-        if allocated is not None:
-            alpha = alpha_for_scale(scale_of(entry, config), allocated, config)
-            rank = allocated
-        if rank != config.r:
-            ranks[key] = rank
-        if alpha != config.lora_alpha:
-            alphas[key] = alpha
-    return ranks, alphas
-
-
-def scale_of(entry: PlanEntry, config: SpectrumConfig) -> float:
-    """What the update of an adapter is multiplied by; for an empty slot, what a new adapter of rank r would get."""
-    rank, alpha = (entry.rank, entry.alpha) if entry.rank else (config.r, config.lora_alpha)
-    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-
-
-def alpha_for_scale(scale: float, rank: int, config: SpectrumConfig) -> float:
-    return scale * (math.sqrt(rank) if config.use_rslora else rank)
-
-
-def _is_fused(entry: PlanEntry) -> bool:
-    return entry.shape is not None and len(entry.shape) == 3

@@ -28,12 +28,22 @@ _MOMENTS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq
 
 def live_factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, float]:
     """(B, A, scale) of a LoRA layer, live slots only: dW = scale * B @ A, B (out, rank), A (rank, in)."""
-    rank = layer.r[adapter]
+    rank = live_rank(layer, adapter)
     return layer.lora_B[adapter].weight[:, :rank], layer.lora_A[adapter].weight[:rank], layer.scaling[adapter]
 
 
 class SlicedRank(LoraVariant):
-    """PEFT's seam for what a LoRA layer computes, over float, 4-bit and 8-bit bases: the live slots only."""
+    """PEFT's seam for what a LoRA layer computes, over float, 4-bit and 8-bit bases: the live slots only.
+
+    PEFT's own `layer.r` stays the allocated rank, and `layer.lora_alpha` what gives the layer's scale at that rank, so that
+    PEFT's `set_scale` and `unscale_layer` compute what they say.
+
+    Args:
+        live: slots that are live.
+    """
+
+    def __init__(self, live: int = 0) -> None:
+        self.live = live
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
@@ -65,6 +75,19 @@ def _delta(module: LoraLayer, adapter: str, like: Tensor) -> Tensor:
     return (delta.T if getattr(module, "fan_in_fan_out", False) else delta).to(like.dtype)
 
 
+def live_rank(layer: Any, adapter: str) -> int:
+    """The rank that a layer computes with."""
+    rank: int = layer.lora_variant[adapter].live if is_sliced(layer, adapter) else layer.r[adapter]
+    return rank
+
+
+def set_scaling(layer: LoraLayer, adapter: str, scale: float) -> None:
+    """Set what the update is multiplied by, and the alpha that says the same at the allocated rank."""
+    layer.scaling[adapter] = scale
+    rank = layer.r[adapter]
+    layer.lora_alpha[adapter] = scale * (math.sqrt(rank) if layer.use_rslora.get(adapter, False) else rank)
+
+
 def is_sliced(layer: Any, adapter: str) -> bool:
     return isinstance(layer, LoraLayer) and isinstance(layer.lora_variant.get(adapter), SlicedRank)
 
@@ -72,8 +95,7 @@ def is_sliced(layer: Any, adapter: str) -> bool:
 @torch.no_grad()
 def allocate(layer: LoraLayer, adapter: str, live: int) -> None:
     """Make a fresh LoRA layer's rank movable: live slots stay as PEFT made them, dead ones become zero."""
-    layer.lora_variant[adapter] = SlicedRank()
-    layer.r[adapter] = live
+    layer.lora_variant[adapter] = SlicedRank(live)
     for slot in (layer.lora_A[adapter].weight[live:], layer.lora_B[adapter].weight[:, live:]):
         if slot.device.type != "meta":
             slot.zero_()
@@ -111,7 +133,7 @@ def set_rank(
         name: plan entry name; with `seed` and `step` it seeds the new rows, so that all processes draw the same.
         optimizer: torch optimizer that trains the factors, or None.
     """
-    before = layer.r[adapter]
+    before = live_rank(layer, adapter)
     A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     allocated = A.shape[0]
     if not 0 <= rank <= allocated:
@@ -125,7 +147,7 @@ def set_rank(
         A[kept:rank] = rows
         B[:, kept:rank] = 0.0
         _fill_moments(optimizer, A, B, kept, rank, name)
-    layer.r[adapter] = rank
+    layer.lora_variant[adapter].live = rank
     return RankChange(name, before, rank, dropped)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from .adapted import AdaptedWeights
 from .files import FileWeights, Place, Span, as_matrix, find_shards, places, read_bytes, read_header
 from .gguf import GgufWeights
-from .live import LiveWeights, base_module, dequantized_weights, matrix_of
+from .live import LiveWeights, base_module, dequantized_weights, matrix_of, output_head, role_of
 from .opening import fetch, holds_adapter, locate, open_weights
 from .quantized import (
     give_storage_without_values,
@@ -42,10 +42,12 @@ __all__ = [
     "locate",
     "matrix_of",
     "open_weights",
+    "output_head",
     "places",
     "quantized_product_works",
     "read_bytes",
     "read_header",
+    "role_of",
     "split_expert",
     "through_quantization",
 ]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import names
 from ..errors import CheckpointError
@@ -111,7 +112,10 @@ class LiveWeights:
         self.folder = checkpoint_folder(self.model)
         self._live: dict[str, _Live] = {}
         groups: dict[int, list[str]] = {}
+        head = output_head(self.model)
         for item in _walk(self.model, "", ()):
+            if item.owner is head and item.info.role == "linear":
+                item = replace(item, info=replace(item.info, role="head"))
             group = groups.setdefault(id(item.parameter), [])
             group.append(item.info.name)
             if len(group) == 1:
@@ -247,6 +251,10 @@ def _walk(module: nn.Module, prefix: str, layers: tuple[nn.Module, ...]) -> Iter
                 yield _live(wrapped, prefix, own, value, (*layers, module))
         yield from _walk(wrapped, prefix, (*layers, module))
         return
+    rows = children.get("token_adapter")
+    if rows is not None:  # an embedding of which single rows train: its name is that of the wrapper around it
+        yield from _walk(rows, prefix, layers)
+        return
     saved, original = children.get("modules_to_save"), children.get("original_module")
     if isinstance(saved, nn.ModuleDict) and original is not None:
         wrapper: Any = module
@@ -262,13 +270,41 @@ def _walk(module: nn.Module, prefix: str, layers: tuple[nn.Module, ...]) -> Iter
             yield from _walk(child, f"{prefix}{name}.", ())
 
 
+def role_of(name: str, shape: tuple[int, ...] | None, owner: nn.Module, head: nn.Module | None = None) -> str:
+    """The role that a name gives, corrected by what the module is.
+
+    An embedding is one whatever it is called, and so is the output head. A matrix that `nn.MultiheadAttention` reads without
+    calling its module is no place for an adapter, which would never be asked.
+
+    Args:
+        owner: module of the parameter. head: the model's output head, where it names one.
+    """
+    role = names.role(name, shape)
+    if role == "linear" and isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if role == "linear" and head is not None and owner is head:
+        return "head"
+    if role == "linear" and isinstance(owner, NonDynamicallyQuantizableLinear):
+        return "other"
+    return role
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that the model calls its output embeddings, PEFT's wrappers taken off; None where it names none."""
+    try:
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # no transformers model, or one without a head
+        return None
+    return getattr(head, "original_module", getattr(head, "base_layer", head))
+
+
 def _live(owner: nn.Module, prefix: str, name: str, parameter: Tensor, layers: tuple[nn.Module, ...]) -> _Live:
     full = prefix + name
     shape = tuple(parameter.shape)
     dtype = quantization_of(parameter)
     if dtype in {"nf4", "fp4"}:
         shape = tuple(parameter.quant_state.shape)  # type: ignore[attr-defined]
-    role = names.role(full, shape)
+    role = role_of(full, shape, owner)
     experts = shape[0] if role == "linear" and len(shape) == 3 else None
     # transformers turns a Conv1D's matrix before bitsandbytes quantizes it; its name here means the matrix as stored.
     kind = getattr(owner, "source_cls", type(owner)) if dtype else type(owner)

@@ -137,9 +137,14 @@ def split_found(name: str, found: Mapping[str, Any], where: object) -> tuple[Any
 
 
 def structure_of(tensors: Iterable[TensorInfo]) -> str:
-    """sha256 of the sorted (name, shape) of the matrices in the blocks, names without the base-model prefix."""
+    """sha256 of the sorted (name, shape) of the matrices in the blocks, names without the base-model prefix.
+
+    Matrices by their names, whatever a model in memory knows better: a file knows names only.
+    """
     rows = sorted(
-        (where, list(t.shape)) for t in tensors if t.role == "linear" and (where := names.canonical(t.name)) is not None
+        (where, list(t.shape))
+        for t in tensors
+        if names.role(t.name, t.shape) == "linear" and (where := names.canonical(t.name)) is not None
     )
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 

@@ -29,6 +29,7 @@ from spectrum_peft.errors import CheckpointError, MismatchError, OptionError
 from spectrum_peft.export import export_axolotl, export_lora, merge_into_base
 from spectrum_peft.records import Plan
 from spectrum_peft.tuner.factors import factors
+from spectrum_peft.tuner.ranks import live_rank
 from spectrum_peft.weights import keep_4bit_differentiable
 from spectrum_peft.weights.adapters import AdapterState
 
@@ -454,7 +455,7 @@ def test_live_rows_only_where_ranks_move(base_of: Callable[..., Path], tmp_path:
         model = get_peft_model(model, config)
     for module in model.modules():
         if hasattr(module, "lora_B") and "default" in module.lora_B:
-            rank = module.r["default"]
+            rank = live_rank(module, "default")
             module.lora_B["default"].weight.data[:, :rank].normal_(std=0.05)
     wanted = logits(model, architecture)
     assert {u[2].shape[0] for u in factors(model)} == {2, 8}

@@ -55,6 +55,7 @@ from spectrum_peft import (
 from spectrum_peft.errors import MismatchError, SpectrumError
 from spectrum_peft.plan import MODES
 from spectrum_peft.tuner import base_parameters, plan_parameters
+from spectrum_peft.tuner.ranks import live_rank
 
 pytestmark = LIBRARIES
 TESTS = Path(__file__).parent
@@ -332,7 +333,7 @@ def test_dpo_resumes_with_its_reference(folders: dict[str, Path], tmp_path: Path
     for name in ("default", "ref"):
         assert whole.peft_config[name].plan == resumed.peft_config[name].plan
         # Each says its own ranks: the policy's have moved since the reference was made.
-        ranks[name] = {f"{n}.weight": layer.r[name] for n, layer in layers.items()}
+        ranks[name] = {f"{n}.weight": live_rank(layer, name) for n, layer in layers.items()}
         assert ranks[name] == {e.name: e.rank for e in whole.peft_config[name].plan.entries if e.name in ranks[name]}
     assert ranks["default"] != ranks["ref"]
 

@@ -9,23 +9,35 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import (
+    EvaConfig,
+    PeftModel,
+    get_base_model_state_dict,
+    get_peft_model,
+    initialize_lora_eva_weights,
+    set_base_model_state_dict,
+)
+from peft.helpers import disable_input_dtype_casting
 from running import IDS, LIBRARIES, logits, options_of
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     DebertaConfig,
     DebertaModel,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
 
-from spectrum_peft import SpectrumConfig
+from spectrum_peft import SpectrumConfig, names, parameter_groups
 from spectrum_peft.errors import SpectrumError
 from spectrum_peft.plan import MODES
 
@@ -280,3 +292,261 @@ def test_a_compiled_model_has_no_graph_breaks(mode: str) -> None:
     model = trained(get_peft_model(llama(), config_of(mode)))
     found = torch._dynamo.explain(model.get_base_model())(input_ids=IDS)
     assert found.graph_break_count == 0, found.break_reasons
+
+
+# --- the base's own state --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_bases_state_dict_is_whole_and_can_be_replaced(mode: str, tied: bool) -> None:
+    model = trained(get_peft_model(llama(tie_word_embeddings=tied), config_of(mode)))
+    stored = llama(tie_word_embeddings=tied).state_dict()
+    found = get_base_model_state_dict(model)
+    assert set(found) == set(stored) and all(torch.equal(found[name], value) for name, value in stored.items())
+    other = {name: value + 1 for name, value in stored.items()}
+    result = set_base_model_state_dict(model, other)
+    assert not result.missing_keys and not result.unexpected_keys
+    plain = model.unload()
+    assert all(torch.equal(plain.state_dict()[name], value) for name, value in other.items())
+    assert not plain._state_dict_hooks and not plain._load_state_dict_pre_hooks
+
+
+# --- roles by what a module is ---------------------------------------------------------------------------------------
+
+
+class Unnamed(nn.Module):
+    """An embedding, a head and an attention whose names say nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.lin, self.tail = nn.Embedding(100, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.mix = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.tail
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.lin(self.emb(ids))
+        return self.tail(self.mix(x, x, x)[0])
+
+
+def test_adapters_go_to_linears_and_not_to_embeddings_or_heads_of_unknown_name() -> None:
+    model = get_peft_model(Unnamed(), SpectrumConfig(mode="lora"))
+    assert [n for n, m in model.named_modules() if hasattr(m, "lora_A")] == ["base_model.model.lin"]
+
+
+@pytest.mark.parametrize(("options", "trains"), [
+    ({"mode": "spectrum", "train_embeddings": True}, {"emb.modules_to_save.default.weight"}),
+    ({"mode": "lora", "train_head": True}, {"tail.modules_to_save.default.weight", "tail.modules_to_save.default.bias"}),
+    ({"mode": "lora", "trainable_token_indices": {"emb": [0, 10]}}, {"emb.token_adapter.trainable_tokens_delta.default"}),
+    ({"mode": "spectrum", "trainable_token_indices": {"emb": [0, 10]}},
+     {"emb.token_adapter.trainable_tokens_delta.default"}),
+])  # fmt: skip
+def test_embeddings_and_heads_of_unknown_name_train_whole_or_by_rows(options: Any, trains: set[str]) -> None:
+    model = get_peft_model(Unnamed(), SpectrumConfig(**options))
+    model(torch.tensor([[0, 1, 10]])).sum().backward()
+    found = {n.removeprefix("base_model.model.") for n, p in model.named_parameters() if p.grad is not None}
+    assert {n for n in found if "lora_" not in n} == trains
+
+
+def test_a_plan_is_made_beside_an_adapter_that_trains_rows_of_an_embedding() -> None:
+    batches = [{"input_ids": IDS, "labels": IDS}]
+    model = get_peft_model(llama(), config_of("lora", trainable_token_indices=[0, 1]))
+    model.add_adapter("second", config_of("sgm", calibration_data=batches))
+    alone = get_peft_model(llama(), config_of("sgm", calibration_data=batches))
+    assert model.peft_config["second"].plan.digest == alone.peft_config["default"].plan.digest
+
+
+# --- whole modules ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modules_to_save_may_have_parts(mode: str, tmp_path: Path) -> None:
+    batches = [{"input_ids": IDS, "labels": torch.tensor([0, 1])}]
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        return BertForSequenceClassification(BertConfig(vocab_size=264, **SIZES)).eval()
+
+    options = {"r": 4, **options_of(mode, batches)}
+    model = get_peft_model(
+        make(), SpectrumConfig(mode=mode, task_type="SEQ_CLS", modules_to_save=["pooler"], **options)
+    )
+    pooler = model.get_base_model().bert.pooler
+    assert [n for n, p in pooler.named_parameters() if p.requires_grad] == [
+        "modules_to_save.default.dense.weight", "modules_to_save.default.dense.bias",
+    ]  # fmt: skip
+    moved = _first(trained(model), {"input_ids": IDS})
+    model.save_pretrained(tmp_path)
+    assert torch.equal(_first(PeftModel.from_pretrained(make(), tmp_path), {"input_ids": IDS}), moved)
+    assert (_first(copy.deepcopy(model).merge_and_unload(), {"input_ids": IDS}) - moved).abs().max() < ROUNDINGS
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+def mixtral() -> Any:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(vocab_size=264, num_key_value_heads=2, num_local_experts=4, **SIZES)).eval()
+
+
+@pytest.mark.parametrize("mode", ["spectrum", "lora", "spectra_qlora", "alors"])
+@pytest.mark.parametrize(("targets", "kinds"), [
+    ({"target_parameters": ["experts.down_proj"]}, {"mlp.experts.down_proj"}),
+    ({"target_parameters": ["experts.down_proj", "q_proj.weight"]}, {"mlp.experts.down_proj", "self_attn.q_proj"}),
+    ({"target_parameters": ["experts.down_proj"], "target_modules": ["v_proj"]},
+     {"mlp.experts.down_proj", "self_attn.v_proj"}),
+])  # fmt: skip
+def test_target_parameters_mean_what_they_name(mode: str, targets: Any, kinds: set[str]) -> None:
+    model = get_peft_model(mixtral(), config_of(mode, **targets))
+    assert {e.kind for e in model.peft_config["default"].plan.entries if e.trains} == kinds
+
+
+def test_target_parameters_that_name_nothing_are_refused() -> None:
+    with pytest.raises(SpectrumError, match=r"target_parameters: 'experts.no_proj' matches no matrix"):
+        get_peft_model(mixtral(), config_of("lora", target_parameters=["experts.no_proj"]))
+
+
+@pytest.mark.parametrize("mode", [name for name in MODES if not MODES[name].whole_model])
+def test_layers_to_transform_leaves_the_other_blocks_alone(mode: str) -> None:
+    model = get_peft_model(llama(), config_of(mode, layers_to_transform=[0]))
+    assert {names.block_index(n) for n in model.peft_config["default"].plan.trainable_names} == {0}
+
+
+# --- sums of adapters ------------------------------------------------------------------------------------------------
+
+LOW_RANK = [name for name in MODES if not MODES[name].real_weights]
+
+
+def _deltas(model: Any, adapter: str) -> dict[str, torch.Tensor]:
+    layers = {n: m for n, m in model.named_modules() if adapter in getattr(m, "lora_A", ())}
+    return {name: layer.get_delta_weight(adapter).detach() for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize(("combination", "weights"), [("svd", [1.0]), ("svd", [0.5, -2.0]), ("cat", [0.5, -2.0])])
+@pytest.mark.parametrize("mode", LOW_RANK)
+def test_a_weighted_adapter_is_the_weighted_sum(
+    mode: str, combination: str, weights: list[float], tmp_path: Path
+) -> None:
+    model = get_peft_model(llama(), config_of(mode), "one")
+    model.add_adapter("two", config_of(mode, r=6))
+    trained(trained(model, "one", 1), "two", 2)
+    adapters = ["one", "two"][: len(weights)]
+    model.add_weighted_adapter(adapters, weights, "sum", combination_type=combination, svd_rank=64)
+    found, parts = _deltas(model, "sum"), [_deltas(model, name) for name in adapters]
+    for name, delta in found.items():
+        wanted = sum(w * part[name] for w, part in zip(weights, parts, strict=True) if name in part)
+        # An SVD in float32 of a matrix of width up to 48, then a product.
+        assert (delta - wanted).abs().max() < 1e-5 * wanted.abs().max(), name
+    assert found and not any(p.requires_grad for n, p in model.named_parameters() if ".sum." in n)
+    model.set_adapter("sum")
+    moved = logits(model)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "sum")), moved)
+
+
+@pytest.mark.parametrize(("mode", "how", "message"), [
+    ("spectrum", {}, "trains .* itself"),
+    ("full", {}, "trains .* itself"),
+    ("lora", {"combination_type": "linear"}, "needs one rank in all adapters"),
+    ("lora", {"combination_type": "sdv"}, "combination_type is 'sdv'. Did you mean 'svd'"),
+    ("lora", {"adapters": ["one", "three"]}, "no adapter is called 'three'"),
+    ("lorsa", {"combination_type": "ties", "density": 0.5}, "basis of its own"),
+])  # fmt: skip
+def test_what_is_no_weighted_sum_is_refused(mode: str, how: dict[str, Any], message: str) -> None:
+    model = get_peft_model(llama(), config_of(mode), "one")
+    model.add_adapter("two", config_of(mode, r=6))
+    with pytest.raises(SpectrumError, match=message):
+        model.add_weighted_adapter(**{"adapters": ["one", "two"], "weights": [1.0, 1.0], "adapter_name": "sum"} | how)
+    assert set(model.peft_config) == {"one", "two"}
+
+
+# --- small ones ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_adapters_keep_the_bases_dtype_where_peft_is_told_so(mode: str) -> None:
+    model = get_peft_model(llama().to(torch.bfloat16), config_of(mode), autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
+    model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_casting_of_inputs_can_be_switched_off(mode: str) -> None:
+    model = get_peft_model(llama(), config_of(mode))
+    with disable_input_dtype_casting(model):
+        assert logits(model).dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_safe_merge_refuses_an_adapter_with_nan(mode: str) -> None:
+    model = get_peft_model(llama(), config_of(mode))
+    next(p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n).data.fill_(torch.nan)
+    with pytest.raises(
+        ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
+    ):
+        model.merge_and_unload(safe_merge=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"rescore_every": 5, "lr_ratio": (1, 1)}])
+def test_peft_can_scale_every_layer_dead_slots_and_all(options: dict[str, Any]) -> None:
+    model = trained(get_peft_model(llama(), config_of("alors", **options)))
+    layers = [m for m in model.modules() if hasattr(m, "set_scale")]
+    before, moved = [layer.scaling["default"] for layer in layers], logits(model)
+    for layer in layers:
+        layer.set_scale("default", 2.0)
+    assert not torch.equal(logits(model), moved)
+    for layer in layers:
+        layer.unscale_layer()
+    assert [layer.scaling["default"] for layer in layers] == pytest.approx(before)
+    assert torch.equal(logits(model), moved)
+
+
+# --- ranks that PEFT moves -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["lora", "spectra_qlora", "alors"])
+def test_eva_moves_ranks_and_the_plan_follows(mode: str, tmp_path: Path) -> None:
+    config = config_of(mode, r=8, init_lora_weights="eva", eva_config=EvaConfig(rho=4.0))
+    model = get_peft_model(llama(), config, low_cpu_mem_usage=True)
+    rows = torch.randint(0, 250, (4, 16), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+    before = model.peft_config["default"].plan
+    initialize_lora_eva_weights(model, dataloader=[batch] * 3, show_progress_bar=False)
+    parameter_groups(model)
+    plan = model.peft_config["default"].plan
+    layers = {n: m for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert {e.name: e.rank for e in plan.entries if e.trains} == {
+        f"{n}.weight": m.r["default"] for n, m in layers.items()
+    }
+    assert plan != before
+    trained(model).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model)) and loaded.peft_config["default"].plan == plan
+
+
+# --- a class whose modules were renamed ------------------------------------------------------------------------------
+
+
+class Renamed(nn.Module):
+    """A model whose body was called `model` and is called `model.language_model`, as some of transformers' were renamed."""
+
+    def __init__(self, new: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        body = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"attn": nn.Linear(10, 10)}) for _ in range(2)])})
+        self.model = nn.ModuleDict({"language_model": body}) if new else body
+        if new:
+            self._checkpoint_conversion_mapping = {r"^model(?!\.language_model)": "model.language_model"}
+
+
+@pytest.mark.parametrize("mode", [name for name in MODES if not MODES[name].needs_data])
+def test_an_adapter_of_an_older_class_finds_the_renamed_modules(mode: str, tmp_path: Path) -> None:
+    model = trained(get_peft_model(Renamed(new=False), SpectrumConfig(mode=mode)))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Renamed(new=True), tmp_path)
+    old = {n.replace("model.layers", "model.language_model.layers"): p for n, p in model.named_parameters()}
+    found = {n: p for n, p in loaded.named_parameters() if "lora_" in n}
+    assert found and all(torch.equal(p, old[n]) for n, p in found.items())

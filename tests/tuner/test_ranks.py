@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from spectrum_peft import Plan, SpectrumCallback, SpectrumConfig, load_model_with_spectrum, names
 from spectrum_peft.errors import OptionError
 from spectrum_peft.plan import MODES
-from spectrum_peft.tuner.model import allocated_rank, sliced_layers
-from spectrum_peft.tuner.ranks import allocate, live_factors, moments, set_rank
+from spectrum_peft.tuner.adapter_files import sliced_layers
+from spectrum_peft.tuner.places import allocated_rank
+from spectrum_peft.tuner.ranks import allocate, live_factors, live_rank, moments, set_rank
 
 pytestmark = LIBRARIES
 RESCORABLE = [name for name, mode in MODES.items() if mode.rescorable]
@@ -60,7 +61,7 @@ def move(layer: Any, rank: int, optimizer: Any = None, *, step: int = 3, seed: i
 
 
 def dead_slots(layer: Any) -> list[torch.Tensor]:
-    rank = layer.r["default"]
+    rank = live_rank(layer, "default")
     return [layer.lora_A.default.weight[rank:], layer.lora_B.default.weight[:, rank:]]
 
 
@@ -330,7 +331,7 @@ def layer_at(model: Any, name: str) -> Any:
 
 def live_ranks(model: Any) -> dict[str, int]:
     layers = sliced_layers(model.get_base_model(), "default")
-    return {f"{name}.weight": layer.r["default"] for name, layer in layers.items()}
+    return {f"{name}.weight": live_rank(layer, "default") for name, layer in layers.items()}
 
 
 def plant(model: Any, name: str, size: float) -> None:
@@ -422,7 +423,7 @@ def test_a_frozen_layer_can_be_activated_and_the_one_that_falls_out_rests(
     after = plan_of(model)
     assert not before.by_name[empty].trains
     assert after.by_name[empty].trains
-    assert layer_at(model, empty).r["default"] == after.by_name[empty].rank > 0
+    assert live_rank(layer_at(model, empty), "default") == after.by_name[empty].rank > 0
     assert factors(layer_at(model, empty))[0].any()
     assert not after.by_name[falls].trains
     for early, late in zip(kept[2], kept[6], strict=True):  # four more steps with weight decay: not a bit moved
@@ -503,7 +504,7 @@ def test_the_budget_is_kept_over_many_re_evaluations(tiny_llama: Any, tmp_path: 
         assert max(spent) <= budget
         assert spent[-1] > 0.8 * budget  # remainders of one step are not lost to the next
     counted = sum(
-        layer.r["default"] * (layer.in_features + layer.out_features)
+        live_rank(layer, "default") * (layer.in_features + layer.out_features)
         for name, layer in sliced_layers(model.get_base_model(), "default").items()
         if plan_of(model).by_name[f"{name}.weight"].trains
     )
@@ -689,12 +690,12 @@ def test_on_a_4_bit_base(tiny_llama_folder: Path, tmp_path: Path, mode: str) -> 
             plant(model, entry.name, size=0.1)
     layer = layer_at(model, empty)
     A, B = layer.lora_A.default.weight.data, layer.lora_B.default.weight.data
-    layer.r["default"] = 1  # an adapter that was trained and rests
+    layer.lora_variant["default"].live = 1  # an adapter that was trained and rests
     A[0], B[:, 0] = 1 / math.sqrt(A.shape[1]), 10 / math.sqrt(B.shape[0])
     trainer(model, tmp_path, [SpectrumCallback()], max_steps=3, learning_rate=1e-4).train()
     after = plan_of(model)
     assert after.by_name[empty].trains
-    assert layer_at(model, empty).r["default"] == after.by_name[empty].rank == 8
+    assert live_rank(layer_at(model, empty), "default") == after.by_name[empty].rank == 8
     assert after.trainable_parameters == before.trainable_parameters
     model.save_pretrained(tmp_path / "adapter")
     config = copy.deepcopy(config)
