@@ -124,7 +124,9 @@ def warn_if_busy() -> bool:
     Returns:
         whether they do, by the load average of the last minute.
     """
-    load = os.getloadavg()[0]
+    import psutil
+
+    load = psutil.getloadavg()[0]
     busy = load > BUSY * cores()
     if busy:
         print(

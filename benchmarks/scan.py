@@ -212,7 +212,9 @@ def scan_process(model: Path, jobs: int | None = None) -> dict[str, Any]:
 
 
 def forget(folder: Path) -> None:
-    """Ask the system to drop a checkpoint's files from its page cache."""
+    """Ask the system to drop a checkpoint's files from its page cache (macOS and Windows take no such request)."""
+    if not hasattr(os, "posix_fadvise"):
+        return
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())

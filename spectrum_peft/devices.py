@@ -6,7 +6,6 @@ way. What a kind cannot do is decided here, too: `has_float64`, `refuse_quantiza
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +130,7 @@ def peak_memory(device: torch.device | None = None) -> int:
     device = device or default_device()
     if memory_is_measured(device):
         return int(_module(device).max_memory_allocated())
-    if (peak := peak_resident()) is not None:
-        return peak
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_resident() or 0
 
 
 def reset_peak_memory(device: torch.device | None = None) -> None:

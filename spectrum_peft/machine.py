@@ -1,6 +1,6 @@
 """Facts of the machine that stand beside every measurement, and memory as the kernel counts it. No torch.
 
-Memory comes from /proc: on other systems those figures are None.
+Linux says it in /proc; elsewhere psutil and the system's own counters do, which is told where it is less exact.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 import time
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,8 @@ _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate
 
 def machine() -> dict[str, Any]:
     """CPU model and flags, cores, memory, system, versions, commit of the checkout, load when asked."""
+    import psutil
+
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     pairs = [line.partition(":") for line in lines if ":" in line]
@@ -32,12 +35,12 @@ def machine() -> dict[str, Any]:
         "cpu": fields.get("model name") or platform.processor() or platform.machine(),
         "cpu_flags": [flag for flag in _FLAGS if flag in flags],
         "cores": cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "packages": versions(),
         **commit(),
-        "load_average": list(os.getloadavg()),
+        "load_average": list(psutil.getloadavg()),
     }
 
 
@@ -103,11 +106,27 @@ def process_status(field: str, process: int | str = "self") -> int | None:
 
 
 def peak_resident(process: int | str = "self") -> int | None:
-    """Highest resident memory since the program began or `reset_peak`, bytes.
+    """Highest resident memory since the program began or `reset_peak`, bytes; None where the process is no more.
 
-    Not `ru_maxrss`: that begins with the peak of the process that started this one.
+    Not `ru_maxrss` on Linux: that begins with the peak of the process that started this one. Elsewhere it is what there is for
+    this process; of another process, what is resident now, so that who asks often sees its peak.
     """
-    return process_status("VmHWM", process)
+    if Path("/proc/self/status").exists():
+        return process_status("VmHWM", process)
+    import psutil
+
+    try:
+        memory = psutil.Process(None if process == "self" else int(process)).memory_info()
+    except psutil.Error:
+        return None
+    if hasattr(memory, "peak_wset"):  # Windows
+        return int(memory.peak_wset)
+    if process != "self":
+        return int(memory.rss)
+    import resource
+
+    # Bytes on macOS, kibibytes on the other systems that have it.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def reset_peak() -> None:
@@ -117,13 +136,14 @@ def reset_peak() -> None:
         clear.write_text("5")
 
 
-def _busy_seconds() -> float | None:
+def _busy_seconds() -> float:
     """CPU seconds that all processes of the machine, and its hypervisor, have taken since it started."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return None
-    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    import psutil
+
+    times = psutil.cpu_times()._asdict()
+    # The time of guests is part of the time of users.
+    idle = ("idle", "iowait", "guest", "guest_nice")
+    return float(sum(seconds for kind, seconds in times.items() if kind not in idle))
 
 
 class OtherLoad:
@@ -132,11 +152,8 @@ class OtherLoad:
     def __init__(self) -> None:
         self._began, self._busy = time.perf_counter(), _busy_seconds()
 
-    def cores(self, own: float) -> float | None:
+    def cores(self, own: float) -> float:
         """Args:
         own: CPU seconds that the measured processes took in this time.
         """
-        now = _busy_seconds()
-        if self._busy is None or now is None:
-            return None
-        return max(0.0, (now - self._busy - own) / (time.perf_counter() - self._began))
+        return max(0.0, (_busy_seconds() - self._busy - own) / (time.perf_counter() - self._began))

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import names
 from .errors import CheckpointError, InstallError, OptionError
-from .records import GradientReport, Plan, SnrReport
+from .records import GradientReport, Plan, SnrReport, move_over
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +106,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
             # Without a date the same figure gives the same bytes.
             stamp = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix.lower())
             figure.savefig(part, dpi=_DPI, metadata=stamp)
-            part.replace(path)
+            move_over(part, path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}).") from error
     return path

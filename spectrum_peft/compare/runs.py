@@ -353,7 +353,8 @@ def _environment() -> dict[str, str]:
 def last_line(log: Path, code: int) -> str:
     """The line of a log that says why the process ended: the command's own error line, else the last one."""
     if code < 0:
-        return f"ended by {signal.Signals(-code).name} (out of memory, or killed)"
+        known = {s.value: s.name for s in signal.Signals}
+        return f"ended by {known.get(-code, f'signal {-code}')} (out of memory, or killed)"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     mine = [line for line in lines if line.startswith("spectrum-peft: error: ")]
     return (mine or lines or [f"exit code {code}"])[-1].removeprefix("spectrum-peft: error: ")

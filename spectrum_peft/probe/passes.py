@@ -27,7 +27,7 @@ from .. import names
 from ..data import IGNORED
 from ..devices import default_device, generators
 from ..errors import DataError
-from ..weights import LiveWeights, TensorInfo, keep_4bit_differentiable
+from ..weights import LiveWeights, TensorInfo, settle_quantized
 from .collectors import Collector
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode, nothing trains, random states of their own; all as before at the end, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     trained = [p for p in model.parameters() if p.requires_grad]
-    keep_4bit_differentiable(model)
+    settle_quantized(model)
     with torch.random.fork_rng(devices=generators(), device_type=default_device().type), torch.enable_grad():
         try:
             model.eval()

@@ -7,7 +7,7 @@ the file's ending.
 
 from __future__ import annotations
 
-from .files import finite_only, read_mapping, write_text
+from .files import finite_only, move_over, read_mapping, write_text
 from .gradients import GradientReport, GradientStat, Similarity
 from .memory import MemoryReport
 from .plan import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry, count_trainable
@@ -27,6 +27,7 @@ __all__ = [
     "SnrReport",
     "count_trainable",
     "finite_only",
+    "move_over",
     "read_mapping",
     "write_text",
 ]

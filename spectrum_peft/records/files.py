@@ -8,6 +8,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from functools import cache, cached_property
 from pathlib import Path
@@ -237,6 +238,21 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     return data
 
 
+def move_over(new: Path, path: Path) -> None:
+    """Rename a file over another. Windows refuses while somebody has that one open: some time is given to a reader to end.
+
+    Raises:
+        PermissionError: it stays open for two seconds.
+    """
+    for pause in (0.05, 0.25, 0.7, 1.0):
+        try:
+            new.replace(path)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    new.replace(path)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a whole file or nothing: to a temporary name in the same folder, then renamed.
 
@@ -255,7 +271,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         umask = os.umask(0)
         os.umask(umask)
         Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
+        move_over(Path(temporary), path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}).") from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

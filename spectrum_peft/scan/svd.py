@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..records import move_over
+
 logger = logging.getLogger(__name__)
 
 # Goes into the names of cached files: to be raised when the numbers change.
@@ -136,7 +138,7 @@ def cached_svd(matrix: Tensor, k: int, folder: Path) -> SingularTriplets:
     os.close(handle)
     try:
         save_file(tensors, name)
-        Path(name).replace(path)
+        move_over(Path(name), path)
     finally:
         Path(name).unlink(missing_ok=True)
     return SingularTriplets(tensors["left"], tensors["values"], tensors["right"])

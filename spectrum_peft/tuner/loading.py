@@ -22,7 +22,7 @@ from ..errors import OptionError, near_matches
 from ..plan import MODES, OPTIONS, Mode, make_plan, needs_gradients
 from ..records import Plan
 from ..scan import scan_weights
-from ..weights import keep_4bit_differentiable
+from ..weights import settle_quantized
 from . import freeze_to_plan, settle_plan
 from .config import SpectrumConfig, candidates_of
 
@@ -142,7 +142,7 @@ def load_model_with_peft(
     loader = model_class or class_for(model_name, **given, **_remote(kwargs))
     model = loader.from_pretrained(model_name, dtype=wanted, **kwargs)
     if quantization is not None:
-        keep_4bit_differentiable(model)
+        settle_quantized(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, config), load_tokenizer(model_name, **given, **_remote(kwargs))
 
@@ -232,7 +232,7 @@ def load_trained(
     revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
     loader = model_class or class_for(base, **revision, **_remote(kwargs))
     model = loader.from_pretrained(base, dtype=wanted, device_map=device_map, **kwargs)
-    keep_4bit_differentiable(model)  # the products of training, not the faster ones for inference that round otherwise
+    settle_quantized(model)  # the products of training, not the faster ones for inference that round otherwise
     if adapter is not None:
         model = PeftModel.from_pretrained(model, model_name)
     tokenizer = load_tokenizer(model_name) if adapter is not None else None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import names
 from ..errors import MismatchError, OptionError, SpectrumError, TrainingSetupError, near_matches
 from ..records import Plan, PlanEntry
-from ..weights import keep_4bit_differentiable
+from ..weights import settle_quantized
 from .adapter_files import checked_tensors, follow_layers, live_tensors
 from .apply import (
     lies_in,
@@ -80,9 +80,7 @@ class SpectrumModel(LoraModel):
         if any(c is config for name, c in self.peft_config.items() if name != adapter_name):
             # TRL's reference adapter comes with the policy's own config; the plan of one must not move the other's.
             config = self.peft_config[adapter_name] = copy.copy(config)
-        keep_4bit_differentiable(
-            model
-        )  # for inference, too: merging and unloading read the weights in the usual layout
+        settle_quantized(model)  # for inference, too: merging and unloading read the weights in the usual layout
         config.plan = settle_plan(model, config)
         self._aim(config, model)
         self._refuse_mixtures(config, model, adapter_name)

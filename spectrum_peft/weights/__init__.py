@@ -14,8 +14,8 @@ from .opening import fetch, holds_adapter, locate, open_weights
 from .quantized import (
     give_storage_without_values,
     int8_products_as_on,
-    keep_4bit_differentiable,
     quantized_product_works,
+    settle_quantized,
     through_quantization,
 )
 from .source import DTYPES, TensorInfo, WeightSource, split_expert
@@ -38,7 +38,6 @@ __all__ = [
     "give_storage_without_values",
     "holds_adapter",
     "int8_products_as_on",
-    "keep_4bit_differentiable",
     "locate",
     "matrix_of",
     "open_weights",
@@ -48,6 +47,7 @@ __all__ = [
     "read_bytes",
     "read_header",
     "role_of",
+    "settle_quantized",
     "split_expert",
     "through_quantization",
 ]

@@ -1,6 +1,6 @@
 """Weights in safetensors files: headers, shards, tensors one at a time.
 
-Files are read with `pread` into fresh memory, not mapped: mapped pages count as resident until the mapping goes, and a
+Files are read into fresh memory, not mapped: mapped pages count as resident until the mapping goes, and a
 scan of shards would end up holding the whole checkpoint.
 """
 
@@ -458,8 +458,9 @@ def read_bytes(path: str | os.PathLike[str], begin: int, end: int, out: Tensor |
         with Path(path).open("rb", buffering=0) as file:
             done = 0
             while done < len(view):  # one call reads at most 2 GiB
-                got = os.preadv(file.fileno(), [view[done:]], begin + done)
-                if got == 0:
+                file.seek(begin + done)
+                got = file.readinto(view[done:])
+                if not got:
                     raise CheckpointError(
                         f"{path}: ends at byte {begin + done}, wanted bytes up to {end}: it is truncated."
                     )

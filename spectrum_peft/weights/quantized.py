@@ -6,12 +6,13 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InstallError
 
 logger = logging.getLogger(__name__)
 
@@ -78,16 +79,46 @@ def unpacked_4bit(parameter: Any, name: str = "weight") -> tuple[Tensor, Any]:
     return data, plain
 
 
-def keep_4bit_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights, and undo it where it did; call it before anything reads or trains them.
+def settle_quantized(model: nn.Module) -> None:
+    """Let quantized layers compute as they should; call it before anything reads, trains or evaluates them.
+
+    4-bit weights lose bitsandbytes' layout for inference, 8-bit ones are refused where their products are wrong.
+
+    Raises:
+        CheckpointError: a weight is packed in a form that cannot be undone.
+        InstallError: 8-bit weights on a CPU whose products of whole numbers saturate.
+    """
+    _keep_4bit_differentiable(model)
+    for name, module in model.named_modules():
+        weight: Any = module._parameters.get("weight")
+        if type(weight).__name__ == "Int8Params" and weight.device.type == "cpu" and not int8_products_are_exact():
+            raise InstallError(
+                f"{name}.weight: is in 8 bit, and products of 8-bit numbers are wrong on this processor (AVX512 without VNNI; "
+                "oneDNN saturates); set ATEN_CPU_CAPABILITY=avx2, with which they are taken in float32, or use nf4."
+            )
+
+
+@cache
+def int8_products_are_exact() -> bool:
+    """Whether bitsandbytes' product of 8-bit matrices on the CPU is that of the whole numbers.
+
+    It is torch's `_int_mm` where there is AVX512. oneDNN adds two products in 16 bit there unless the processor has VNNI
+    instructions, and 127 * 127 twice is no 16-bit number: a quarter of a large sum was seen to be missing.
+    """
+    import bitsandbytes  # noqa: F401 - registers the operator
+
+    whole = torch.full((16, 64), 127, dtype=torch.int8)
+    product = torch.ops.bitsandbytes.int8_linear_matmul(whole, whole)
+    return torch.equal(product.int(), torch.full((16, 16), 64 * 127**2, dtype=torch.int32))
+
+
+def _keep_4bit_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights, and undo it where it did.
 
     On a CPU with AVX512-BF16, bitsandbytes (0.50.2, `Linear4bit.forward`) repacks a weight in the first forward in eval
     mode, for a faster product that has no backward: after one evaluation, a training step ends at that layer and says
     so only in a warning. Without a repacked weight, or without such a CPU, nothing happens. What is undone is logged, since
     packing has rounded the block maxima (`unpacked_4bit`).
-
-    Raises:
-        CheckpointError: a weight is packed in a form that cannot be undone.
     """
     undone = []
     for name, module in model.named_modules():

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,15 @@ class SafetensorsWriter:
         view = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
         done = 0
         while done < len(view):  # one call writes at most 2 GiB
-            done += os.pwrite(self._file.fileno(), view[done:], self._start + at + done)
+            done += self._write_at(view[done:], self._start + at + done)
         self._note(done)
+
+    def _write_at(self, part: memoryview, at: int) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self._file.fileno(), part, at)
+        with self.path.open("r+b", buffering=0) as own:  # Windows: a position for each thread
+            own.seek(at)
+            return own.write(part) or 0
 
     def copy(self, source: Path, begin: int, end: int, at: int) -> None:
         """Bytes [begin, end) of another file, by the kernel where it can: they never come into this process."""
@@ -63,7 +71,7 @@ class SafetensorsWriter:
         with source.open("rb", buffering=0) as file, self.path.open("r+b", buffering=0) as target:
             target.seek(self._start + at)
             while begin < end:
-                done = _copy_some(file.fileno(), target.fileno(), begin, end - begin)
+                done = _copy_some(file, target, begin, end - begin)
                 if done == 0:
                     raise CheckpointError(f"{source}: ends at byte {begin}, wanted bytes up to {end}: it is truncated.")
                 begin += done
@@ -73,18 +81,19 @@ class SafetensorsWriter:
             self._left -= count
 
 
-def _copy_some(source: int, target: int, begin: int, count: int) -> int:
+def _copy_some(source: FileIO, target: FileIO, begin: int, count: int) -> int:
     """Copy up to `count` bytes from `begin` of one file to the position of another; returns how many were copied."""
     for name in ("copy_file_range", "sendfile"):
         try:
             if name == "copy_file_range" and hasattr(os, name):
-                return os.copy_file_range(source, target, count, offset_src=begin)
+                return os.copy_file_range(source.fileno(), target.fileno(), count, offset_src=begin)
             if name == "sendfile" and sys.platform == "linux":  # elsewhere it takes sockets only
-                return os.sendfile(target, source, begin, count)
+                return os.sendfile(target.fileno(), source.fileno(), begin, count)
         except OSError as error:  # these say that the kernel cannot do it between these two files
             if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
                 raise
-    return os.write(target, os.pread(source, min(count, 1 << 24), begin))
+    source.seek(begin)
+    return target.write(source.read(min(count, 1 << 24))) or 0
 
 
 def header_bytes(

@@ -902,6 +902,7 @@ def test_the_last_line_of_a_log_says_why(tmp_path: Path) -> None:
     log.write_text("spectrum-peft: error: r is 0.\n[W] resource tracker\n")
     assert last_line(log, 2) == "r is 0."
     assert last_line(log, -9) == "ended by SIGKILL (out of memory, or killed)"
+    assert last_line(log, -120) == "ended by signal 120 (out of memory, or killed)"
     log.write_text("")
     assert last_line(log, 1) == "exit code 1"
 

@@ -30,7 +30,7 @@ from spectrum_peft.export import export_axolotl, export_lora, merge_into_base
 from spectrum_peft.records import Plan
 from spectrum_peft.tuner.factors import factors
 from spectrum_peft.tuner.ranks import live_rank
-from spectrum_peft.weights import keep_4bit_differentiable
+from spectrum_peft.weights import settle_quantized
 from spectrum_peft.weights.adapters import AdapterState
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -972,7 +972,7 @@ def test_a_base_that_is_only_there_in_four_bit(base_of: Callable[..., Path], tmp
     small = loaded("llama", base_of("llama"), quantization_config=settings)
     small.save_pretrained(tmp_path / "small")
     model = moved(loaded("llama", tmp_path / "small"), config_for("peft", architecture))
-    keep_4bit_differentiable(model)  # bitsandbytes' packed form for CPUs wants widths that are multiples of 64
+    settle_quantized(model)  # bitsandbytes' packed form for CPUs wants widths that are multiples of 64
     wanted = logits(model, architecture)
     adapter = saved(model, tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"holds weights in 4 bit \(nf4\) only.*onto='dequantized'"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -152,7 +154,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match=r"plan\.json: cannot be written \(No space left on device\)"):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
@@ -275,3 +277,42 @@ def test_gradients_that_were_changed_by_hand_are_refused_by_name(tmp_path, part,
     path.write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match="stats is empty"):
         GradientReport.load(path)
+
+
+# --- files that somebody reads ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refusals", [0, 1, 3])
+def test_a_file_that_is_open_elsewhere_is_replaced_when_its_reader_ends(
+    refusals: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows refuses to rename over an open file; here the first calls are refused as it does."""
+    replace, calls = Path.replace, []
+
+    def busy(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) <= refusals:
+            raise PermissionError(13, "The process cannot access the file because it is being used by another process")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", busy)
+    path = tmp_path / "record.json"
+    path.write_text("old")
+    write_text(path, "new")
+    assert path.read_text() == "new"
+    assert len(calls) == refusals + 1
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_file_that_stays_open_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(self: Path, target: Path) -> Path:
+        raise PermissionError(13, "in use")
+
+    monkeypatch.setattr(Path, "replace", busy)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    path = tmp_path / "record.json"
+    path.write_text("old")
+    with pytest.raises(CheckpointError, match=r"record\.json: cannot be written \(in use\)"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]

@@ -6,6 +6,9 @@ bitsandbytes' packing runs on any processor, so these tests do, too; only its pr
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from spectrum_peft import SpectrumConfig
 from spectrum_peft.errors import CheckpointError
-from spectrum_peft.weights import keep_4bit_differentiable, open_weights
+from spectrum_peft.weights import open_weights, settle_quantized
 from spectrum_peft.weights.quantized import unpacked_4bit
 
 pytestmark = LIBRARIES
@@ -69,7 +72,7 @@ def test_packed_values_come_back_but_for_the_rounding_of_their_maxima(
     layer = linear(shape, kind, double)
     before, wanted, codes = values(layer), rounded_maxima(layer), layer.weight.data.clone()
     pack(layer)
-    keep_4bit_differentiable(layer)
+    settle_quantized(layer)
     assert torch.equal(layer.weight.data, codes)
     assert torch.equal(values(layer), wanted)
     # bfloat16 keeps 8 bits: half a unit in the last place of each block's factor.
@@ -84,7 +87,7 @@ def test_any_block_size_and_storage(blocksize: int, storage: torch.dtype) -> Non
     layer = linear((64, 512), blocksize=blocksize, quant_storage=storage)
     wanted, codes = rounded_maxima(layer), layer.weight.data.clone()
     pack(layer)
-    keep_4bit_differentiable(layer)
+    settle_quantized(layer)
     assert layer.weight.dtype == storage
     assert torch.equal(layer.weight.data.view(torch.uint8), codes.view(torch.uint8))
     assert torch.equal(values(layer), wanted)
@@ -115,15 +118,15 @@ def test_a_form_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     layer = linear((64, 128))
     pack(layer)
     with pytest.raises(CheckpointError, match=r"^mlp\.down_proj\.weight: bitsandbytes .* load the base again"):
-        keep_4bit_differentiable(nn.ModuleDict({"mlp": nn.ModuleDict({"down_proj": layer})}))
+        settle_quantized(nn.ModuleDict({"mlp": nn.ModuleDict({"down_proj": layer})}))
 
 
 def test_what_was_undone_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(linear((64, 64)), linear((64, 128)))
-    keep_4bit_differentiable(model)
+    settle_quantized(model)
     assert not caplog.records
     pack(model[1])
-    keep_4bit_differentiable(model)
+    settle_quantized(model)
     assert "repack 1 4-bit weights (1 ...)" in caplog.text
 
 
@@ -185,3 +188,40 @@ def test_an_evaluation_in_earnest_is_undone(tiny_llama_folder: Path) -> None:
     model.train()
     model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+# --- 8 bit -----------------------------------------------------------------------------------------------------------
+
+WRAP_AN_8_BIT_MODEL = """
+import sys
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from spectrum_peft import SpectrumConfig, SpectrumError
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+try:
+    get_peft_model(model, SpectrumConfig(mode="lora", r=4))
+    print("WRAPPED")
+except SpectrumError as error:
+    print("REFUSED", error)
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="imitates a processor with AVX512")
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        # As on a Skylake server: products of 8-bit numbers saturate.
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "REFUSED model.layers.0.self_attn.q_proj.weight: is in 8 bit"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "ATEN_CPU_CAPABILITY": "avx2"}, "WRAPPED"),  # what the message says
+    ],
+)
+def test_8_bit_products_that_saturate_are_refused(
+    environment: dict[str, str], said: str, tiny_llama_folder: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WRAP_AN_8_BIT_MODEL, str(tiny_llama_folder)],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
