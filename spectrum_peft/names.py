@@ -18,7 +18,11 @@ HEADS = frozenset(
         "summary", "v_head",
     }
 )  # fmt: skip
-_EMBEDDING = re.compile(r"(^|[._])embed(?!_out)|^wte$|^wpe$|^shared$|relative_attention_bias|rotary|word_embeddings")
+# Modules that are a head where they lie outside the blocks, and something else inside.
+_OUTER_HEADS = HEADS | {"head", "proj_out"}
+_EMBEDDING = re.compile(
+    r"(^|[._])embed(?!_out)|(^|_)emb$|^wte$|^wpe$|^shared$|relative_attention_bias|rotary|word_embeddings"
+)
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 # Last matrices of an attention or MLP: what they put out is added to the residual stream.
 _WRITES = frozenset(
@@ -126,9 +130,11 @@ def role(name: str, shape: Sequence[int] | None) -> str:
         return "other"
     if in_head(name):
         return "head"
+    if "norm" in owner.lower():  # one row for each head
+        return "norm"
     if _EMBEDDING.search(owner) or (block_index(name) is None and "embeddings" in name.split(".")):
         return "embedding"
-    if owner in _ROUTERS:
+    if owner in _ROUTERS or "router" in name.split("."):
         return "router"
     return "linear" if leaf == "weight" else "other"
 
@@ -155,7 +161,7 @@ def residual_side(kind: str, shape: Sequence[int], hidden: int | None = None) ->
 
 def in_head(name: str) -> bool:
     """Whether a parameter, whatever its role, is part of the head: `lm_head.weight`, `classifier.dense.bias`."""
-    return block_index(name) is None and bool(HEADS & set(name.split(".")))
+    return block_index(name) is None and bool(_OUTER_HEADS & set(name.split(".")))
 
 
 def canonical(name: str) -> str | None:

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from .. import names
 from ..errors import CheckpointError, MismatchError, OptionError, near_matches
 from ..records import read_mapping
-from ..weights import DTYPES, AdaptedWeights, FileWeights, TensorInfo, base_module, open_weights
+from ..weights import (
+    DTYPES,
+    AdaptedWeights,
+    FileWeights,
+    TensorInfo,
+    base_module,
+    open_weights,
+    seen_as_trained,
+    skeleton_like,
+)
 from ..weights.adapters import AdapterState
 from ..weights.updates import Stored, Update, Value, may_grow
 from .quantized import quantization_settings, quantized_names
@@ -34,6 +43,10 @@ class TrainedAdapter:
         """The config of the adapted model, where it is known: names of a new head's classes."""
         config = self.state.folder / "config.json" if self.state.folder else None
         return read_mapping(config) if config is not None and config.is_file() else {}
+
+    def seen(self, files: FileWeights) -> FileWeights:
+        """The base under the names of the class that was trained."""
+        return seen_as_trained(files, self.state)
 
     def from_memory(self, base: Mapping[str, TensorInfo]) -> list[Value]:
         """New values that the adapter's own tensors do not hold; a folder has none."""
@@ -88,6 +101,9 @@ class LiveAdapter(TrainedAdapter):
         inner = base_module(self.model)
         fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
         return fields | {"architectures": [type(inner).__name__]}
+
+    def seen(self, files: FileWeights) -> FileWeights:
+        return files.seen_by(skeleton_like(base_module(self.model)))
 
     def from_memory(self, base: Mapping[str, TensorInfo]) -> list[Value]:
         """Parameters of the model that its checkpoint lacks or has in another size: new heads, tables with new rows."""
@@ -188,7 +204,7 @@ def open_base(base: str | os.PathLike[str] | None, source: TrainedAdapter) -> Fi
         )
     if not files.config:
         raise CheckpointError(f"{files.folder}: has no config.json, wanted a checkpoint that transformers opens.")
-    return files
+    return source.seen(files)
 
 
 def stored_bits(files: FileWeights) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..machine import cores
 from ..records import read_mapping, write_text
-from ..weights import DTYPES, FileWeights, Place, Span, as_matrix, places
+from ..weights import DTYPES, FileWeights, Place, Recipe, Span, as_matrix, places
 from ..weights.threads import one_torch_thread
 from ..weights.updates import LowRank, RowChange, Stored, Update, Value
 from ..weights.writer import SafetensorsWriter, header_bytes, read_raw_header
@@ -143,6 +143,8 @@ def layout(
         cast: dtype of every floating parameter; None for each tensor's own. What is no parameter keeps its own.
     """
     known = places(files)
+    mixed = files.mixed()
+    remade = _remade(files, mixed, changes, starts)
     parts = Counter(place.name for place in known.values())
     quantized = {t.name: t for t in files.tensors() if t.dtype in QUANTIZED}
     usual = main_dtype(files)
@@ -151,6 +153,12 @@ def layout(
         rows = []
         for name, span in files.spans(path).items():
             place = known.get(name)
+            if name in mixed:
+                dtype = DTYPES[span.dtype]
+                rows.append(
+                    NewTensor(name, _cast(dtype, cast), span.shape, (path, span), None, tuple(remade.get(name, ())))
+                )
+                continue
             if place is None:
                 # The statistics of a quantized matrix are left out: it becomes a float one.
                 if not any(name.startswith(q.removesuffix("weight")) for q in quantized):
@@ -165,11 +173,55 @@ def layout(
             start = starts.get(place.name)
             rows.append(NewTensor(name, _cast(dtype, cast), shape, (path, span), place, mine, start))
         shards.append((path, rows))
-    present = {place.name for place in known.values()}
+    present = {place.name for place in known.values()} | {n for r in mixed.values() for n in r.parameters}
     for name, mine in changes.items():
         if name not in present:
             shards[-1][1].append(_added(name, mine, files, known, usual, cast))
     return [_shard(path, rows, alone=len(files.files) == 1) for path, rows in shards]
+
+
+def _remade(
+    files: FileWeights,
+    mixed: Mapping[str, Recipe],
+    changes: Mapping[str, Sequence[Update]],
+    starts: Mapping[str, Callable[[], Tensor]],
+) -> dict[str, list[Update]]:
+    """{stored tensor: its new value}, of parameters whose elements lie mixed in the stored tensors: the parameters are
+    changed as a whole and moved back. One group's values are held at a time."""
+    lock = threading.Lock()
+    last: dict[int, dict[str, Tensor]] = {}
+
+    def group(recipe: Recipe) -> dict[str, Tensor]:
+        with lock:
+            if id(recipe) not in last:
+                last.clear()
+                new = {n: _changed(files, n, changes.get(n, ()), starts.get(n)) for n in recipe.parameters}
+                last[id(recipe)] = recipe.put_back(new, {n: files.as_stored(n) for n in recipe.stored})
+            return last[id(recipe)]
+
+    def value(recipe: Recipe, name: str) -> Value:
+        shape = files.place_of(name)[1].shape
+        return Value(name, name, Stored.computed(shape, lambda: group(recipe)[name]))
+
+    touched = {n for n in (*changes, *starts) if changes.get(n) or n in starts}
+    return {name: [value(recipe, name)] for name, recipe in mixed.items() if touched.intersection(recipe.parameters)}
+
+
+def _changed(files: FileWeights, name: str, mine: Sequence[Update], start: Callable[[], Tensor] | None) -> Tensor:
+    """A whole parameter after its changes, float32."""
+    changes = list(mine)
+    if changes and isinstance(changes[0], Value):
+        values = changes.pop(0).stored.whole()  # type: ignore[union-attr]
+    else:
+        values = files.read(name) if start is None else start()
+    shape = values.shape
+    rows = values.float().reshape(as_matrix(shape))
+    step = shape[1] if len(shape) == 3 else max(len(rows), 1)
+    for update in changes:
+        assert not isinstance(update, Value)
+        change = update.change()
+        rows = torch.cat([change(part.clone(), i * step) for i, part in enumerate(rows.split(step))])
+    return rows.reshape(shape)
 
 
 def _cast(dtype: torch.dtype, cast: torch.dtype | None) -> torch.dtype:

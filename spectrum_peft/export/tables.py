@@ -88,6 +88,12 @@ def is_language_head(name: str) -> bool:
     return bool({"lm_head", "embed_out"} & set(name.split(".")))
 
 
+def _vocabulary(files: FileWeights) -> int | None:
+    """Number of tokens as the config says it, of its text part where it has parts."""
+    parts = [files.config, *(part for part in files.config.values() if isinstance(part, dict))]
+    return next((part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)), None)
+
+
 def table_rows(files: FileWeights, changes: Mapping[str, Sequence[Update]]) -> dict[int, int]:
     """{rows of the token table in the base: rows after the merge} where that changes.
 
@@ -95,13 +101,15 @@ def table_rows(files: FileWeights, changes: Mapping[str, Sequence[Update]]) -> d
         MismatchError: embeddings and output head end up with different numbers of rows.
     """
     result, ends = {}, {}
+    vocabulary = _vocabulary(files)
     for info in (t for t in files.tensors() if t.shape):
         mine = changes.get(info.name, ())
         grown = new_shape(mine)[0] if mine and isinstance(mine[0], Value) else info.shape[0]
         table = info.role == "embedding" and len(info.shape) == 2
         if grown != info.shape[0] and table:
             result[info.shape[0]] = grown
-        if (table and info.shape[0] == files.config.get("vocab_size")) or is_language_head(info.name):
+        # Not all that lies in a head is as long as the vocabulary: RoBERTa's `lm_head.dense` is as wide as the model.
+        if (table or is_language_head(info.name)) and info.shape[0] == vocabulary:
             ends[info.name] = grown
         for update in mine:
             outside = [row for row in getattr(update, "indices", ()) if not 0 <= row < grown]

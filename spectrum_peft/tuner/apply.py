@@ -19,12 +19,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .. import names
-from ..errors import MismatchError, OptionError, near_matches
+from ..errors import CheckpointError, MismatchError, OptionError, near_matches
 from ..plan import MODES, OPTIONS, make_plan, needs_gradients, worth_probing
 from ..probe import probe_gradients
 from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, GradientReport, Plan, PlanEntry, SnrReport
 from ..scan import scan_weights
-from ..weights import open_weights, output_head, role_of
+from ..weights import FileWeights, checkpoint_folder, open_weights, output_head, role_of, skeleton_like
 from .config import SpectrumConfig, candidates_of
 from .layers import SpectrumLayer
 
@@ -169,7 +169,7 @@ def _settled(model: nn.Module, config: SpectrumConfig) -> Plan:
     if config.plan is not None:
         plan = config.plan
         _check_fingerprint(plan.fingerprint, model, "the plan", config.force)
-        plan = _with_model_names(plan, present, base_of(model))
+        plan = _with_model_names(plan, model, present)
         _settle_tokens(model, config, plan, present)
         return _with_saved(model, config, plan, present)
     report = config.resolved_report()
@@ -183,7 +183,7 @@ def _settled(model: nn.Module, config: SpectrumConfig) -> Plan:
         report = scan_weights(base_of(model), criterion, score=score, cache=bool(score), seed=config.seed)
     else:
         _check_fingerprint(report.fingerprint, model, "the report", config.force)
-    report = _report_with_model_names(report, present, base_of(model))
+    report = _report_with_model_names(report, model, present)
     candidates = candidates_of(config, report)
     gradients = None
     if needs_gradients(options):
@@ -257,23 +257,49 @@ def _check_fingerprint(fingerprint: Any, model: nn.Module, what: str, force: boo
         logger.info(note)
 
 
-def _report_with_model_names(report: SnrReport, present: dict[str, Any], model: nn.Module) -> SnrReport:
+def _names_here(model: nn.Module, wanted: Iterable[str], present: dict[str, Any]) -> dict[str, str | None]:
+    """{name in a report or plan: name in this model, None where this class leaves the stored tensor alone}.
+
+    Where names alone do not say it, by the stored tensors of the checkpoint that both were made of: a plan made from a
+    folder fits every class that opens it.
+    """
+    wanted = list(wanted)
+    found: dict[str, str | None] = dict(_aligned(wanted, present, base_of(model)))
+    folder = checkpoint_folder(model)
+    if folder is None or all(name in found for name in wanted):
+        return found
+    try:
+        theirs = open_weights(folder)
+        skeleton = skeleton_like(base_of(model))
+        if not isinstance(theirs, FileWeights) or skeleton is None:
+            return found
+        here = {stored: name for name, stored in theirs.seen_by(skeleton).made_of().items()}
+        return {name: here.get(stored) for name, stored in theirs.made_of().items() if name in wanted} | found
+    except CheckpointError as error:
+        logger.debug("%s: names could not be told from the files: %s", folder, error)
+        return found
+
+
+def _report_with_model_names(report: SnrReport, model: nn.Module, present: dict[str, Any]) -> SnrReport:
     """A report that may be of files, with the model's names, and the roles of its modules where names say less."""
-    found = _aligned([s.name.partition("[")[0] for s in report.stats], present, model)
-    head = output_head(model)
+    found = _names_here(model, (s.name.partition("[")[0] for s in report.stats), present)
+    head = output_head(base_of(model))
     stats = []
     for stat in report.stats:
         base, bracket, expert = stat.name.partition("[")
         if base in found:
+            name = found[base]
+            if name is None:
+                continue
             role = stat.role
-            if role == "linear":
-                role = role_of(found[base], stat.shape, present[found[base]][0], head) if not bracket else role
-            stats.append(dataclasses.replace(stat, name=found[base] + bracket + expert, role=role))
+            if role == "linear" and not bracket:
+                role = role_of(name, stat.shape, present[name][0], head)
+            stats.append(dataclasses.replace(stat, name=name + bracket + expert, role=role))
         elif stat.role == "linear" and names.block_index(base) is not None:
             raise MismatchError(f"the report lists {base}, which the model lacks." + near_matches(base, present))
     if not any(s.role == "linear" for s in stats):
         raise MismatchError(f"none of the report's {len(report.stats)} tensors is in this model.")
-    tied = tuple(tuple(found.get(n, n) for n in group) for group in report.tied)
+    tied = tuple(tuple(found.get(n) or n for n in group) for group in report.tied)
     return dataclasses.replace(report, stats=tuple(stats), tied=tied)
 
 
@@ -293,12 +319,13 @@ def _aligned(wanted: Iterable[str], present: dict[str, Any], model: nn.Module) -
     return found
 
 
-def _with_model_names(plan: Plan, present: dict[str, Any], model: nn.Module) -> Plan:
-    found = _aligned([e.name for e in plan.entries], present, model)
+def _with_model_names(plan: Plan, model: nn.Module, present: dict[str, Any]) -> Plan:
+    found = _names_here(model, (e.name for e in plan.entries), present)
     entries = []
     for entry in plan.entries:
-        if entry.name in found:
-            entries.append(dataclasses.replace(entry, name=found[entry.name]))
+        name = found.get(entry.name)
+        if name is not None:
+            entries.append(dataclasses.replace(entry, name=name))
         elif entry.trains:
             raise MismatchError(
                 f"the plan trains {entry.name}, which the model lacks." + near_matches(entry.name, present)

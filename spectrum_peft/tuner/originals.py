@@ -6,13 +6,14 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import names
 from ..errors import CheckpointError, MismatchError, OptionError, near_matches
-from ..weights import open_weights
+from ..weights import FileWeights, open_weights, read_stored, skeleton_like, skeleton_of
 from .apply import base_of, base_parameters
 from .layers import Original
 
@@ -25,8 +26,11 @@ def local_folder(model: nn.Module) -> Path | None:
     return Path(path) if path and Path(path).is_dir() else None
 
 
-def _read_tensor(folder: str, name: str) -> Tensor:
-    return open_weights(folder).read(name)
+def _read_seen(folder: Path, name: str, kind: type[nn.Module], config: Any) -> Tensor:
+    """A parameter that is made of several stored tensors, under the name that it has in a class."""
+    files = open_weights(folder)
+    assert isinstance(files, FileWeights)
+    return files.seen_by(skeleton_of(kind, config) if hasattr(kind, "_from_config") else None).read(name)
 
 
 def original_keeper(model: nn.Module, keep_base: str) -> Callable[[str, Tensor], Original]:
@@ -42,6 +46,8 @@ def original_keeper(model: nn.Module, keep_base: str) -> Callable[[str, Tensor],
     if folder is not None:
         try:
             source = open_weights(str(folder))
+            assert isinstance(source, FileWeights)
+            source = source.seen_by(skeleton_like(base_of(model)))
             tensors = [t.name for t in source.tensors()]
             stored = {found: name for name, found in names.align(tensors, base_parameters(model)).items()}
         except CheckpointError as error:
@@ -57,7 +63,12 @@ def original_keeper(model: nn.Module, keep_base: str) -> Callable[[str, Tensor],
                 source.read(stored[name]).to(value.dtype), value.detach().to("cpu")
             )
             if same or keep_base == "file":
-                reader = functools.partial(_read_tensor, str(folder), stored[name])
+                whole, base = source.whole(stored[name]), base_of(model)
+                reader: Callable[[], Tensor] = (
+                    functools.partial(read_stored, folder, whole)
+                    if whole
+                    else functools.partial(_read_seen, folder, stored[name], type(base), getattr(base, "config", None))
+                )
                 return Original(name, value, reader=reader)
         elif keep_base == "file":
             raise MismatchError(f"keep_base='file': {folder} holds no tensor {name}." + near_matches(name, stored))

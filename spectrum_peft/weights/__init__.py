@@ -1,15 +1,17 @@
 """The only reader of raw weights: one tensor at a time, from safetensors files, a live model or a GGUF file.
 
-Names are those of the live model. Files that keep one tensor per expert where transformers fuses them are presented
-fused, `model.layers.0.mlp.experts.gate_up_proj` of shape (E, 2I, H), and read by expert, `...gate_up_proj[3]`.
+Names are those of the live model, asked of transformers where the files' are others (`layouts`). Files that keep one
+tensor per expert where transformers fuses them are presented fused, `model.layers.0.mlp.experts.gate_up_proj` of shape
+(E, 2I, H), and read by expert, `...gate_up_proj[3]`.
 """
 
 from __future__ import annotations
 
-from .adapted import AdaptedWeights
-from .files import FileWeights, Place, Span, as_matrix, find_shards, places, read_bytes, read_header
+from .adapted import AdaptedWeights, seen_as_trained
+from .files import FileWeights, Place, Span, as_matrix, find_shards, places, read_bytes, read_header, read_stored
 from .gguf import GgufWeights
-from .live import LiveWeights, base_module, dequantized_weights, matrix_of, output_head, role_of
+from .layouts import Layout, Recipe, skeleton_like, skeleton_of
+from .live import LiveWeights, base_module, checkpoint_folder, dequantized_weights, matrix_of
 from .opening import fetch, holds_adapter, locate, open_weights
 from .quantized import (
     give_storage_without_values,
@@ -18,6 +20,7 @@ from .quantized import (
     settle_quantized,
     through_quantization,
 )
+from .roles import output_head, role_of
 from .source import DTYPES, TensorInfo, WeightSource, split_expert
 
 __all__ = [
@@ -25,13 +28,16 @@ __all__ = [
     "AdaptedWeights",
     "FileWeights",
     "GgufWeights",
+    "Layout",
     "LiveWeights",
     "Place",
+    "Recipe",
     "Span",
     "TensorInfo",
     "WeightSource",
     "as_matrix",
     "base_module",
+    "checkpoint_folder",
     "dequantized_weights",
     "fetch",
     "find_shards",
@@ -46,8 +52,12 @@ __all__ = [
     "quantized_product_works",
     "read_bytes",
     "read_header",
+    "read_stored",
     "role_of",
+    "seen_as_trained",
     "settle_quantized",
+    "skeleton_like",
+    "skeleton_of",
     "split_expert",
     "through_quantization",
 ]

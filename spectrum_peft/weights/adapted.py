@@ -13,8 +13,32 @@ import torch
 from ..records import Fingerprint
 from .adapters import AdapterState
 from .files import FileWeights, as_matrix
+from .layouts import skeletons_for
 from .source import TensorInfo, WeightSource, split_expert
 from .updates import Update, Value
+
+
+def seen_as_trained(files: FileWeights, adapter: AdapterState) -> FileWeights:
+    """A checkpoint under the names of the class that an adapter was trained on, which may be another than config.json names:
+    a text class on a vision-language checkpoint, a new head on a body.
+
+    The adapter says its class, or its task does; the first of them that has every parameter that the adapter changes.
+    """
+    if files.folder is None:
+        return files
+    wanted = adapter.changed_parameters()
+
+    def lacking(found: FileWeights) -> int:
+        have = {info.name for info in found.tensors()} | {name for group in found.tied for name in group}
+        have |= set(found.layout.new) if found.layout is not None else set()
+        return len(wanted - have)
+
+    best, least = files, lacking(files)
+    for skeleton in skeletons_for(files.folder, adapter.classes(), adapter.config.get("task_type")) if least else ():
+        found = files.seen_by(skeleton)
+        if lacking(found) < least:
+            best, least = found, lacking(found)
+    return best
 
 
 class AdaptedWeights:
@@ -33,6 +57,7 @@ class AdaptedWeights:
         self, adapter: AdapterState, base: WeightSource, *, folder: Path, model_id: str, revision: str | None = None
     ) -> None:
         self.folder, self.model_id, self.revision = folder, model_id, revision
+        base = seen_as_trained(base, adapter) if isinstance(base, FileWeights) else base
         self._adapter, self._base = adapter, base
         self.tied = self._base.tied
         self._infos = {info.name: info for info in self._base.tensors()}

@@ -122,6 +122,22 @@ class AdapterState:
         """Folder or hub id that the adapter was trained on, as its config says."""
         return self.config.get("base_model_name_or_path") or None
 
+    def changed_parameters(self) -> set[str]:
+        """Names, in the adapted model, of the parameters that the adapter's tensors change; without fused experts, whose
+        names its keys do not hold."""
+        keys = {key: _KEY.fullmatch(key.removeprefix(PEFT_PREFIX)) for key in self.tensors}
+        planned = {e.name for e in self.plan.entries if e.trains} if self.plan else set()
+        named = {_parameter(key, match) for key, match in keys.items() if ".original_module." not in key}
+        return planned or {name for name in named if not name.removesuffix(".weight").endswith("experts")}
+
+    def classes(self) -> list[str]:
+        """Model classes that the adapter's folder names, the likeliest first."""
+        found = [(self.config.get("auto_mapping") or {}).get("base_model_class")]
+        config = self.folder / "config.json" if self.folder else None
+        if config is not None and config.is_file():
+            found += read_mapping(config).get("architectures") or []
+        return [name for name in found if name]
+
     def planned(self) -> list[TensorInfo]:
         """The base's parameters as far as the plan knows them."""
         planned = self.plan.entries if self.plan else ()

@@ -11,33 +11,26 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import names
 from ..errors import CheckpointError
 from ..records import Fingerprint, read_mapping
+from .layouts import Layout, Recipe, layout_of, must_ask, skeleton_in
+from .parameters import by_layout, by_names
 from .quantized import dequantize_4bit, int8_values
-from .source import DTYPES, SAMPLE, TensorInfo, dtype_name, split_found, structure_of
+from .source import DTYPES, SAMPLE, TensorInfo, split_found, structure_of
 
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Model types whose blocks are built of transformers' Conv1D, which stores (in, out).
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder"})
-_CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
-# Buffers that old files carry among the weights.
-_BUFFERS = re.compile(
-    r"(rotary_emb|rotary_pos_emb)\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$|position_ids$"
-)
-_EXPERT = re.compile(
-    r"^(?P<owner>.*\.experts)\.(?P<expert>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$"
-)
 CONVERT = (
     " Convert them: from_pretrained(folder) of the class that config.json names under architectures (AutoModel has no head), "
     "then save_pretrained(new_folder), which writes safetensors."
@@ -188,18 +181,6 @@ def find_shards(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder}: no safetensors file, wanted model.safetensors or shards of it.")
 
 
-@dataclass(frozen=True)
-class Logical:
-    """A parameter of the live model and the stored tensors it is made of: `parts[e]` are joined along the rows.
-
-    `slab` means that one stored tensor holds all experts, one after the other.
-    """
-
-    info: TensorInfo
-    parts: tuple[tuple[str, ...], ...]
-    slab: bool = False
-
-
 class FileWeights:
     """A checkpoint in safetensors files.
 
@@ -207,6 +188,10 @@ class FileWeights:
         files: all of its files; `config.json` is read beside the first.
         model_id, revision: what it is called.
         folder: that the files make up, None for a file that was given alone.
+        skeleton: the model, without values, whose names and shapes are wanted (`layouts.skeleton_like`); None for the
+            class that config.json names.
+    Attributes:
+        layout: what the model class makes of the stored tensors; None where nobody had to, or could, be asked.
     """
 
     kind: Literal["file"] = "file"
@@ -217,6 +202,7 @@ class FileWeights:
         model_id: str | None = None,
         revision: str | None = None,
         folder: Path | None = None,
+        skeleton: nn.Module | None = None,
     ) -> None:
         self.model_id, self.revision, self.folder = model_id, revision, folder
         self.files = tuple(files)
@@ -239,12 +225,51 @@ class FileWeights:
         self._quantization = self._quantization_method()
         if self._quantization:
             self.notes += (f"weights are stored {self._quantization}; they were dequantized one matrix at a time",)
-        self._logical = {item.info.name: item for item in self._present()}
+        spans = {name: span for name, (_, span) in self._spans.items()}
+        self.layout = self._layout(skeleton)
+        self._logical = {
+            item.info.name: item
+            for item in (
+                by_names(spans, self.config, self._quantized, self._belongs_to_quantized)
+                if self.layout is None
+                else by_layout(self.layout, spans, self._quantized)
+            )
+        }
         if not self._logical:
             raise CheckpointError(f"{self.files[0]}: holds no floating-point tensors.")
+        self._made: tuple[Recipe | None, dict[str, Tensor]] = (None, {})
+        self._making = threading.Lock()
         self.tied = self._tied()
 
+    def seen_by(self, skeleton: nn.Module | None) -> FileWeights:
+        """The same checkpoint under the names of another class; None for the names that it has."""
+        if skeleton is None:
+            return self
+        return FileWeights(self.files, self.model_id, self.revision, self.folder, skeleton)
+
     # -- what is there
+
+    def _layout(self, skeleton: nn.Module | None) -> Layout | None:
+        shapes = {}
+        for name, (_, span) in self._spans.items():
+            quantized = self._quantized(name)
+            if quantized or not self._belongs_to_quantized(name):
+                shapes[name] = quantized[0] if quantized else span.shape
+        if skeleton is None and (self.folder is None or not must_ask(self.config, list(shapes))):
+            return None
+        try:
+            skeleton = skeleton or skeleton_in(self.files[0].parent, self.config)
+            layout = None if skeleton is None else layout_of(skeleton, shapes)
+        except CheckpointError as error:
+            self.notes += (f"names and layouts are the file's own, transformers could not be asked: {error}",)
+            return None
+        if layout is None or not layout.recipes:
+            return None
+        if layout.ignored:
+            self.notes += (
+                f"{len(layout.ignored)} stored tensors are not {type(skeleton).__name__}'s, first {layout.ignored[0]}",
+            )
+        return layout
 
     def _quantization_method(self) -> str | None:
         settings = self.config.get("quantization_config")
@@ -258,83 +283,8 @@ class FileWeights:
             )
         return f"in bitsandbytes {'4-bit' if settings.get('load_in_4bit') else '8-bit'}"
 
-    def _present(self) -> Iterator[Logical]:
-        """Stored tensors as parameters of the live model, in checkpoint order."""
-        fused: dict[str, dict[int, dict[str, str]]] = {}
-        renamed_moe = any(".block_sparse_moe.experts." in name for name in self._spans)
-        conv1d = self.config.get("model_type") in _CONV1D_MODELS
-        for name in self._spans:
-            match = _EXPERT.match(name)
-            if match:
-                fused.setdefault(match["owner"], {}).setdefault(int(match["expert"]), {})[match["part"]] = name
-        for name, (_path, span) in self._spans.items():
-            match = _EXPERT.match(name)
-            if match:
-                owner = match["owner"]
-                if owner in fused:  # the first of them stands for all
-                    yield from self._fuse(owner, fused.pop(owner))
-                continue
-            quantized = self._quantized_info(name)
-            if quantized:
-                yield quantized
-                continue
-            dtype = DTYPES[span.dtype]
-            if not dtype.is_floating_point or _is_buffer(name, span.shape) or self._belongs_to_quantized(name):
-                continue
-            # transformers 5, conversion_mapping.py, "mixtral": `.block_sparse_moe.` -> `.mlp.`; GPTNeoXForCausalLM:
-            # `embed_out.` -> `lm_head.`
-            live = name.replace(".block_sparse_moe.", ".mlp.") if renamed_moe else name
-            live = re.sub(r"^embed_out\.", "lm_head.", live)
-            live = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", live))
-            role = names.role(live, span.shape)
-            slab = role == "linear" and len(span.shape) == 3
-            turned = conv1d and names.module_name(live).rpartition(".")[2] in _CONV1D_NAMES and len(span.shape) == 2
-            info = TensorInfo(live, span.shape, dtype_name(dtype), role, span.shape[0] if slab else None, turned)
-            yield Logical(info, ((name,),), slab)
-
-    def _fuse(self, owner: str, experts: dict[int, dict[str, str]]) -> Iterator[Logical]:
-        """One tensor per expert in the file, one 3-D parameter in the model.
-
-        Source: transformers 5 conversion_mapping.py, "mixtral" (w1, w3 -> gate_up_proj; w2 -> down_proj) and
-            "qwen2_moe".
-        """
-        live_owner = owner.replace(".block_sparse_moe.", ".mlp.")
-        if sorted(experts) != list(range(len(experts))):
-            raise CheckpointError(f"{owner}: experts are numbered {sorted(experts)}, wanted 0 to {len(experts) - 1}.")
-        have = set(experts[0])
-        recipes = {
-            "gate_up_proj": next(
-                (pair for pair in (("w1", "w3"), ("gate_proj", "up_proj")) if have >= set(pair)), None
-            ),
-            "up_proj": ("up_proj",) if "up_proj" in have and "gate_proj" not in have else None,
-            "down_proj": next(((part,) for part in ("w2", "down_proj") if part in have), None),
-        }
-        for live, recipe in recipes.items():
-            if recipe is None:
-                continue
-            parts = []
-            shapes = set()
-            for e in range(len(experts)):
-                lacking = [part for part in recipe if part not in experts[e]]
-                if lacking:
-                    raise CheckpointError(
-                        f"{owner}.{e}.{lacking[0]}.weight: not in the checkpoint, but expert 0 has it."
-                    )
-                stored = tuple(experts[e][part] for part in recipe)
-                spans = [self._spans[name][1] for name in stored]
-                shapes.add((sum(span.shape[0] for span in spans), *spans[0].shape[1:]))
-                parts.append(stored)
-            if len(shapes) > 1:
-                raise CheckpointError(
-                    f"{owner}.*.{recipe[0]}: the experts have the shapes {sorted(shapes)}, wanted one shape."
-                )
-            name = f"{live_owner}.{live}"
-            shape = (len(parts), *shapes.pop())
-            dtype = dtype_name(DTYPES[self._spans[parts[0][0]][1].dtype])
-            yield Logical(TensorInfo(name, shape, dtype, names.role(name, shape), len(parts)), tuple(parts))
-
-    def _quantized_info(self, name: str) -> Logical | None:
-        """A bitsandbytes weight as `save_pretrained` of a quantized model stores it."""
+    def _quantized(self, name: str) -> tuple[tuple[int, ...], str] | None:
+        """(shape, word) of a bitsandbytes weight as `save_pretrained` of a quantized model stores it."""
         if not self._quantization or not name.endswith(".weight"):
             return None
         state = next(
@@ -342,11 +292,9 @@ class FileWeights:
         )
         if state:
             described = json.loads(bytes(self._stored(state).numpy()))
-            shape = tuple(int(n) for n in described["shape"])
-            return Logical(TensorInfo(name, shape, state.rpartition("__")[2], names.role(name, shape)), ((name,),))
+            return tuple(int(n) for n in described["shape"]), state.rpartition("__")[2]
         if name.removesuffix("weight") + "SCB" in self._spans:
-            shape = self._spans[name][1].shape
-            return Logical(TensorInfo(name, shape, "int8", names.role(name, shape)), ((name,),))
+            return self._spans[name][1].shape, "int8"
         return None
 
     def _belongs_to_quantized(self, name: str) -> bool:
@@ -355,6 +303,9 @@ class FileWeights:
     def _tied(self) -> tuple[tuple[str, ...], ...]:
         """What the model class will tie on loading: the head to the embedding, T5's stacks to the shared table."""
         present = self._logical
+        if self.layout is not None:
+            groups = (group for group in self.layout.tied if group[0] in present)
+            return tuple(group for group in groups if self._equal([name for name in group if name in present]))
         architecture = str((self.config.get("architectures") or [""])[0])
         if "shared.weight" in present:
             others = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
@@ -375,20 +326,71 @@ class FileWeights:
             return ((tables[0], heads[0] if heads else "lm_head.weight"),)
         return ()
 
+    def _equal(self, group: Sequence[str]) -> bool:
+        """Whether tensors that a class ties hold the same values where several are stored; transformers ties them then."""
+        first, *others = group
+        return all(
+            self._logical[first].info.shape == self._logical[other].info.shape
+            and torch.equal(self.read(first), self.read(other))
+            for other in others
+        )
+
     def tensors(self) -> list[TensorInfo]:
         return [item.info for item in self._logical.values()]
+
+    def recipe(self, name: str) -> Recipe | None:
+        """How a parameter is made whose elements lie mixed with others' in the stored tensors; None for any other."""
+        item = self._logical.get(name)
+        return None if item is None else item.recipe
+
+    def whole(self, name: str) -> str | None:
+        """The stored tensor that a parameter is, as it is; None where it is made of several, or of part of one."""
+        item = self._logical.get(name)
+        simple = item is not None and item.recipe is None and [len(part) for part in item.parts] == [1]
+        return (
+            item.parts[0][0] if simple and item is not None and item.info.dtype not in {"nf4", "fp4", "int8"} else None
+        )
+
+    def made_of(self) -> dict[str, tuple[str, ...]]:
+        """{parameter: the stored tensors that it is made of}."""
+        return {
+            name: item.recipe.stored if item.recipe else tuple(part for parts in item.parts for part in parts)
+            for name, item in self._logical.items()
+        }
+
+    def mixed(self) -> dict[str, Recipe]:
+        """{stored tensor: its recipe} of all such parameters."""
+        recipes = (item.recipe for item in self._logical.values() if item.recipe is not None)
+        return {stored: recipe for recipe in recipes for stored in recipe.stored}
 
     # -- reading
 
     def read(self, name: str) -> Tensor:
         item, expert = split_found(name, self._logical, self.model_id)
+        if item.recipe is not None:
+            whole = self._converted(item.recipe)[item.info.name]
+            return whole.clone() if expert is None else whole[expert].clone()
         if item.slab:
             return self._stored(item.parts[0][0], slab=expert)
         if item.info.experts is None:
-            return self._matrix(item.parts[0][0], item.info)
+            if len(item.parts[0]) == 1:
+                return self._matrix(item.parts[0][0], item.info)
+            return torch.cat([self._stored(n) for n in item.parts[0]]).reshape(item.info.shape)
         chosen = range(item.info.experts) if expert is None else [expert]
         read = [torch.cat([self._stored(n) for n in item.parts[e]]) for e in chosen]
         return torch.stack(read) if expert is None else read[0]
+
+    def _converted(self, recipe: Recipe) -> dict[str, Tensor]:
+        """{parameter: values} of a recipe; the last one is kept, because experts are read one after the other."""
+        with self._making:
+            if self._made[0] is not recipe:
+                self._made = (None, {})
+                self._made = (recipe, recipe.convert({name: self._stored(name) for name in recipe.stored}))
+            return self._made[1]
+
+    def as_stored(self, name: str) -> Tensor:
+        """A stored tensor by its name in the file."""
+        return self._stored(name)
 
     def _matrix(self, stored: str, info: TensorInfo) -> Tensor:
         if info.dtype == "int8":
@@ -415,7 +417,11 @@ class FileWeights:
         return {name: span for name, (where, span) in self._spans.items() if where == path}
 
     def ends(self, name: str, size: int) -> tuple[Tensor, Tensor]:
-        """The first and the last `size` bytes of a tensor stored as such, as flat values."""
+        """The first and the last `size` bytes of a tensor, as flat values; of one that lies in parts it is put together."""
+        if self.whole(name) is None:
+            values = self.read(name).reshape(-1)
+            count = max(1, size // values.element_size())
+            return values[:count], values[-count:]
         path, span = self._spans[self._logical[name].parts[0][0]]
         dtype = DTYPES[span.dtype]
         head = read_bytes(path, span.begin, min(span.end, span.begin + size))
@@ -438,10 +444,17 @@ class FileWeights:
         return digest.hexdigest()
 
 
-def _is_buffer(name: str, shape: Sequence[int]) -> bool:
-    # GPT-2's `attn.bias` of four dimensions is its causal mask; GPT-NeoX has `attention.bias` alike.
-    match = _BUFFERS.search(name)
-    return bool(match) and (not name.endswith(".bias") or len(shape) == 4)
+def read_stored(folder: Path, name: str) -> Tensor:
+    """One tensor of a folder's safetensors files, by its name in them, in its stored dtype and shape.
+
+    Raises:
+        CheckpointError: no such tensor, or no such folder any more.
+    """
+    for path in find_shards(folder):
+        span = read_header(path).get(name)
+        if span is not None:
+            return read_bytes(path, span.begin, span.end).view(DTYPES[span.dtype]).reshape(span.shape)
+    raise CheckpointError(f"{folder}: no tensor {name!r} any more.")
 
 
 def read_bytes(path: str | os.PathLike[str], begin: int, end: int, out: Tensor | None = None) -> Tensor:
@@ -502,6 +515,8 @@ def places(files: FileWeights) -> dict[str, Place]:
     found = {}
     for item in files._logical.values():
         first = 0
+        if item.recipe is not None:
+            continue
         for part in (stored for parts in item.parts for stored in parts):
             span = files._spans[part][1]
             rows, columns = as_matrix(item.info.shape if len(item.parts) == len(item.parts[0]) == 1 else span.shape)

@@ -17,7 +17,8 @@ from torch import Tensor
 from .. import names
 from ..errors import CheckpointError
 from ..records import Fingerprint
-from .files import Logical, read_bytes, sample_file
+from .files import read_bytes, sample_file
+from .parameters import Logical
 from .source import TensorInfo, split_found, structure_of
 
 # gguf architectures whose transformers twin has Llama's module names. Source: gguf.constants.MODEL_TENSORS and the

@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import names
 from ..errors import CheckpointError
 from ..records import Fingerprint
 from .files import FileWeights, find_shards
+from .layouts import skeleton_like
 from .quantized import int8_values, quantization_of, unpacked_4bit
+from .roles import output_head, role_of
 from .source import SAMPLE, TensorInfo, dtype_name, split_expert, split_found, structure_of
 
 
@@ -113,9 +114,7 @@ class LiveWeights:
         self._live: dict[str, _Live] = {}
         groups: dict[int, list[str]] = {}
         head = output_head(self.model)
-        for item in _walk(self.model, "", ()):
-            if item.owner is head and item.info.role == "linear":
-                item = replace(item, info=replace(item.info, role="head"))
+        for item in _walk(self.model, "", (), None, head):
             group = groups.setdefault(id(item.parameter), [])
             group.append(item.info.name)
             if len(group) == 1:
@@ -143,7 +142,8 @@ class LiveWeights:
         if self.folder is None:
             return None
         try:
-            return FileWeights(find_shards(self.folder), model_id=str(self.folder), folder=self.folder)
+            shards, skeleton = find_shards(self.folder), skeleton_like(self.model)
+            return FileWeights(shards, model_id=str(self.folder), folder=self.folder, skeleton=skeleton)
         except CheckpointError as error:
             self.notes += (f"the model's folder was not used: {error}",)
             return None
@@ -219,7 +219,7 @@ class LiveWeights:
             if item.info.role == "linear" and not item.quantized and not item.info.experts
         ]
         twins = names.align([item.info.name for item in plain], stored)
-        if len(twins) < len(plain) or structure_of(self.tensors()) != structure_of(files.tensors()):
+        if len(twins) < len(plain):
             return None
         if all(_starts_alike(item.parameter, files, twins[item.info.name]) for item in plain):
             return files.fingerprint().content
@@ -240,71 +240,54 @@ class LiveWeights:
         return digest.hexdigest()
 
 
-def _walk(module: nn.Module, prefix: str, layers: tuple[nn.Module, ...]) -> Iterator[_Live]:
-    """The base model's parameters, PEFT's wrappers taken out of the names."""
+def _walk(
+    module: nn.Module, prefix: str, layers: tuple[nn.Module, ...], parent: nn.Module | None, head: nn.Module | None
+) -> Iterator[_Live]:
+    """The base model's parameters, PEFT's wrappers taken out of the names; `head` and `parent` as in `role_of`."""
     children = module._modules
     wrapped = children.get("base_layer")
     if wrapped is not None:
         layer: Any = module
         if "lora_spectrum" in children and not layer.merged:  # the base holds None where the layer has its own value
             for own, value in layer.current().items():
-                yield _live(wrapped, prefix, own, value, (*layers, module))
-        yield from _walk(wrapped, prefix, (*layers, module))
+                yield _live(wrapped, prefix, own, value, (*layers, module), parent, head)
+        yield from _walk(wrapped, prefix, (*layers, module), parent, head)
         return
     rows = children.get("token_adapter")
     if rows is not None:  # an embedding of which single rows train: its name is that of the wrapper around it
-        yield from _walk(rows, prefix, layers)
+        yield from _walk(rows, prefix, layers, parent, head)
         return
     saved, original = children.get("modules_to_save"), children.get("original_module")
     if isinstance(saved, nn.ModuleDict) and original is not None:
         wrapper: Any = module
         active = [] if wrapper.disable_adapters else [a for a in wrapper.active_adapters if a in saved]
-        yield from _walk(saved[active[0]] if active else original, prefix, layers)
+        inside = saved[active[0]] if active else original
+        yield from _walk(inside, prefix, layers, parent, inside if original is head else head)
         return
     for name, parameter in module._parameters.items():
         if parameter is not None and (parameter.is_floating_point() or quantization_of(parameter)):
-            yield _live(module, prefix, name, parameter, layers)
+            yield _live(module, prefix, name, parameter, layers, parent, head)
     for name, child in children.items():
         if child is not None:
             # What a wrapper says holds for the parameters of the wrapped module itself, not for modules inside it.
-            yield from _walk(child, f"{prefix}{name}.", ())
+            yield from _walk(child, f"{prefix}{name}.", (), module, head)
 
 
-def role_of(name: str, shape: tuple[int, ...] | None, owner: nn.Module, head: nn.Module | None = None) -> str:
-    """The role that a name gives, corrected by what the module is.
-
-    An embedding is one whatever it is called, and so is the output head. A matrix that `nn.MultiheadAttention` reads without
-    calling its module is no place for an adapter, which would never be asked.
-
-    Args:
-        owner: module of the parameter. head: the model's output head, where it names one.
-    """
-    role = names.role(name, shape)
-    if role == "linear" and isinstance(owner, nn.Embedding | nn.EmbeddingBag):
-        return "embedding"
-    if role == "linear" and head is not None and owner is head:
-        return "head"
-    if role == "linear" and isinstance(owner, NonDynamicallyQuantizableLinear):
-        return "other"
-    return role
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that the model calls its output embeddings, PEFT's wrappers taken off; None where it names none."""
-    try:
-        head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # no transformers model, or one without a head
-        return None
-    return getattr(head, "original_module", getattr(head, "base_layer", head))
-
-
-def _live(owner: nn.Module, prefix: str, name: str, parameter: Tensor, layers: tuple[nn.Module, ...]) -> _Live:
+def _live(
+    owner: nn.Module,
+    prefix: str,
+    name: str,
+    parameter: Tensor,
+    layers: tuple[nn.Module, ...],
+    parent: nn.Module | None = None,
+    head: nn.Module | None = None,
+) -> _Live:
     full = prefix + name
     shape = tuple(parameter.shape)
     dtype = quantization_of(parameter)
     if dtype in {"nf4", "fp4"}:
         shape = tuple(parameter.quant_state.shape)  # type: ignore[attr-defined]
-    role = role_of(full, shape, owner)
+    role = role_of(full, shape, owner, head, parent)
     experts = shape[0] if role == "linear" and len(shape) == 3 else None
     # transformers turns a Conv1D's matrix before bitsandbytes quantizes it; its name here means the matrix as stored.
     kind = getattr(owner, "source_cls", type(owner)) if dtype else type(owner)
@@ -391,4 +374,4 @@ def dequantized_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
     def reader(item: _Live) -> Callable[[], Tensor]:
         return lambda: _dequantized(item).cpu()
 
-    return {item.info.name: reader(item) for item in _walk(base_module(model), "", ()) if item.quantized}
+    return {item.info.name: reader(item) for item in _walk(base_module(model), "", (), None, None) if item.quantized}
