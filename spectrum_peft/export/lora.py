@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..card import write_card
 from ..errors import OptionError
 from ..records import write_text
 from ..weights.adapters import PEFT_PREFIX, AdapterState
@@ -66,6 +67,7 @@ def export_lora(adapter_or_model: Any, out: str | os.PathLike[str], *, adapter_n
                 if TOKENIZER_FILES.fullmatch(entry.name) or entry.name == "config.json":
                     copy_entry(entry, folder)
         write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_card(folder, records=state.folder, name=target.name)
     return target
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..card import write_card
 from ..errors import CheckpointError, OptionError, near_matches
 from ..weights import FileWeights
 from .adapters import TrainedAdapter, dtype_named, open_adapter, open_base, stored_bits, updates_of
@@ -132,6 +133,10 @@ def merge_into_base(
         copy_beside(files, source, folder)
         # Last: a folder without a config is no checkpoint, should everything else be there when the process dies.
         write_config(files, config, folder)
+        write_card(
+            folder, records=source.state.folder, name=target.name, merged_from=str(source.state.folder or "in memory"),
+            base=source.state.base,
+        )  # fmt: skip
     return MergeReport(
         target,
         tuple(tally.changed),

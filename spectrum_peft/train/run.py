@@ -16,6 +16,7 @@ import transformers
 from transformers import TrainerCallback
 
 from ..arguments import LORA_FIELDS, Rest
+from ..card import write_card
 from ..devices import peak_memory, reset_peak_memory
 from ..errors import CheckpointError, DataError, OptionError
 from ..plan import OPTIONS, check_options, needs_gradients
@@ -26,6 +27,7 @@ from ..tuner.config import SpectrumConfig
 from ..tuner.loading import load_model_with_peft, load_model_with_spectrum, load_tokenizer
 from .arguments import given_fields, quiet_progress
 from .callback import SpectrumCallback
+from .history import write_history
 from .settle import Run, settle
 from .tasks import build_trainer, evaluate
 from .watch import FiniteLoss, RankLog, StepClock
@@ -108,6 +110,7 @@ def train(
         "mode": run.name,
         "task": task,
         "model": options.model,
+        "dataset": options.dataset,
         "dtype": str(run.dtype).removeprefix("torch."),
         "quantization": options.quantization,
         "new_head": run.new_head,
@@ -134,6 +137,8 @@ def train(
         if callback is not None:
             callback.write_records(output)
         write_text(output / RESULTS, json.dumps(finite_only(results), indent=1) + "\n")
+        write_history(trainer.state.log_history, output, run.name)
+        write_card(output)
     return results
 
 

@@ -35,11 +35,12 @@ ARROWS = {
     # decisions
     "plan": "",
     "plots": "",
+    "card": "plots",
     # models
     "tuner": "devices plan probe scan weights",
     "memory": "plan tuner weights",
-    "train": "arguments data devices plan probe scan tuner",
-    "export": "tuner weights",
+    "train": "arguments card data devices plan plots probe scan tuner",
+    "export": "card tuner weights",
     # all of it together
     "doctor": "devices scan weights",
     "scanner": "memory plan scan",

@@ -1,0 +1,205 @@
+"""The model card of a folder: what was trained from what, on what, by which means, how well, and how it is loaded.
+
+Everything is read from the files of the folder: `train_results.json`, `spectrum_plan.yaml`, `adapter_config.json`,
+`config.json`. Metadata is huggingface_hub's, whose checks the hub makes, too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import SpectrumError
+from .machine import versions
+from .records import Plan, SnrReport, read_mapping, write_text
+
+CARD = "README.md"
+PLAN, REPORT, RESULTS, PICTURE = "spectrum_plan.yaml", "spectrum_report.json", "train_results.json", "spectrum_plan.png"
+_PIPELINES = {
+    "causal_lm": "text-generation",
+    "seq2seq": "text2text-generation",
+    "classification": "text-classification",
+}
+_CLASSES = {
+    "causal_lm": "ForCausalLM", "seq2seq": "ForSeq2SeqLM", "classification": "ForSequenceClassification",
+}  # fmt: skip
+
+
+def write_card(
+    folder: Path,
+    *,
+    records: Path | None = None,
+    name: str | None = None,
+    merged_from: str | None = None,
+    base: str | None = None,
+) -> Path:
+    """Write the README.md of a folder that holds a trained adapter or checkpoint, and the picture of its plan.
+
+    Args:
+        records: folder with the results, plan and report of the run; None for the same one.
+        name: of the folder, where it has another one while it is made.
+        merged_from: the adapter that was merged into it. base: of that adapter, where the folder does not say it.
+    Returns:
+        the card's path.
+    """
+    records = records or folder
+    results = _mapping(records / RESULTS)
+    plan = Plan.load(records / PLAN) if (records / PLAN).is_file() else None
+    picture = _draw(records, plan, folder / PICTURE)
+    text = card_of(folder, results, plan, name=name or folder.name, picture=picture, merged_from=merged_from, base=base)
+    write_text(folder / CARD, text)
+    return folder / CARD
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    return read_mapping(path) if path.is_file() else {}
+
+
+def _draw(records: Path, plan: Plan | None, path: Path) -> str | None:
+    """The heat map of the scores with what was chosen, where there are scores and matplotlib."""
+    if plan is None or not (records / REPORT).is_file():
+        return None
+    from . import plots
+
+    try:
+        plots.save(plots.heat_map(SnrReport.load(records / REPORT), plan), path)
+    except SpectrumError:  # no matplotlib, or scores that cannot be drawn: a card without a picture
+        return None
+    return PICTURE
+
+
+def card_of(
+    folder: Path,
+    results: Mapping[str, Any],
+    plan: Plan | None,
+    *,
+    name: str,
+    picture: str | None = None,
+    merged_from: str | None = None,
+    base: str | None = None,
+) -> str:
+    """The text of the card.
+
+    Args:
+        results: what `train` noted; may be empty. plan: of the run, or None for a method without one.
+        picture: file name in the folder. Others: as `write_card`.
+    """
+    adapter = _mapping(folder / "adapter_config.json")
+    config = _mapping(folder / "config.json")
+    base = base or results.get("model") or adapter.get("base_model_name_or_path") or (plan.model_id if plan else None)
+    task = results.get("task")
+    lines = [_metadata(adapter, base, results), f"# {name}", ""]
+    lines.append(_summary(adapter, plan, results, base, merged_from))
+    if plan is not None and plan.revision:
+        lines.append(f"The base's revision is `{plan.revision}`.")
+    lines += ["", "## Use", "", "```python", _snippet(name, adapter, config, task, base), "```"]
+    rows = _rows(plan, results)
+    if rows:
+        lines += ["", "## How it was trained", "", "| | |", "| --- | --- |"]
+        lines += [f"| {name} | {value} |" for name, value in rows]
+    if picture:
+        lines += ["", f"![Scores of the base by layer and kind; what trained is marked]({picture})"]
+    if results.get("after"):
+        lines += ["", "## How good it is", "", "| on the evaluation rows | before | after |", "| --- | --- | --- |"]
+        before = results.get("before") or {}
+        for name, value in results["after"].items():
+            if name not in {"tokens", "examples"}:
+                lines.append(f"| {name.replace('_', ' ')} | {_number(before.get(name))} | {_number(value)} |")
+    lines += ["", "## Made with", ""]
+    used = {"spectrum_peft": __version__, **versions()}
+    lines.append(", ".join(f"{name} {found}" for name, found in used.items() if name not in {"numpy", "scipy"}) + ".")
+    if (folder / PLAN).is_file():
+        lines.append(f"`{PLAN}` lists what happened to each matrix.")
+    return "\n".join(lines) + "\n"
+
+
+def _metadata(adapter: Mapping[str, Any], base: str | None, results: Mapping[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    named = base if base and not Path(base).exists() else None  # a folder of this machine means nothing to a reader
+    dataset = results.get("dataset")
+    data = ModelCardData(
+        base_model=named,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag=_PIPELINES.get(str(results.get("task"))),
+        datasets=[dataset]
+        if dataset and not Path(str(dataset)).exists() and "." not in Path(str(dataset)).suffix
+        else None,
+        tags=[
+            "spectrum_peft",
+            *([str(results["mode"])] if results.get("mode") else []),
+            *(["lora"] if adapter else []),
+        ],
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _summary(
+    adapter: Mapping[str, Any], plan: Plan | None, results: Mapping[str, Any], base: str | None, merged_from: str | None
+) -> str:
+    origin = f"`{base}`" if base else "a base that its files do not name"
+    if merged_from:
+        return f"{origin} with the adapter `{Path(merged_from).name}` merged into it: a plain checkpoint."
+    what = "An adapter for" if adapter else "A plain checkpoint, fine-tuned from"
+    trained, total = results.get("trainable_parameters"), results.get("total_parameters")
+    share = f"; {trained:,} of {total:,} parameters trained ({trained / total:.2%})" if trained and total else ""
+    means = f", mode `{results['mode']}` of spectrum_peft" if plan is not None and results.get("mode") else ""
+    return f"{what} {origin}{means}{share}."
+
+
+def _rows(plan: Plan | None, results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, Any]] = [("data", results.get("dataset") and f"`{Path(str(results['dataset'])).name}`")]
+    rows.append(("method", results.get("mode")))
+    if plan is not None:
+        amounts = {name: plan.options.get(name) for name in ("spectrum_ratio", "snr_threshold", "trainable_parameters")}
+        chosen = [f"{name} {value:g}" for name, value in amounts.items() if value is not None]
+        rows += [("chosen by", f"criterion {plan.criterion}, {chosen[0]}" if chosen else None)]
+        rows += [("matrices that train", f"{len(plan.trainable_names)} of {len(plan.entries)}")]
+    steps = results.get("steps")
+    rows += [
+        ("base held in", results.get("quantization") if results.get("quantization") not in (None, "none") else None),
+        ("dtype", results.get("dtype")),
+        ("learning rate", _number(results.get("learning_rate")) if results.get("learning_rate") else None),
+        ("steps", f"{steps:,}, {results.get('input_tokens', 0):,} tokens" if steps else None),
+        (
+            "seconds a step, median",
+            _number(results.get("seconds_per_step")) if results.get("seconds_per_step") else None,
+        ),
+        (
+            "peak memory",
+            f"{results['peak_memory_bytes'] / 2**30:.2f} GiB" if results.get("peak_memory_bytes") else None,
+        ),
+        ("seed", results.get("seed")),
+    ]
+    return [(name, str(value)) for name, value in rows if value is not None and value != ""]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "-" if value is None else str(value)
+
+
+def _snippet(
+    folder: str, adapter: Mapping[str, Any], config: Mapping[str, Any], task: str | None, base: str | None
+) -> str:
+    """Code that loads this folder, with what is installed beside transformers in its first lines."""
+    name = json.dumps(folder)
+    suffix = _CLASSES.get(str(task)) or next(
+        (s for s in _CLASSES.values() for a in config.get("architectures") or () if a.endswith(s)), "ForCausalLM"
+    )
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name})"
+    if not adapter:
+        load = f"model = AutoModel{suffix}.from_pretrained({name})"
+        return f"from transformers import AutoModel{suffix}, AutoTokenizer\n\n{load}\n{tokenizer}"
+    known = "" if adapter.get("peft_type") == "LORA" else "import spectrum_peft  # makes PEFT know the method\n"
+    where = "" if base and not Path(base).exists() else "  # its base is looked for where it was trained from"
+    labels = (
+        f", num_labels={len(config['id2label'])}"
+        if suffix == "ForSequenceClassification" and "id2label" in config
+        else ""
+    )
+    load = f"model = AutoPeftModel{suffix}.from_pretrained({name}{labels}){where}"
+    classes = f"from peft import AutoPeftModel{suffix}\nfrom transformers import AutoTokenizer"
+    return f"{known}{classes}\n\n{load}\n{tokenizer}"

@@ -1,0 +1,84 @@
+"""The card says what is in the folder, and its snippet loads it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from spectrum_peft.card import CARD, PICTURE, write_card
+from spectrum_peft.cli.main import main
+
+FLAGS = "--max-steps 2 --per-device-train-batch-size 2 --logging-steps 1 --dtype float32"
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders by what made them: a run in three modes, a merge, a LoRA for plain peft."""
+    root = tmp_path_factory.mktemp("runs")
+    rows = root / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{i} and {i * i}"}) + "\n" for i in range(12)))
+    for mode in ("spectrum", "lora", "alors"):
+        words = f"train --model {tiny_llama_folder} --dataset {rows} --eval-dataset {rows} --mode {mode}"
+        assert main([*words.split(), "--output-dir", f"{root}/{mode}", *FLAGS.split()]) == 0
+    assert main(["merge", f"{root}/alors", "-o", f"{root}/merged"]) == 0
+    assert main(["export", f"{root}/alors", "--format", "lora", "-o", f"{root}/plain"]) == 0
+    return {path.name: path for path in root.iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize("name", ["spectrum", "lora", "alors", "merged", "plain"])
+def test_the_card_is_valid_metadata_and_says_what_happened(runs: dict[str, Path], name: str) -> None:
+    folder = runs[name]
+    card = ModelCard.load(folder / CARD)
+    assert "None" not in card.content and "spectrum_peft" in card.data.tags
+    assert card.data.library_name == ("transformers" if name in ("spectrum", "merged") else "peft")
+    assert card.data.base_model is None  # a folder of this machine: nothing that the hub could link to
+    results = json.loads((runs["alors" if name in ("merged", "plain") else name] / "train_results.json").read_text())
+    assert f"{results['after']['loss']:.4g}" in card.text and "rows.jsonl" in card.text
+    assert (folder / PICTURE).is_file() == (f"({PICTURE})" in card.text)
+    assert ("merged into it" in card.text) == (name == "merged")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["spectrum", "lora", "alors", "merged", "plain"])
+def test_the_snippet_of_the_card_loads_the_folder(runs: dict[str, Path], name: str) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", (runs[name] / CARD).read_text(), re.DOTALL)
+    needs_us = "import spectrum_peft" in code
+    assert needs_us == (json.loads((runs[name] / "adapter_config.json").read_text())["peft_type"] == "SPECTRUM"
+                        if (runs[name] / "adapter_config.json").is_file() else False)  # fmt: skip
+    program = code + "\nprint(type(model).__name__, sum(p.numel() for p in model.parameters()))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=runs[name].parent,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_was_logged_is_a_table_and_a_picture(runs: dict[str, Path]) -> None:
+    with (runs["lora"] / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    log = json.loads((runs["lora"] / "train_results.json").read_text())["log_history"]
+    assert [row["loss"] for row in rows if row["loss"]] == [str(entry["loss"]) for entry in log if "loss" in entry]
+    assert len([row for row in rows if row["loss"]]) == 2
+    assert (runs["lora"] / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_hub_base_is_linked_and_an_unknown_one_is_not_made_up(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/model"})
+    )
+    card = ModelCard.load(write_card(tmp_path))
+    assert card.data.base_model == "org/model" and "An adapter for `org/model`" in card.text
+    assert "import spectrum_peft" not in card.text
+    (tmp_path / "adapter_config.json").unlink()
+    assert "a base that its files do not name" in write_card(tmp_path).read_text()
