@@ -17,13 +17,14 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install test slow lint demo bench bench-short quality docs clean
+.PHONY: help install test slow test-dispatch lint demo bench bench-short quality docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    scan, plan and train a real model three ways; table and pictures in demo_output/ (under 10 minutes)"
 	@echo "make test    the default tests (under 3 minutes after the install)"
 	@echo "make slow    the tests with real models and with several processes"
+	@echo "make test-dispatch  the tests of computed numbers as on older processors and with two threads (under 5 minutes)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the timing benchmarks, about 2.5 hours; JSON in benchmarks/results/, tables in README.md and docs/"
 	@echo "make bench-short  those of scan, merge and demo, about 10 minutes"
@@ -46,6 +47,9 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest $(PARALLEL) -m "(slow or multiprocess) and not gpu"
+
+test-dispatch: install
+	$(BIN)/python tests/dispatches.py $(PARALLEL)
 
 lint: install
 	$(BIN)/python -m ruff check .

@@ -416,7 +416,8 @@ def test_a_trained_model_does_not_get_the_scan_of_its_checkpoint(tiny_llama: Any
     with torch.no_grad():
         tiny_llama.get_parameter(name).mul_(3.0)
     after = scan_weights(tiny_llama, cache=True)
-    assert after.scores[name] == pytest.approx(before.scores[name] / 3, rel=1e-4)
+    # Each score is within its criterion's tolerance of the exact one.
+    assert after.scores[name] == pytest.approx(before.scores[name] / 3, rel=2 * CRITERIA["spectrum"].tolerance)
 
 
 def test_a_cache_that_cannot_be_written_costs_no_scan(
@@ -506,7 +507,8 @@ def same_scores(adapter: Path, merged: Any, base: Path, changed: Callable[[str],
     before = scan_weights(base, score=roles).scores
     assert list(found) == list(before)
     for name, value in found.items():
-        assert value == pytest.approx(expected[name], rel=2e-4), name
+        # Each score is within its criterion's tolerance of the exact one; the weights differ by a rounding of float32.
+        assert value == pytest.approx(expected[name], rel=2 * CRITERIA["spectrum"].tolerance), name
         assert (value != before[name]) == changed(name), name
 
 
@@ -584,6 +586,8 @@ def test_the_spectrum_of_one_matrix(tiny_llama_folder: Path, mixtral_folder: Pat
     matrix = open_weights(tiny_llama_folder).read(name)
     exact = torch.linalg.svdvals(matrix.double())
     assert found.shape == matrix.shape
+    # A wide matrix, whose smallest value is a third of the root of the mean square: 60 eps32 of that for its square (the worst
+    # that a single value may be off by, `criteria._trusted`) are 5e-5 of the value.
     torch.testing.assert_close(found.values, exact, rtol=1e-4, atol=0)
     assert found.published_edge == criteria.published_edge(found.values, found.shape)
     assert found.marchenko_pastur_edge == criteria.marchenko_pastur_edge(found.values, found.shape)

@@ -43,11 +43,13 @@ def test_singular_triplets_agree_with_a_full_svd_in_float64(out: int, inside: in
     found = truncated_svd(matrix, k)
     assert found.left.shape == (k, out) and found.values.shape == (k,) and found.right.shape == (k, inside)
     assert {t.dtype for t in (found.left, found.values, found.right)} == {torch.float32}
+    # The values are rounded to float32 after products in float32: some ten roundings of 1.2e-7.
     assert torch.allclose(found.values.double(), s[:k], rtol=2e-6)
     # Well separated values, so each vector is determined up to its sign.
     assert (found.left.double() @ u[:, :k]).diagonal().abs().min() > 1 - 1e-5
     assert (found.right.double() @ vh[:k].T).diagonal().abs().min() > 1 - 1e-5
     for rows in (found.left, found.right):
+        # A sum of up to 420 products in float32: sqrt(420) * 1.2e-7.
         assert torch.allclose(rows @ rows.T, torch.eye(k), atol=3e-6)
 
 
@@ -81,6 +83,7 @@ def test_the_same_matrix_gives_the_same_bytes_and_positive_peaks() -> None:
     peaks = one.left.gather(1, one.left.abs().argmax(dim=1, keepdim=True))
     assert (peaks > 0).all()
     flipped = truncated_svd(-matrix, 12)
+    # Rounding, over the gap between neighbouring values, which is about a hundredth of them: 1e-6 / 1e-2.
     assert torch.allclose(flipped.left, one.left, atol=1e-4)
     assert torch.allclose(flipped.right, -one.right, atol=1e-4)
 
