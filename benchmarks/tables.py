@@ -396,9 +396,26 @@ _SUITES = [
     for data in on
 ]  # fmt: skip
 _MEMORY = ("accuracy", "8b", "3b", "llama_8b", "qwen_7b", "70b", "tutorial")
+
+
+def dispatches() -> str:
+    """Tests of computed numbers under the kernels of other processors (`tests/dispatches.py`)."""
+    data = result("dispatches")
+    rows = [
+        [
+            name, run["torch"].lower(), run["environment"]["ONEDNN_MAX_CPU_ISA"].lower(), ", ".join(run["blas"]),
+            run["environment"]["OMP_NUM_THREADS"], str(run.get("passed", 0)), str(run.get("failed", 0)),
+            f"{run['seconds']:.0f} s",
+        ]
+        for name, run in data["runs"].items()
+    ]  # fmt: skip
+    heads = ["run", "torch's kernels", "oneDNN up to", "BLAS", "threads", "passed", "failed", "time"]
+    return table(heads, rows) + f"\n(`make test-dispatch`; {machine(data)})\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "modes": modes, "claims": claims, "demo": demo, "scan": scan,
-    "scan_short": partial(scan, short=True), "onto": onto, "merge": merge,
+    "scan_short": partial(scan, short=True), "dispatches": dispatches, "onto": onto, "merge": merge,
     **{f"similarity_{part}": partial(similarity, part) for part in ("kinds", "sketches", "sharing")},
     **{f"memory_{part}": partial(memory, f"memory_{part}") for part in _MEMORY},
     **{f"adapters_{part}": partial(adapters, part) for part in ("claims", "setup", "layers", "svd")},

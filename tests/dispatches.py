@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from spectrum_peft.machine import machine
+
 TESTS = Path(__file__).resolve().parent
 NUMERIC = (
     "scan/test_criteria.py", "scan/test_gram.py", "scan/test_svd.py", "weights/test_quantized.py", "probe/test_probe.py",
@@ -89,9 +91,9 @@ def main() -> int:
             "seconds": round(time.perf_counter() - began, 1),
         }  # fmt: skip
     if options.output:
-        options.output.write_text(
-            json.dumps({"record": "dispatches", "processor": here, "runs": results}, indent=1) + "\n"
-        )
+        written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        facts = {"record": "dispatches", "written": written, "machine": machine(), "kernels": here, "runs": results}
+        options.output.write_text(json.dumps(facts, indent=1) + "\n")
     for name, run in results.items():
         print(f"{name}: {run.get('passed', 0)} passed, {run.get('failed', 0)} failed, {run['seconds']:.0f} s")
     return int(any(run["exit_code"] for run in results.values()) or not results)

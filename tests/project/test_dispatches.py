@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dispatches import DISPATCHES, NUMERIC, TESTS, said  # noqa: E402
+from dispatches import DISPATCHES, NUMERIC, TESTS, said
 
 
 def test_the_files_are_there() -> None:
