@@ -600,6 +600,50 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# What the picture shows, in its order; the rest is in the table.
+DRAWN = (
+    "full",
+    "spectrum 0.25",
+    "spectrum 0.25, nf4",
+    "lora",
+    "lora, nf4",
+    "spectra_qlora 0.5",
+    "spectra_qlora 0.5, upper half",
+)
+
+
+def draw(result: Mapping[str, Any], path: Path) -> Path:
+    """Bytes of weights, gradients and optimizer, and step time, as shares of full fine-tuning's: one bar for each model."""
+    from spectrum_peft import plots
+
+    plots.require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.2, 3.4), dpi=160, layout="constrained")
+    sides = figure.subplots(1, 2, sharey=True)
+    kinds = {
+        "weights, gradients and AdamW": lambda c: sum(
+            c[k] for k in ("weight_bytes", "gradient_bytes", "optimizer_bytes")
+        ),
+        "time of a step": lambda c: c["step"]["median"],
+    }
+    for axes, (title, size) in zip(sides, kinds.items(), strict=True):
+        for number, (model, data) in enumerate(result["models"].items()):
+            shares = [size(data["contestants"][name]) / size(data["contestants"]["full"]) for name in DRAWN]
+            places = [i + 0.38 * (number - 0.5) for i in range(len(DRAWN))]
+            axes.barh(places, shares, height=0.34, color=("#0072B2", "#E69F00")[number], label=model)
+            for place, share in zip(places, shares, strict=True):
+                axes.text(share + 0.01, place, f"{share:.2f}", va="center", fontsize=7)
+        axes.set_title(f"{title}, over full fine-tuning's", loc="left", fontsize=10)
+        axes.set_xlim(0, 1.12)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_yticks(range(len(DRAWN)), DRAWN, fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+    sides[0].invert_yaxis()
+    sides[1].legend(frameon=False, fontsize=8, loc="lower right")
+    return plots.save(figure, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = ", ".join(MODELS)
@@ -614,7 +658,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="run kept comparisons again: those that other processes disturbed, or all",
     )
     parser.add_argument("--output", type=Path, default=common.RESULTS / "modes.json")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="draw the kept results instead")
     options = parser.parse_args(arguments)
+    if options.draw is not None:
+        print(draw(json.loads(options.output.read_text()), options.draw))
+        return 0
     models = options.models or (MODELS[:1] if options.quick else MODELS)
     for model in models:
         if model not in MODELS and not (Path(model) / "config.json").is_file():

@@ -67,11 +67,18 @@ def modes() -> str:
         found = contestants.get(CONTESTANT.get(name, "")) or measured_beside(name)
         costs = ["", "", "not measured", ""]
         if found is not None:
-            state = sum(found[k] for k in ("weight_bytes", "gradient_bytes", "optimizer_bytes"))
-            base = "4-bit" if CONTESTANT.get(name) in _ON_NF4 else "float32"
-            trained = f"{found['trainable_parameters'] / 1e6:.1f} M"
-            costs = [base, trained, f"{found['step']['median']:.2f} s", f"{state / 2**20:,.0f} MiB"]
+            costs = costs_of(found, "4-bit" if CONTESTANT.get(name) in _ON_NF4 else "float32")
         rows.append([f"`{name}`", mode.summary, *costs, f"{mode.default_lr:g}", WHEN[name]])
+        if name == "lora" and "lora, nf4" in contestants:  # what spectra_qlora is to be held against
+            rows.append(
+                [
+                    "`lora`",
+                    "the same on a 4-bit base: QLoRA",
+                    *costs_of(contestants["lora, nf4"], "4-bit"),
+                    f"{mode.default_lr:g}",
+                    "",
+                ]
+            )
     heads = [
         "mode",
         "what trains",
@@ -88,6 +95,13 @@ def modes() -> str:
         f"(`python benchmarks/modes.py`; {machine(data)}). `spectrum` at ratio 0.25, `spectra_qlora` and `alors` at 0.5, the "
         "last two modes at 1.0 (`python benchmarks/adapters.py`, another run).\n"
     )
+
+
+def costs_of(found: Mapping[str, Any], base: str) -> list[str]:
+    """The cells of a contestant: base, trained parameters, step, bytes of the state."""
+    state = sum(found[k] for k in ("weight_bytes", "gradient_bytes", "optimizer_bytes"))
+    trained = f"{found['trainable_parameters'] / 1e6:.1f} M"
+    return [base, trained, f"{found['step']['median']:.2f} s", f"{state / 2**20:,.0f} MiB"]
 
 
 def measured_beside(name: str) -> dict[str, Any] | None:
