@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spectrum_peft import GradientReport, SpectrumConfig, make_plan, merge_into_base, probe_gradients, scan_weights
 from spectrum_peft.errors import MismatchError, OptionError
 from spectrum_peft.export import export_lora
-from spectrum_peft.scan import svd
+from spectrum_peft.scan import CRITERIA, svd
 from spectrum_peft.scan.svd import truncated_svd
 from spectrum_peft.tuner import lorsa
 from spectrum_peft.tuner.factors import factors
@@ -232,7 +232,8 @@ def test_a_layer_computes_the_definition(folder: Path, gradients: GradientReport
         x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             found = layer(x).double()
-        assert torch.allclose(found, x.double() @ wanted.T, atol=2e-5)
+        # Outputs of about 1 in float32: some ten roundings of 1.2e-7.
+        assert torch.allclose(found, x.double() @ wanted.T, atol=2e-6)
 
 
 def test_gradients_are_those_of_finite_differences_in_float64() -> None:
@@ -272,8 +273,10 @@ def test_gradients_of_a_layer_are_those_of_a_central_difference(folder: Path, gr
             with torch.no_grad():
                 ends.append(layer(x).double().square().sum())
         parameter.data = start
+        # A sum of squares of about 24, of outputs in float32: 24 * 1.2e-7 over 2e-2 is 1.5e-4 of slopes of 3 to 9. The function
+        # is nearly quadratic, so that a central difference has little error of its own.
         slope = float(ends[0] - ends[1]) / (2 * step)
-        assert float((parameter.grad * direction).sum()) == pytest.approx(slope, rel=5e-3)
+        assert float((parameter.grad * direction).sum()) == pytest.approx(slope, rel=1e-3)
 
 
 def test_dropout_and_scale_act_on_the_correction_only(folder: Path, gradients: GradientReport) -> None:
@@ -509,9 +512,10 @@ def test_factors_merge_export_and_scan_agree_with_the_layers(
     assert type(config) is LoraConfig and config.r == 8 and config.lora_alpha == 8 and not config.rank_pattern
     assert torch.allclose(logits(PeftModel.from_pretrained(base_of(folder), lora)), logits(model), atol=2e-6)
     mine, its = scan_weights(path, "mean_std").scores, scan_weights(merged, "mean_std").scores
-    assert mine == pytest.approx(its, rel=1e-4)
+    # Each score is within its criterion's tolerance of the exact one.
+    assert mine == pytest.approx(its, rel=2 * CRITERIA["mean_std"].tolerance)
     live = scan_weights(model, "mean_std").scores
-    assert live == pytest.approx(its, rel=1e-4)
+    assert live == pytest.approx(its, rel=2 * CRITERIA["mean_std"].tolerance)
 
 
 def test_two_adapters_of_other_seeds_switch(folder: Path, gradients: GradientReport, tmp_path: Path) -> None:

@@ -548,6 +548,8 @@ def test_a_model_whose_folder_is_gone_is_still_read(saved: Callable[[str], Path]
 
 # --- adapters in memory ----------------------------------------------------------------------------------------------
 
+# A product of two low-rank factors that is summed in two orders in float32: some ten roundings of 6e-8, of sums up to about 1.
+ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 TARGETS = ["q_proj", "down_proj"]
 
 
@@ -577,7 +579,7 @@ def test_a_peft_model_is_read_as_its_merged_weights(saved: Callable[[str], Path]
     moved = [name for name in found if not torch.equal(found[name], base.read(name))]
     assert sorted(moved) == sorted(n for n in found if any(f".{target}." in n for target in TARGETS))
     for name, weight in found.items():
-        torch.testing.assert_close(weight, merged[name].detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weight, merged[name].detach(), **ROUNDING)
 
 
 def test_a_disabled_or_merged_adapter_is_not_added_twice(saved: Callable[[str], Path]) -> None:
@@ -590,7 +592,7 @@ def test_a_disabled_or_merged_adapter_is_not_added_twice(saved: Callable[[str], 
         assert same(open_weights(adapted).read(name), open_weights(folder).read(name))
         assert open_weights(adapted).identity() != identity
     adapted.merge_adapter()
-    torch.testing.assert_close(open_weights(adapted).read(name), active, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(open_weights(adapted).read(name), active, **ROUNDING)
 
 
 def gpt_oss() -> Any:
@@ -618,9 +620,9 @@ def test_an_adapter_on_fused_experts_is_read_expert_by_expert(family: str, saved
     merged = dict(adapted.merge_and_unload().named_parameters())
     for name in units:
         assert not torch.equal(whole[name], before[name])
-        torch.testing.assert_close(whole[name], merged[name].detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(whole[name], merged[name].detach(), **ROUNDING)
         for e in range(4):
-            torch.testing.assert_close(found[f"{name}[{e}]"], merged[name][e].detach(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[f"{name}[{e}]"], merged[name][e].detach(), **ROUNDING)
 
 
 def test_a_conv1d_adapter_is_turned(saved: Callable[[str], Path]) -> None:
@@ -630,7 +632,7 @@ def test_a_conv1d_adapter_is_turned(saved: Callable[[str], Path]) -> None:
     merged = adapted.merge_and_unload()
     for name, weight in found.items():
         expected = merged.get_parameter(f"transformer.h.0.{name}.weight").detach()
-        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weight, expected, **ROUNDING)
 
 
 def test_saved_modules_and_real_weights_stand_for_the_base(saved: Callable[[str], Path]) -> None:
@@ -703,6 +705,7 @@ def test_a_quantized_model_without_a_folder_is_dequantized(
     layer = model.get_submodule(names.module_name(Q_PROJ))
     if kind != "int8":
         with torch.no_grad():
+            # The layer's product may be taken in bfloat16 (8 bits, 2^-8), of weights of about 0.1.
             torch.testing.assert_close(layer(torch.eye(64)).T, found.float(), rtol=1e-2, atol=1e-3)
 
 
@@ -728,7 +731,7 @@ def test_an_adapter_on_a_quantized_base_is_added(saved: Callable[[str], Path]) -
     adapted = with_lora(quantized(saved("llama"), **QUANTIZATIONS["nf4"]))
     layer = adapted.get_submodule(f"base_model.model.{names.module_name(Q_PROJ)}")
     expected = open_weights(saved("llama")).read(Q_PROJ) + layer.get_delta_weight("default")
-    torch.testing.assert_close(open_weights(adapted).read(Q_PROJ), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(open_weights(adapted).read(Q_PROJ), expected.detach(), **ROUNDING)
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------
