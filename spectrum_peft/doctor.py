@@ -85,9 +85,8 @@ def _devices() -> Iterator[Finding]:
     from .weights import quantized_product_works
 
     yield Finding("processor", f"{machine()['cpu']}, {cores()} cores")
-    found = [torch.device("cpu")]
-    if (accelerator := devices.default_device()).type != "cpu":
-        found += [torch.device(accelerator.type, i) for i in range(torch.accelerator.device_count())]
+    accelerators = [torch.device(devices.default_device().type, number) for number in devices.generators()]
+    found = [torch.device("cpu"), *accelerators]
     for device in found:
         memory = devices.free_memory(device)
         sizes = "" if memory is None else f", {memory[0] / 2**30:.1f} of {memory[1] / 2**30:.1f} GiB free"
