@@ -7,11 +7,58 @@ turns a `SpectrumError` into one line on standard error and exit code 2; anythin
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+import reprlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# An error is one line that a reader can take in, whatever stood in the file that it is about.
+_MOST_QUOTED = 200
+_MOST_SAID = 1000
+_QUOTED = re.compile(rf"'([^']{{{_MOST_QUOTED + 1},}})'")
+# What a terminal obeys instead of showing it: control characters, line and direction marks; halves of surrogate pairs, which
+# cannot be written.
+_UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text with its control characters as escapes; line breaks and tabs stay."""
+    return _UNSHOWN.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def quoted(value: Any) -> str:
+    """What was seen, for an error: its `repr`, at most 200 characters of it, without building the rest."""
+    if isinstance(value, str):
+        rest = len(value) - _MOST_QUOTED
+        return repr(value) if rest <= 0 else f"{value[:_MOST_QUOTED]!r}... ({rest} more characters)"
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, 60, 60
+    try:
+        text = short.repr(value)
+    except ValueError:  # an integer with more digits than Python prints
+        text = f"a {type(value).__name__} of very many digits"
+    return text if len(text) <= _MOST_QUOTED else f"{text[:_MOST_QUOTED]}..."
+
+
+def _shown(message: str) -> str:
+    """One short line: names and values come from files that may hold anything."""
+    half = _MOST_SAID // 2
+    if len(message) > 20 * _MOST_SAID:  # before anything is looked for in it
+        message = f"{message[: 10 * _MOST_SAID]} ... {message[-10 * _MOST_SAID :]}"
+    message = _QUOTED.sub(lambda match: f"'{match[1][:_MOST_QUOTED]}...'", message)
+    message = printable(re.sub(r"[\t\r\n\v\f]+\s*", " ", message))
+    return message if len(message) <= _MOST_SAID else f"{message[:half]} ... {message[-half:]}"
 
 
 class SpectrumError(Exception):
-    """Base of every error that is caused by an input: a file, a value, an option, a model that does not fit."""
+    """Base of every error that is caused by an input: a file, a value, an option, a model that does not fit.
+
+    The message becomes one line of at most 1,000 characters, with control characters as escapes; of what it quotes, 200.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(_shown(a) if isinstance(a, str) else a for a in args))
 
 
 class OptionError(SpectrumError, ValueError):
@@ -45,6 +92,25 @@ class TrainingSetupError(SpectrumError, RuntimeError):
 def one_line(error: BaseException) -> str:
     """What an error says, without line breaks."""
     return " ".join(str(error).split())
+
+
+@contextmanager
+def loading(source: object) -> Iterator[None]:
+    """Around what a library loads from a user's folder: its errors, of whatever tree, are faults of the input there.
+
+    Memory that runs out stays what it is: who catches it tries with less.
+
+    Raises:
+        CheckpointError: names the source and what the library said.
+    """
+    try:
+        yield
+    except (SpectrumError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise CheckpointError(f"{source}: cannot be loaded ({type(error).__name__}: {one_line(error)}).") from error
 
 
 def near_matches(name: str, choices: Iterable[str], n: int = 3) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 # Words that name a list of blocks. Before a number they carry no meaning of their own (T5: `block.0.layer.1.`).
 _STACK_WORDS = frozenset({"layer", "layers", "block", "blocks", "h"})
@@ -32,7 +32,8 @@ _WRITES = frozenset(
     }
 )  # fmt: skip
 
-ROLES = ("linear", "embedding", "head", "norm", "bias", "router", "other")
+Role = Literal["linear", "embedding", "head", "norm", "bias", "router", "other"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 def module_name(name: str) -> str:
@@ -40,12 +41,17 @@ def module_name(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def _is_number(part: str) -> bool:
+    """Whether a part of a name counts blocks or experts. Other scripts' digits do not, nor do numbers of ten digits or more."""
+    return part.isascii() and part.isdecimal() and len(part) < 10
+
+
 def _block_part(parts: Sequence[str]) -> int | None:
     """Which part of a name is the block's number: the first number, but for those inside a head (`classifier.0`)."""
     for i, part in enumerate(parts):
         if part in HEADS:
             return None
-        if part.isdigit():
+        if _is_number(part):
             return i
     return None
 
@@ -102,13 +108,13 @@ def kinds(names: Iterable[str]) -> dict[str, str]:
         kept = [
             part
             for i, part in enumerate(tail)
-            if not part.isdigit() and not (part in _STACK_WORDS and i + 1 < len(tail) and tail[i + 1].isdigit())
+            if not _is_number(part) and not (part in _STACK_WORDS and i + 1 < len(tail) and _is_number(tail[i + 1]))
         ]
         result[name] = ".".join([label, *kept] if (label := labels[where]) else kept)
     return result
 
 
-def role(name: str, shape: Sequence[int] | None) -> str:
+def role(name: str, shape: Sequence[int] | None) -> Role:
     """The part that a parameter plays, one of `ROLES`.
 
     `linear` is what a plan may choose: 2-D weights of the blocks and of projections around them, and fused 3-D expert

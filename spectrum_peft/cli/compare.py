@@ -11,7 +11,7 @@ from typing import Any
 
 from ..arguments import Rest, flags_of, set_defaults_from, switch
 from ..errors import OptionError
-from ..records import read_mapping, write_text
+from ..records import write_text
 from .options import check_writable, given_plan_options, required
 from .train import VERB as TRAIN
 from .verb import Verb
@@ -122,7 +122,7 @@ def _checker(comparison: Any) -> Callable[[Any], None]:
 def _run_cell(folder: Path) -> None:
     from .. import compare
 
-    settings, cell = read_mapping(folder / "train.yaml"), read_mapping(folder / "cell.json")
+    cell, settings = compare.read_cell(folder)
 
     def train() -> None:
         TRAIN.run(["--config", str(folder / "train.yaml"), *cell["arguments"]])

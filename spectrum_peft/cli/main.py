@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from .. import __version__
-from ..errors import OptionError, SpectrumError, near_matches
+from ..errors import OptionError, SpectrumError, near_matches, printable
 from . import (
     cache,
     chat,
@@ -61,10 +61,19 @@ VERBS: dict[str, Verb] = {
 VERBS["completion"] = completion.verb_over(VERBS)
 
 
+class _Printable(logging.Formatter):
+    """Names and values come from files, and a terminal obeys what it is sent."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code (a failure that is not an input error raises)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     # For developers of the libraries below; a user of the command can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     for noisy, level in {
@@ -80,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         _run(argv)
     except SpectrumError as error:
-        print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{PROG}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)

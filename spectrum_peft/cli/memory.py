@@ -65,6 +65,7 @@ _STEP = (
 
 def run(options: argparse.Namespace, rest: Rest) -> None:
     from .. import memory
+    from ..plan import checked_plan
 
     model = required(options, "model", "MODEL")
     if options.plan and options.fit:
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     settings = {**memory.usual_step(model, **where), **given, **where}
     print("each step: " + ", ".join(f"{k}={v}" for k, v in settings.items() if k not in where))
     if options.plan:
-        found = memory.estimate_memory(model, Plan.load(options.plan), **settings)
+        found = memory.estimate_memory(model, checked_plan(Plan.load(options.plan), options.plan), **settings)
         print(memory.describe_memory(found))
         write_record(found, options.output)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..arguments import Rest, switch
+from ..errors import printable
 from .options import required
 from .verb import Verb
 
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         force=options.force,
         quantization=options.quantization,
     )
-    print(report)
+    print(printable(str(report)))
 
 
 VERB = Verb(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from ..arguments import steps, switch
 from ..data import COLUMNS
 from ..errors import CheckpointError, OptionError
 from ..plan import MODES
-from ..records import GradientReport, MemoryReport, Plan, SnrReport
+from ..records import GradientReport, MemoryReport, Plan, SnrReport, is_stream, mode_of
 
 # --- flags that several verbs share ----------------------------------------------------------------------------------
 # None stands for "not given" everywhere: defaults of plan options live in `plan.OPTIONS` and nowhere else.
@@ -97,16 +99,22 @@ def check_writable(path: str | os.PathLike[str] | None) -> None:
     if path is None:
         return
     path = Path(path)
-    if path.is_dir():
+    if stat.S_ISDIR(mode_of(path)):
         raise CheckpointError(f"{path}: is a folder, wanted the name of a file.")
+    if is_stream(path):
+        return
     folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
     try:
+        with suppress(FileNotFoundError):
+            path.stat()  # refuses a name that is too long, or below a file
+        folder = Path(os.path.realpath(path)).parent
+        while not folder.exists():
+            folder = folder.parent
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written, {folder} refuses ({error.strerror}).") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be written, {folder} refuses ({why}).") from error
 
 
 def write_record(record: SnrReport | GradientReport | Plan | MemoryReport, output: str | None) -> None:

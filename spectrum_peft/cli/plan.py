@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..arguments import Rest
+from ..errors import printable
 from ..records import Plan, SnrReport
 from .options import add_plan_options, check_writable, given_plan_options, required, write_record
 from .verb import Verb
@@ -23,12 +24,12 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     from ..plan import diff_plans, explain, make_plan
 
     if options.diff:
-        print(diff_plans(*(Plan.load(path) for path in options.diff)))
+        print(printable(str(diff_plans(*(Plan.load(path) for path in options.diff)))))
         return
     report = SnrReport.load(required(options, "report", "REPORT"))
     check_writable(options.output)
     plan = make_plan(report, gradients=options.gradients, **given_plan_options(options))
-    print(explain(plan, report))
+    print(printable(explain(plan, report)))
     write_record(plan, options.output)
 
 

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..arguments import Rest, switch
+from ..errors import printable
 from ..records import SnrReport
 from .options import check_writable, required, write_record
 from .verb import Verb
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         revision=options.revision,
         seed=options.seed,
     )
-    print(describe_report(report))
+    print(printable(describe_report(report)))
     write_record(report, options.output)
 
 

@@ -9,12 +9,13 @@ figures     their names, units and order
 report      -> results.json, .csv, .md and report.html     page     its pictures and the page
 """
 
-from .cell import measure
+from .cell import measure, read_cell
 from .figures import as_markdown
 from .reading import read_comparison
 from .runs import check_measures, list_cells, run_comparison
 from .settings import KEYS, Comparison
 
 __all__ = [
-    "KEYS", "Comparison", "as_markdown", "check_measures", "list_cells", "measure", "read_comparison", "run_comparison",
+    "KEYS", "Comparison", "as_markdown", "check_measures", "list_cells", "measure", "read_cell", "read_comparison",
+    "run_comparison",
 ]  # fmt: skip

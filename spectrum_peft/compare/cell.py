@@ -14,16 +14,18 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..arguments import Rest
 from ..errors import CheckpointError
 from ..machine import OtherLoad
-from ..records import read_mapping, write_text
+from ..records import checked, read_mapping, write_text
 
 RESULTS = "cell_results.json"
 TRAINED = "train_results.json"
+MODEL = "model"
 # Set for a cell that a comparison has started: the process that it must not outlive, however that ends.
 STARTED_BY = "SPECTRUM_PEFT_COMPARISON"
 # Figures of training that a cell's results repeat.
@@ -31,6 +33,38 @@ _OF_TRAINING = (
     "mode", "task", "dtype", "quantization", "new_head", "learning_rate", "trainable_parameters", "total_parameters", "steps",
     "step_seconds", "input_tokens", "peak_memory_bytes", "saved_bytes", "before",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured after training, as `matrix.measures_of` says it."""
+
+    forgetting: dict[str, str] | None = None
+    generation: dict[str, Any] | None = None
+    speed: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class CellFile:
+    """The fields of cell.json that a cell's own process reads."""
+
+    label: str
+    seed: int | None
+    trained: bool
+    control: str | None
+    arguments: list[str]
+    measure: Asked
+    scan_seconds: float | None
+    keep_model: bool
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TrainFile:
+    """The fields of train.yaml that a cell's own process reads; all are keys of `train`, which checks them."""
+
+    model: str
+    output_dir: str
 
 
 def end_with_the_comparison() -> None:
@@ -45,6 +79,23 @@ def end_with_the_comparison() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def read_cell(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(cell.json, train.yaml) of a cell's folder, as `runs.prepare` writes them.
+
+    Raises:
+        CheckpointError: one of them is missing or damaged; train.yaml has the model written elsewhere than in the cell's folder,
+            from where it would be deleted.
+    """
+    cell, settings = read_mapping(folder / "cell.json"), read_mapping(folder / "train.yaml")
+    checked(cell, CellFile, folder / "cell.json")
+    output = checked(settings, TrainFile, folder / "train.yaml").output_dir
+    if Path(os.path.realpath(output)) != folder.resolve() / MODEL:
+        raise CheckpointError(
+            f"{folder / 'train.yaml'}: output_dir is {output!r}, wanted {str(folder.resolve() / MODEL)!r}."
+        )
+    return cell, settings
 
 
 def measure(
@@ -64,8 +115,8 @@ def measure(
         training, seconds, bytes, tokens per second, `other_cores`: how many cores other processes kept busy meanwhile.
     """
     end_with_the_comparison()
-    cell = read_mapping(folder / "cell.json")
-    settings = read_mapping(folder / "train.yaml")
+    cell, settings = read_cell(folder)
+    model = folder.resolve() / MODEL
     results: dict[str, Any] = {name: cell[name] for name in ("label", "seed", "control", "versions")}
     results["metrics"] = {}
     source = settings["model"]
@@ -77,9 +128,9 @@ def measure(
             own = sum(after[:4]) - sum(before[:4])  # of this process and of its children, in user and system mode
             results["other_cores"] = load.cores(own)
             # `train` writes it into the model's folder when that is whole; here it says that the model is.
-            write_text(folder / TRAINED, (Path(settings["output_dir"]) / TRAINED).read_text())
+            write_text(folder / TRAINED, (model / TRAINED).read_text(encoding="utf-8"))
         trained = read_mapping(folder / TRAINED)
-        source = settings["output_dir"]
+        source = str(model)
         results |= {name: trained[name] for name in _OF_TRAINING}
         scan = cell["scan_seconds"] if cell["scan_seconds"] is not None else trained["setup_seconds"]["scan"]
         results["setup_seconds"] = {"scan": scan, "model": trained["setup_seconds"]["model"]}
@@ -90,7 +141,7 @@ def measure(
         results |= _measured(source, wanted, options_for, results["metrics"])
     if cell["trained"] and not cell["keep_model"]:
         # Before the cell counts as finished: nothing looks after it then.
-        shutil.rmtree(settings["output_dir"], ignore_errors=True)
+        shutil.rmtree(model, ignore_errors=True)
     write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     return results
 

@@ -39,8 +39,18 @@ def as_csv(results: Mapping[str, Any]) -> str:
     writer.writerow(plain)
     for row in results["cells"]:
         flat = {**row, **row.get("metrics", {})}
-        writer.writerow(["" if flat.get(name) is None else flat[name] for name in plain])
+        writer.writerow([_cell(flat.get(name)) for name in plain])
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A value for a spreadsheet: text that would be taken for a formula gets a quotation mark in front.
+
+    Source: OWASP, "CSV Injection".
+    """
+    if value is None:
+        return ""
+    return f"'{value}" if isinstance(value, str) and value.lstrip()[:1] in set("=+-@") else value
 
 
 def columns(results: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -30,7 +30,7 @@ from ..machine import machine, versions
 from ..plan import MODES
 from ..records import SnrReport, read_mapping, write_text
 from ..scan import CRITERIA
-from .cell import RESULTS, STARTED_BY, TRAINED
+from .cell import MODEL, RESULTS, STARTED_BY, TRAINED
 from .figures import as_markdown
 from .matrix import Cell, Contestant, cells_of, contestants_of, file_digest
 from .outcome import Outcome
@@ -38,7 +38,6 @@ from .report import write_results
 from .results import collect
 from .settings import Comparison
 
-_MODEL = "model"
 _POLL = 0.2  # seconds
 
 
@@ -220,7 +219,7 @@ def _folder(output: Path, cell: Cell) -> Path:
 def finished_results(output: Path, cell: Cell, with_model: bool = False) -> dict[str, Any] | None:
     """What a finished cell measured; None where there is no such cell, or its model was wanted and is not there."""
     folder = _folder(output, cell)
-    if not (folder / RESULTS).is_file() or (with_model and cell.contestant and not (folder / _MODEL).is_dir()):
+    if not (folder / RESULTS).is_file() or (with_model and cell.contestant and not (folder / MODEL).is_dir()):
         return None
     try:
         return read_mapping(folder / RESULTS)
@@ -280,11 +279,11 @@ def prepare(comparison: Comparison, cell: Cell, scans: Mapping[str, Path]) -> Pa
     folder = _folder(comparison.output, cell)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / TRAINED).is_file():  # it died while it trained
-        shutil.rmtree(folder / _MODEL, ignore_errors=True)
-    elif (cell.measure or comparison.asked["keep_models"]) and not (folder / _MODEL).is_dir():
+        shutil.rmtree(folder / MODEL, ignore_errors=True)
+    elif (cell.measure or comparison.asked["keep_models"]) and not (folder / MODEL).is_dir():
         # Its figures are there, and the model that is asked for is not: it is trained again.
         (folder / TRAINED).unlink()
-    train = {**cell.train, "output_dir": str((folder / _MODEL).resolve())}
+    train = {**cell.train, "output_dir": str((folder / MODEL).resolve())}
     for name in ("model", "dataset", "eval_dataset"):
         if train.get(name) and Path(train[name]).exists():
             train[name] = str(Path(train[name]).resolve())

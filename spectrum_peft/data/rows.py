@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, near_matches, one_line
+from ..errors import CheckpointError, DataError, near_matches, one_line, quoted
+from ..records import is_file, parse_json
+from ..records.files import MOST_DEPTH
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,13 +42,15 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
 
     path = Path(source)
     try:
-        if path.is_file() or path.suffix in _READERS:
+        if is_file(path) or path.suffix in _READERS:
             if path.suffix not in _READERS:
                 raise DataError(f"{source}: a dataset file ends in one of {sorted(_READERS)}, not in {path.suffix!r}.")
-            if not path.is_file():
+            if not is_file(path):
                 raise DataError(f"{source}: no such file.")
             if path.stat().st_size == 0:
                 raise DataError(f"{source}: the file is empty.")
+            if _READERS[path.suffix] == "json":
+                _check_json(path)
             dataset = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split=split)
         else:
             dataset = datasets.load_dataset(source, split=split)
@@ -56,6 +60,35 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
         cause = error.__cause__ or error
         raise DataError(f"{source}: not readable as a dataset ({type(cause).__name__}: {one_line(cause)}).") from error
     return dataset
+
+
+def _check_json(path: Path) -> None:
+    """Refuse rows on which pyarrow ends the process: one that is no mapping before one that is, and deep nesting.
+
+    Raises:
+        DataError: names the row.
+    """
+    with path.open("rb") as file:
+        first = file.readline().strip()
+        file.seek(0)
+        if first.startswith(b"{") and first.endswith(b"}"):  # a row in each line
+            for i, line in enumerate(map(bytes.strip, file), 1):
+                if line and not line.startswith(b"{"):
+                    raise DataError(f"{path}: line {i} is {quoted(line)}, wanted a mapping of columns.")
+                if line.count(b"{") + line.count(b"[") > MOST_DEPTH:
+                    _parsed(line, f"{path}: line {i}")
+            return
+        data = _parsed(file.read(), str(path))
+    for i, row in enumerate(data if isinstance(data, list) else [data], 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {i} is {quoted(row)}, wanted a mapping of columns.")
+
+
+def _parsed(text: bytes, where: str) -> Any:
+    try:
+        return parse_json(text.decode("utf-8-sig"), where, most=None)
+    except (CheckpointError, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: {one_line(error)}") from error
 
 
 def select_columns(dataset: Dataset, task: str, source: str, renamed: Mapping[str, str] | None = None) -> Dataset:
@@ -121,7 +154,24 @@ def _check_column(dataset: Dataset, name: str, source: str) -> None:
         "label": isinstance(feature, datasets.ClassLabel) or str(dtype).removeprefix("large_") in _LABEL_DTYPES,
     }
     if not fits[name]:
-        raise DataError(f"{source}: column {name!r} holds {feature}, wanted {_WANTED[name]}.")
+        raise DataError(f"{source}: column {name!r} holds {quoted(feature)}, wanted {_WANTED[name]}.")
+    if isinstance(feature, datasets.List | list):
+        for i, chat in enumerate(dataset[name], 1):
+            problem = _problem_of_chat(chat)
+            if problem:
+                raise DataError(f"{source}: column {name!r}, row {i}: {problem}, wanted {_WANTED['messages']}.")
+
+
+def _problem_of_chat(chat: Sequence[Any]) -> str | None:
+    if not chat:
+        return "has no message"
+    for message in chat:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return f"{quoted(message)} has no role"
+        # Without content: a call of a tool. In parts: text and images.
+        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+            return f"{quoted(message)} has no content"
+    return None
 
 
 _LABEL_DTYPES = {"string", "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .. import names
 from ..errors import CheckpointError, MismatchError, OptionError, near_matches
-from ..records import read_mapping
+from ..records import checked, read_mapping
+from ..records.schema import Name
 from ..weights import (
     DTYPES,
     AdaptedWeights,
@@ -23,6 +24,7 @@ from ..weights import (
     TensorInfo,
     base_module,
     open_weights,
+    read_config,
     seen_as_trained,
     skeleton_like,
 )
@@ -30,6 +32,14 @@ from ..weights.adapters import AdapterState
 from ..weights.updates import Stored, Update, Value, may_grow
 from .quantized import quantization_settings, quantized_names
 from .rewrite import QUANTIZED
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """The fields of train_results.json that are read."""
+
+    dtype: Name | None = None
+    quantization: Name | None = None
 
 
 @dataclass
@@ -42,7 +52,7 @@ class TrainedAdapter:
     def described(self) -> Mapping[str, Any]:
         """The config of the adapted model, where it is known: names of a new head's classes."""
         config = self.state.folder / "config.json" if self.state.folder else None
-        return read_mapping(config) if config is not None and config.is_file() else {}
+        return {} if config is None else read_config(config)
 
     def seen(self, files: FileWeights) -> FileWeights:
         """The base under the names of the class that was trained."""
@@ -56,7 +66,9 @@ class TrainedAdapter:
     def noted(self) -> Mapping[str, Any]:
         """What the training run wrote down: `quantization` and `dtype` of its base among others."""
         results = self.state.folder / "train_results.json" if self.state.folder else None
-        return read_mapping(results) if results is not None and results.is_file() else {}
+        fields = read_mapping(results) if results is not None and results.is_file() else {}
+        checked(fields, _Noted, results)
+        return fields
 
     def quantization(self) -> Any:
         """How the base was quantized in training, a word or a config; None if nobody knows."""

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +20,6 @@ from ..weights.updates import Update, Value
 from .adapters import TrainedAdapter
 from .rewrite import main_dtype
 from .tables import is_language_head, new_shape, table_rows
-
-logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = re.compile(
     r"tokenizer.*|vocab\..*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model|.*\.tiktoken|.*\.spm"
@@ -119,7 +114,7 @@ def _class_of_task(model_type: str | None, task: str | None) -> str | None:
 def write_config(files: FileWeights, config: Mapping[str, Any], folder: Path) -> None:
     assert files.folder is not None
     if config == files.config:
-        shutil.copyfile(files.folder / "config.json", folder / "config.json")
+        copy_entry(files.folder / "config.json", folder)
     else:
         write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
@@ -158,47 +153,36 @@ def _with_tokenizer(files: FileWeights) -> Path:
 
 
 def copy_entry(entry: Path, folder: Path) -> None:
-    if entry.is_dir():
-        shutil.copytree(entry, folder / entry.name, dirs_exist_ok=True)
-    else:
-        shutil.copyfile(entry, folder / entry.name)
+    """Copy a file, or a folder with all that is in it, into another folder.
 
-
-# --- folders that appear whole ---------------------------------------------------------------------------------------
+    Raises:
+        CheckpointError: it is, or holds, a link to somewhere else, or a pipe or device: what is exported gets published, and
+            whoever made the folder could have it publish any file of the reader's. A snapshot of the hub's cache is made of
+            links, to the `blobs` beside it, which are followed.
+    """
+    if entry.is_dir() and not entry.is_symlink():
+        (folder / entry.name).mkdir(exist_ok=True)
+        for inner in sorted(entry.iterdir()):
+            copy_entry(inner, folder / entry.name)
+        return
+    real = Path(os.path.realpath(entry))
+    snapshot = next((parent for parent in entry.absolute().parents if parent.parent.name == "snapshots"), None)
+    homes = [Path(os.path.realpath(entry.parent))]
+    if snapshot is not None:
+        homes.append(Path(os.path.realpath(snapshot.parent.parent)) / "blobs")
+    if real.parent not in homes:
+        raise CheckpointError(
+            f"{entry}: is a link out of its folder, to {real}, which is not copied; put the file itself there."
+        )
+    if not real.is_file():
+        raise CheckpointError(f"{entry}: is neither a file nor a folder, wanted one of them.")
+    shutil.copyfile(real, folder / entry.name)
 
 
 def checked_out(out: str | os.PathLike[str] | None) -> Path:
     if out is None:
         raise OptionError("out is missing: the folder to write.")
-    path = Path(out).absolute()
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    path = Path(os.path.realpath(out))
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise OptionError(f"{path}: exists and is not empty; choose another folder, or remove it.")
     return path
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when the block ends well, and goes when it does not."""
-    for left in out.parent.glob(f".{out.name}.*.part"):
-        logger.warning(
-            "%s: half a folder of a run that was killed, or of one that still runs; delete it if nothing runs", left
-        )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".part"))
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written ({error.strerror or error}).") from error
-    try:
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        yield temporary
-        if out.is_dir():
-            out.rmdir()  # empty, as was checked; a folder that was filled meanwhile is not replaced
-        temporary.rename(out)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{out}: cannot be written ({error.strerror or error}).") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..card import write_card
 from ..errors import OptionError
-from ..records import write_text
+from ..records import whole_folder, write_text
 from ..weights.adapters import PEFT_PREFIX, AdapterState
 from ..weights.updates import LowRank, Value
 from ..weights.writer import SafetensorsWriter, header_bytes
 from .adapters import open_adapter
-from .folder import TOKENIZER_FILES, checked_out, copy_entry, whole_folder
+from .folder import TOKENIZER_FILES, checked_out, copy_entry
 
 # Fields of an adapter's config that say what it is and are the same in a plain LoRA.
 _KEPT_FIELDS = (

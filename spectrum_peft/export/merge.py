@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..card import write_card
 from ..errors import CheckpointError, OptionError, near_matches
+from ..records import whole_folder
 from ..weights import FileWeights
 from .adapters import TrainedAdapter, dtype_named, open_adapter, open_base, stored_bits, updates_of
-from .folder import checked_out, copy_beside, merged_config, whole_folder, write_config
+from .folder import checked_out, copy_beside, merged_config, write_config
 from .rewrite import layout, write_index, write_shards
 from .tables import settle_ties, updates_by_name
 

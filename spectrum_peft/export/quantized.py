@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import names
-from ..errors import CheckpointError, OptionError, near_matches
+from ..errors import CheckpointError, OptionError, loading, near_matches
 from ..records import REAL_WEIGHT_ACTIONS, Plan
 from ..weights import FileWeights
 
@@ -50,14 +50,15 @@ def quantized_names(files: FileWeights, settings: Mapping[str, Any]) -> list[str
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     assert files.folder is not None
-    config = transformers.AutoConfig.from_pretrained(files.folder)
+    with loading(files.folder):
+        config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     kind = getattr(transformers, (config.architectures or [""])[0], None)
     if kind is None:
         raise CheckpointError(
             f"{files.folder}: architectures in config.json is {config.architectures!r}, wanted a class of "
             "transformers, which says what was quantized; merge from the model in memory instead."
         )
-    with torch.device("meta"):
+    with loading(files.folder), torch.device("meta"):
         model = kind._from_config(config)
     skipped = HfQuantizer.get_modules_to_not_convert(
         model, settings.get("llm_int8_skip_modules"), model._keep_in_fp32_modules

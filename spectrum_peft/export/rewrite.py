@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -477,7 +476,7 @@ def write_index(files: FileWeights, shards: Sequence[Shard], folder: Path) -> No
     old = read_mapping(index) if index.is_file() else {"metadata": {}}
     metadata = dict(old.get("metadata") or {})
     if where == old.get("weight_map") and metadata.get("total_size", size) == size:
-        shutil.copyfile(index, folder / INDEX)
+        write_text(folder / INDEX, index.read_text(encoding="utf-8"))
         return
     metadata["total_size"] = size
     if "total_parameters" in metadata:

@@ -46,7 +46,7 @@ def config_of(model: Any, revision: str | None, trust_remote_code: bool) -> Any:
         text, extra = str(Path(text).parent), {"gguf_file": Path(text).name}
     try:
         return AutoConfig.from_pretrained(text, revision=revision, trust_remote_code=trust_remote_code, **extra)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each config class has its own errors for fields of wrong types
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             raise OptionError(

@@ -19,7 +19,7 @@ from .diff import diff_plans
 from .explain import explain, format_table
 from .make import make_plan, worth_probing
 from .modes import MODES, Mode, get_mode
-from .options import CRITERIA, DEFAULT_RATIO, OPTIONS, check_options, needs_gradients
+from .options import CRITERIA, DEFAULT_RATIO, OPTIONS, check_options, checked_plan, needs_gradients
 from .replan import replan
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "OPTIONS",
     "Mode",
     "check_options",
+    "checked_plan",
     "diff_plans",
     "explain",
     "format_table",

@@ -10,7 +10,9 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import OptionError, near_matches
+from ..errors import CheckpointError, OptionError, near_matches, quoted
+from ..records import Plan
+from ..records.schema import MOST_RANK
 from .choose import tier_ranks
 from .modes import MODES, get_mode
 
@@ -64,10 +66,13 @@ CHOOSING_OPTIONS = ("criterion", "spectrum_ratio", "snr_threshold", "scope", "me
 
 def _a_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise OptionError(f"{name} is {value!r}, wanted a number.")
+        raise OptionError(f"{name} is {quoted(value)}, wanted a number.")
     if math.isnan(value):
         raise OptionError(f"{name} is nan, wanted a number.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise OptionError(f"{name} is an integer that no float can hold, wanted a smaller one.") from error
 
 
 def _share(name: str, value: Any) -> float:
@@ -91,11 +96,13 @@ def _positive(name: str, value: Any) -> float:
     return int(number) if number.is_integer() else number
 
 
-def _integer(least: int) -> Callable[[str, Any], int]:
+def _integer(least: int, most: int | None = None) -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
         number = _a_number(name, value)
         if not number.is_integer() or number < least:
             raise OptionError(f"{name} is {value!r}, wanted a whole number of at least {least}.")
+        if most is not None and number > most:
+            raise OptionError(f"{name} is {value!r}, wanted a whole number of at most {most}.")
         return int(number)
 
     return check
@@ -146,11 +153,11 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "train_norms": _flag,
     "keep_base": _one_of("auto", "host", "file", "none"),
     "trainable_dtype": _one_of("float32", "base"),
-    "r": _integer(1),
+    "r": _integer(1, MOST_RANK),
     "lora_alpha": _optional(_positive),
     "use_rslora": _flag,
-    "r_high": _optional(_integer(1)),
-    "r_medium": _optional(_integer(1)),
+    "r_high": _optional(_integer(1, MOST_RANK)),
+    "r_medium": _optional(_integer(1, MOST_RANK)),
     "trainable_parameters": _optional(_integer(1)),
     "score_cuts": _optional(_pair(_a_number, "(high, medium)")),
     "lr_ratio": _pair(_positive, "(lowest, highest)"),
@@ -160,10 +167,10 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "n_groups": _optional(_integer(1)),
     "share": _one_of("residual_side", "both"),
     "group_gain": _flag,
-    "n_components": _integer(1),
+    "n_components": _integer(1, MOST_RANK),
     "component_scope": _one_of("layer", "global"),
-    "svd_rank": _integer(1),
-    "rotation_rank": _integer(1),
+    "svd_rank": _integer(1, MOST_RANK),
+    "rotation_rank": _integer(1, MOST_RANK),
     "seed": _integer(0),
     "preset": _optional(_one_of("published")),
 }
@@ -234,6 +241,22 @@ def check_options(**options: Any) -> dict[str, Any]:
     if mode.selective and not amounts:
         checked["spectrum_ratio"] = DEFAULT_RATIO
     return checked
+
+
+def checked_plan(plan: Plan, source: str) -> Plan:
+    """A plan that came from a file, its mode known and its options valid, defaults filled in.
+
+    Raises:
+        CheckpointError: they are not; the record itself knows neither.
+    """
+    try:
+        mode = get_mode(plan.mode).name
+        options = check_options(**{"mode": mode, **plan.options})
+    except (OptionError, TypeError) as error:  # TypeError: what no check expects, such as a list for a name
+        raise CheckpointError(f"{source}: {error}") from error
+    if options["mode"] != mode:
+        raise CheckpointError(f"{source}: mode is {mode!r}, and {options['mode']!r} in its options; wanted one.")
+    return plan.replace(options=options)
 
 
 def _check_preset(checked: Mapping[str, Any]) -> None:

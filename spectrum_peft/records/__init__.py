@@ -7,11 +7,13 @@ the file's ending.
 
 from __future__ import annotations
 
-from .files import finite_only, move_over, read_mapping, write_text
+from .files import finite_only, parse_json, read_mapping
 from .gradients import GradientReport, GradientStat, Similarity
 from .memory import MemoryReport
 from .plan import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry, count_trainable
 from .report import Fingerprint, MatrixStat, SnrReport
+from .schema import checked
+from .whole import is_file, is_stream, mode_of, move_over, whole_folder, write_text
 
 __all__ = [
     "ADAPTER_ACTIONS",
@@ -25,9 +27,15 @@ __all__ = [
     "PlanEntry",
     "Similarity",
     "SnrReport",
+    "checked",
     "count_trainable",
     "finite_only",
+    "is_file",
+    "is_stream",
+    "mode_of",
     "move_over",
+    "parse_json",
     "read_mapping",
+    "whole_folder",
     "write_text",
 ]

@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from ..errors import CheckpointError
-from .files import SCHEMA_VERSION, Record, as_plain, built, built_rows, is_number, revived, wanted_field
+from .files import SCHEMA_VERSION, Record, as_plain
 from .report import Fingerprint
+from .schema import Count, Finite, Likeness, Name, NotNegative, Place, Shape, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,19 @@ class GradientStat:
         importance: s_i^2 E[(dL/ds_i)^2] for each of them, the mean over samples.
     """
 
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    fisher: float | None = None
-    singular_values: tuple[float, ...] = ()
-    importance: tuple[float, ...] = ()
+    name: Name
+    kind: Annotated[str, Meta(max_length=500)]
+    shape: Shape
+    fisher: NotNegative | None = None
+    singular_values: tuple[NotNegative, ...] = ()
+    importance: tuple[NotNegative, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.importance) != len(self.singular_values):
+            raise CheckpointError(
+                f"{self.name} has {len(self.importance)} importances and {len(self.singular_values)} singular values, wanted "
+                "as many."
+            )
 
 
 @dataclass(frozen=True)
@@ -46,13 +56,22 @@ class Similarity:
         cosine: of the whole gradients, in [-1, 1].
     """
 
-    kind: str
-    shape: tuple[int, ...]
-    side: str
-    width: int
-    names: tuple[str, ...]
-    subspace: tuple[tuple[float, ...], ...]
-    cosine: tuple[tuple[float, ...], ...]
+    kind: Annotated[str, Meta(max_length=500)]
+    shape: Shape
+    side: Literal["in", "out"]
+    width: Count
+    names: tuple[Name, ...]
+    subspace: tuple[tuple[Likeness, ...], ...]
+    cosine: tuple[tuple[Likeness, ...], ...]
+
+    def __post_init__(self) -> None:
+        for where, table in (("subspace", self.subspace), ("cosine", self.cosine)):
+            rows = [len(row) for row in table]
+            if rows != [len(self.names)] * len(self.names):
+                raise CheckpointError(
+                    f"{where} of {self.kind} {self.shape} has rows of {rows}, wanted {len(self.names)} of {len(self.names)}, one "
+                    "for each name."
+                )
 
 
 @dataclass(frozen=True)
@@ -71,11 +90,11 @@ class GradientReport(Record):
 
     stats: tuple[GradientStat, ...]
     similarities: tuple[Similarity, ...]
-    samples: int
-    loss: float
+    samples: Annotated[int, Meta(ge=1)]
+    loss: Finite
     fingerprint: Fingerprint | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    model_id: str | None = None
+    model_id: Place | None = None
 
     _kind = "gradient_report"
 
@@ -111,44 +130,9 @@ class GradientReport(Record):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "gradient report") -> GradientReport:
-        cls._check_header(data, source)
-        fingerprint = data.get("fingerprint")
-        stats = built_rows(GradientStat, data, "stats", source)
-        similarities = built_rows(Similarity, data, "similarities", source)
-        if not stats:
+        found: GradientReport = cls._checked(data, source)
+        refuse_unknown(GradientStat, data["stats"], f"{source}: stats[{{}}]")
+        refuse_unknown(Similarity, data["similarities"], f"{source}: similarities[{{}}]")
+        if not found.stats:
             raise CheckpointError(f"{source}: stats is empty, wanted a row for each matrix that was probed.")
-        for stat in stats:
-            for where, values in (
-                ("fisher", () if stat.fisher is None else (stat.fisher,)),
-                ("singular_values", stat.singular_values),
-                ("importance", stat.importance),
-            ):
-                for value in values:
-                    if not is_number(value, 0):
-                        raise CheckpointError(
-                            f"{source}: {where} of {stat.name} holds {value!r}, wanted finite numbers of at least 0."
-                        )
-            if len(stat.importance) != len(stat.singular_values):
-                raise CheckpointError(
-                    f"{source}: {stat.name} has {len(stat.importance)} importances and {len(stat.singular_values)} singular "
-                    "values, wanted as many."
-                )
-        for group in similarities:
-            for where, table in (("subspace", group.subspace), ("cosine", group.cosine)):
-                rows = [len(row) for row in table]
-                if rows != [len(group.names)] * len(group.names):
-                    raise CheckpointError(
-                        f"{source}: {where} of {group.kind} {group.shape} has rows of {rows}, wanted {len(group.names)} of "
-                        f"{len(group.names)}, one for each name."
-                    )
-                if not all(is_number(value, -1.001, 1.001) for row in table for value in row):
-                    raise CheckpointError(f"{source}: {where} of {group.kind} {group.shape} holds what is no likeness.")
-        return cls(
-            stats=stats,
-            similarities=similarities,
-            samples=int(wanted_field(data, "samples", source)),
-            loss=float(wanted_field(data, "loss", source)),
-            fingerprint=None if fingerprint is None else built(Fingerprint, fingerprint, f"{source}: fingerprint"),
-            settings=revived(dict(data.get("settings") or {})),
-            model_id=data.get("model_id"),
-        )
+        return found

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .files import SCHEMA_VERSION, Record, as_plain, built
+from .files import SCHEMA_VERSION, Record, as_plain
+from .schema import Count, Name, Text
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,22 @@ class MemoryReport(Record):
         notes: what the reader must know.
     """
 
-    mode: str
-    peak_bytes: int
-    by_category: Mapping[str, int]
-    phase: str
-    where: str
-    phases: Mapping[str, Mapping[str, int]]
-    host_bytes: int
-    trainable_parameters: int
-    trainable_bytes: int
-    total_parameters: int
-    largest_block_bytes: int
-    largest_block_gradients: int
+    mode: Name
+    peak_bytes: Count
+    by_category: Mapping[str, Count]
+    phase: Name
+    where: Text
+    phases: Mapping[str, Mapping[str, Count]]
+    host_bytes: Count
+    trainable_parameters: Count
+    trainable_bytes: Count
+    total_parameters: Count
+    largest_block_bytes: Count
+    largest_block_gradients: Count
     settings: Mapping[str, Any]
-    devices: int = 1
+    devices: Count = 1
     complete: bool = True
-    notes: tuple[str, ...] = ()
+    notes: tuple[Text, ...] = ()
 
     _kind = "memory_report"
 
@@ -60,5 +61,5 @@ class MemoryReport(Record):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "memory report") -> MemoryReport:
-        cls._check_header(data, source)
-        return built(cls, {k: v for k, v in data.items() if k not in {"record", "schema_version"}}, source)
+        found: MemoryReport = cls._checked(data, source)
+        return found

@@ -9,11 +9,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
-from ..errors import CheckpointError
-from .files import SCHEMA_VERSION, Record, as_plain, built, built_rows, revived, wanted_field
+from ..errors import CheckpointError, quoted
+from .files import SCHEMA_VERSION, Record, as_plain
 from .report import Fingerprint
+from .schema import MOST_RANK, Count, Name, Place, Text, refuse_unknown
 
 Action = Literal["train", "lora", "shared", "lorsa", "save", "freeze"]
 ACTIONS: tuple[str, ...] = ("train", "lora", "shared", "lorsa", "save", "freeze")
@@ -79,6 +81,35 @@ class PlanEntry:
         return experts * (self.rank or 0) * (self.shape[-1] + self.shape[-2]) + self.gain
 
 
+def _problem(entry: PlanEntry) -> str | None:
+    """What a plan entry says that cannot be carried out, or not be meant; None if nothing."""
+    if entry.action not in ACTIONS:
+        return f"action is {quoted(entry.action)}, wanted one of {ACTIONS}"
+    if not entry.trains:
+        return None
+    if not 0 < entry.lr_ratio < math.inf:
+        return f"lr_ratio is {entry.lr_ratio}, wanted a number above 0"
+    if entry.action not in ADAPTER_ACTIONS:
+        return None
+    if entry.rank is None or not 1 <= entry.rank <= MOST_RANK:
+        return f"rank is {entry.rank}, wanted 1 to {MOST_RANK} for action {entry.action!r}"
+    if entry.alpha is None or not 0 < entry.alpha < math.inf:
+        return f"alpha is {entry.alpha}, wanted a number above 0 for action {entry.action!r}"
+    shape = entry.shape
+    if shape is not None and len(shape) not in (2, 3):
+        return f"shape is {shape}, wanted a matrix, or one for each expert, for action {entry.action!r}"
+    if shape is not None and entry.rank > max(1024, *shape[-2:]):  # the factors would be larger than the matrix, by far
+        return f"rank is {entry.rank} for the shape {shape}, wanted at most {max(1024, *shape[-2:])}"
+    if (entry.components is not None) != (entry.action == "lorsa"):
+        return f"components is {quoted(entry.components)} with action {entry.action!r}, wanted them for 'lorsa' and only there"
+    chosen = entry.components or ()
+    if any(a >= b for a, b in pairwise(chosen)) or (shape is not None and chosen and chosen[-1] >= min(shape[-2:])):
+        return (
+            f"components is {quoted(chosen)} for the shape {shape}, wanted indexes that ascend, below its smaller side"
+        )
+    return None
+
+
 def count_trainable(entries: Iterable[PlanEntry]) -> int:
     """Elements that train for some entries together: what a group shares counts once."""
     total = 0
@@ -105,27 +136,28 @@ class Plan(Record):
         patterns: regexes of `unfrozen_parameters` where a preset fixes them; empty: derived from the entries.
     """
 
-    mode: str
+    mode: Name
     entries: tuple[PlanEntry, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
-    criterion: str = "spectrum"
+    criterion: Name = "spectrum"
     fingerprint: Fingerprint | None = None
-    model_id: str | None = None
-    revision: str | None = None
-    total_parameters: int = 0
-    notes: tuple[str, ...] = ()
-    patterns: tuple[str, ...] = ()
+    model_id: Place | None = None
+    revision: Place | None = None
+    total_parameters: Count = 0
+    notes: tuple[Text, ...] = ()
+    patterns: tuple[Name, ...] = ()
 
     _kind = "plan"
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
         for entry in self.entries:
-            if entry.action not in ACTIONS:
-                raise CheckpointError(f"plan entry {entry.name}: action is {entry.action!r}, wanted one of {ACTIONS}.")
             if entry.name in seen:
                 raise CheckpointError(f"plan entry {entry.name} stands twice; a parameter has one entry.")
             seen.add(entry.name)
+            problem = _problem(entry)
+            if problem:
+                raise CheckpointError(f"plan entry {entry.name}: {problem}.")
 
     @cached_property
     def trainable_names(self) -> list[str]:
@@ -194,17 +226,6 @@ class Plan(Record):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "plan") -> Plan:
-        cls._check_header(data, source)
-        fingerprint = data.get("fingerprint")
-        return cls(
-            mode=str(wanted_field(data, "mode", source)),
-            entries=built_rows(PlanEntry, data, "entries", source),
-            options=revived(dict(data.get("options") or {})),
-            criterion=str(data.get("criterion")),
-            fingerprint=None if fingerprint is None else built(Fingerprint, fingerprint, f"{source}: fingerprint"),
-            model_id=data.get("model_id"),
-            revision=data.get("revision"),
-            total_parameters=int(data.get("total_parameters") or 0),
-            notes=tuple(data.get("notes") or ()),
-            patterns=tuple(data.get("patterns") or ()),
-        )
+        found: Plan = cls._checked(data, source, also=("unfrozen_parameters",))
+        refuse_unknown(PlanEntry, data["entries"], f"{source}: entries[{{}}]")
+        return found

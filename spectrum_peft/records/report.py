@@ -7,11 +7,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from .. import names
-from ..errors import CheckpointError, MismatchError
-from .files import SCHEMA_VERSION, Record, as_plain, built, built_rows, wanted_field
+from ..errors import CheckpointError, MismatchError, quoted
+from .files import SCHEMA_VERSION, Record, as_plain
+from .schema import Count, Name, NotNegative, Place, Shape, Text, checked, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,9 @@ class Fingerprint:
         source: `file`, `live`, `gguf` or `published`.
     """
 
-    structure: str | None
-    content: str | None
-    source: str
+    structure: Annotated[str, Meta(max_length=64)] | None
+    content: Annotated[str, Meta(max_length=64)] | None
+    source: Literal["file", "live", "gguf", "published"]
 
     def check(self, other: Fingerprint, *, this: str, that: str, force: bool = False) -> str | None:
         """Compare two fingerprints as far as both know themselves.
@@ -74,16 +77,16 @@ class MatrixStat:
         power_law: exponent fitted to the tail of the eigenvalue density; None where there is no spectrum.
     """
 
-    name: str
-    kind: str
-    shape: tuple[int, ...] | None
-    numel: int
-    dtype: str
-    score: float | None
-    n_signal: int | None
-    s_max: float | None
-    role: str = "linear"
-    power_law: float | None = None
+    name: Name
+    kind: Annotated[str, Meta(max_length=500)]
+    shape: Shape | None
+    numel: Annotated[int, Meta(ge=0)]
+    dtype: Name
+    score: int | float | None
+    n_signal: Count | None
+    s_max: NotNegative | None
+    role: names.Role = "linear"
+    power_law: NotNegative | None = None
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,12 @@ class SnrReport(Record):
     """
 
     stats: tuple[MatrixStat, ...]
-    criterion: str
+    criterion: Name
     fingerprint: Fingerprint
-    model_id: str | None = None
-    revision: str | None = None
-    tied: tuple[tuple[str, ...], ...] = ()
-    notes: tuple[str, ...] = ()
+    model_id: Place | None = None
+    revision: Place | None = None
+    tied: tuple[tuple[Name, ...], ...] = ()
+    notes: tuple[Text, ...] = ()
 
     _kind = "snr_report"
 
@@ -138,16 +141,9 @@ class SnrReport(Record):
         """A report as `to_dict` writes it, or a published scan in either of its layouts (`published_report`)."""
         if "record" not in data and _published_rows(data) is not None:
             return published_report(data, source)
-        cls._check_header(data, source)
-        return cls(
-            stats=built_rows(MatrixStat, data, "stats", source),
-            criterion=str(wanted_field(data, "criterion", source)),
-            fingerprint=built(Fingerprint, wanted_field(data, "fingerprint", source), f"{source}: fingerprint"),
-            model_id=data.get("model_id"),
-            revision=data.get("revision"),
-            tied=tuple(tuple(group) for group in data.get("tied") or ()),
-            notes=tuple(data.get("notes") or ()),
-        )
+        found: SnrReport = cls._checked(data, source)
+        refuse_unknown(MatrixStat, data["stats"], f"{source}: stats[{{}}]")
+        return found
 
 
 def published_report(data: Mapping[str, Any], source: str = "published scan") -> SnrReport:
@@ -167,8 +163,8 @@ def published_report(data: Mapping[str, Any], source: str = "published scan") ->
     scores: dict[str, float] = {}
     for module, value in rows:
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-            raise CheckpointError(f"{source}: the SNR of {module!r} is {value!r}, wanted a number or Infinity.")
-        name = f"{module}.weight"
+            raise CheckpointError(f"{source}: the SNR of {module!r} is {quoted(value)}, wanted a number or Infinity.")
+        name = checked(f"{module}.weight", Name, f"{source}: a name")
         if name in scores:
             raise CheckpointError(f"{source}: {module!r} stands twice, wanted it once.")
         scores[name] = float(value)

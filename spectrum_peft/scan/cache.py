@@ -9,12 +9,13 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from ..errors import CheckpointError, OptionError, near_matches
+from ..errors import CheckpointError, OptionError, near_matches, one_line
 from ..records import SnrReport
 from ..weights import WeightSource
 from .criteria import Criterion, MatrixScore
@@ -146,10 +147,8 @@ class PartialResults:
             self._file = self.path.open("a", encoding="utf-8")
             # The kill may have come in the middle of a line.
             self._file.write("\n" if self._file.tell() else "")
-        except OSError as error:
-            logger.warning(
-                "a killed scan could not be resumed: %s cannot be written (%s)", self.path, error.strerror or error
-            )
+        except (OSError, ValueError) as error:  # ValueError: what is there is no text
+            self._give_up(error)
         return self
 
     def _take(self, line: str) -> None:
@@ -166,15 +165,26 @@ class PartialResults:
         self.results[name] = result
         if self._file:
             value = "inf" if math.isinf(result.score) else result.score
-            self._file.write(json.dumps([name, value, result.n_signal, result.s_max, result.power_law]) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps([name, value, result.n_signal, result.s_max, result.power_law]) + "\n")
+                self._file.flush()
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("a killed scan could not be resumed: %s cannot be used (%s)", self.path, one_line(error))
+        self._close()
+
+    def _close(self) -> None:
+        if self._file:
+            with suppress(OSError):  # what is left in its buffer finds no room
+                self._file.close()
+            self._file = None
 
     def completed(self) -> None:
-        if self._file:
-            self._file.close()
-            self._file = None
+        self._close()
+        with suppress(OSError):
             self.path.unlink(missing_ok=True)
 
     def __exit__(self, *_: object) -> None:
-        if self._file:
-            self._file.close()
+        self._close()

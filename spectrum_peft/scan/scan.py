@@ -15,11 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import names
 from ..devices import device_named
-from ..errors import CheckpointError, OptionError, near_matches
+from ..errors import CheckpointError, OptionError, near_matches, one_line
 from ..machine import cores
 from ..records import MatrixStat, SnrReport
 from ..weights import TensorInfo, WeightSource, open_weights
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 # More jobs than this by default would hold more matrices in memory than a scan is worth.
 _MOST_JOBS = 16
+# The longest side of a matrix that is scored: 16 times the largest vocabulary of an open model.
+_MOST_ROWS = 1 << 22
+_LARGE = 1 << 30  # bytes, above which the free memory is asked for first
 
 
 def scan_weights(
@@ -89,11 +93,17 @@ def scan_weights(
         return _report(source, tensors, row, results)
 
     def one(name: str, info: TensorInfo) -> MatrixScore:
+        _refuse_giants(name, shapes[name])
         matrix = source.read(name).to(where)
         try:
             return criteria.score(matrix.T if info.transposed else matrix, criterion, name=name, seed=seed)
         except CheckpointError as error:
             raise CheckpointError(f"{source.model_id or 'model'}: {error}") from None
+        except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            raise CheckpointError(
+                f"{source.model_id or 'model'}: {name}: its singular values cannot be computed ({one_line(error)}); its "
+                "values are too large, or too far apart."
+            ) from error
 
     unfinished = PartialResults(cache_folder() / "partial" / f"{key}.jsonl", shapes)
     with unfinished as partial, one_torch_thread(), one_openblas_thread(), torch.no_grad():
@@ -112,6 +122,24 @@ def scan_weights(
                 logger.warning("the finished scan could not be kept: %s", error)
         partial.completed()
     return report
+
+
+def _refuse_giants(name: str, shape: Sequence[int]) -> None:
+    """
+    Raises:
+        CheckpointError: no weight matrix that could be: a file of holes takes no room, and its values all there is.
+    """
+    if max(shape) > _MOST_ROWS:
+        raise CheckpointError(f"{name}: has the shape {tuple(shape)}, wanted sides of at most {_MOST_ROWS:,}.")
+    needed = 8 * math.prod(shape)  # as read, and once more in float32
+    if needed > _LARGE:
+        import psutil
+
+        free = psutil.virtual_memory().available
+        if needed > free:
+            raise CheckpointError(
+                f"{name}: takes {needed / 2**30:.1f} GiB to score, of which {free / 2**30:.1f} are free; not enough."
+            )
 
 
 def _checked_roles(score: Iterable[str]) -> tuple[str, ...]:

@@ -128,17 +128,24 @@ def cached_svd(matrix: Tensor, k: int, folder: Path) -> SingularTriplets:
     if path.is_file():
         try:
             kept = load_file(path)
-            return SingularTriplets(kept["left"], kept["values"], kept["right"])
+            found = SingularTriplets(kept["left"], kept["values"], kept["right"])
+            shapes = [(k, matrix.shape[0]), (k,), (k, matrix.shape[1])]
+            if [tuple(t.shape) for t in (found.left, found.values, found.right)] == shapes:
+                return found
+            raise KeyError("tensors of these shapes")
         except (SafetensorError, OSError, KeyError) as error:
             logger.warning("%s: not read (%s); its matrix is decomposed again", path, error)
     result = truncated_svd(matrix, k)
     tensors = {"left": result.left.cpu(), "values": result.values.cpu(), "right": result.right.cpu()}
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    os.close(handle)
     try:
-        save_file(tensors, name)
-        move_over(Path(name), path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(tensors, name)
+            move_over(Path(name), path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        logger.warning("%s: cannot be kept (%s)", path, error)
     return SingularTriplets(tensors["left"], tensors["values"], tensors["right"])

@@ -20,6 +20,8 @@ from ..arguments import Rest, checked_value
 from ..data import COLUMNS
 from ..devices import default_device, fast_dtype
 from ..errors import CheckpointError, OptionError, near_matches
+from ..records import is_file, mode_of
+from ..tuner.loading import check_config
 from .tasks import TASKS, Task, task_of
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -122,16 +124,16 @@ def config_of(model: str, options: argparse.Namespace) -> Any:
             f"{model}: a .gguf can be scanned, not trained. Convert it to a folder of safetensors first: load it with "
             "transformers (from_pretrained(folder, gguf_file=name)) and save the weights."
         )
-    if Path(model).exists() and not (Path(model) / "config.json").is_file():
+    there = mode_of(model) != 0
+    if there and not is_file(Path(model) / "config.json"):
         raise CheckpointError(f"{model}: no config.json there, so it is not a checkpoint folder.")
+    check_config(model)
     try:
         return transformers.AutoConfig.from_pretrained(
             model, revision=options.revision, trust_remote_code=bool(options.trust_remote_code)
         )
-    except (OSError, ValueError) as error:
-        where = (
-            "cannot be loaded as a model" if Path(model).exists() else "no such folder, and not loadable from the hub"
-        )
+    except Exception as error:  # each config class has its own errors for fields of wrong types
+        where = "cannot be loaded as a model" if there else "no such folder, and not loadable from the hub"
         raise CheckpointError(f"{model}: {where} ({_first_line(error)})") from error
 
 

@@ -159,6 +159,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
                 f"when training began, {problem}. Something changed requires_grad after the plan did."
             )
         self._check_optimizer(args, model, optimizer)
+        _refuse_lost_moments(state, optimizer)
         self._resume(state, tuner)
         plan = self.plan
         _check_ranks_agree(plan)
@@ -420,3 +421,16 @@ def tuner_of(model: Any) -> SpectrumModel | None:
     """The SpectrumModel inside a PeftModel, or None."""
     base = getattr(model, "base_model", None)
     return base if isinstance(base, SpectrumModel) else None
+
+
+def _refuse_lost_moments(state: TrainerState, optimizer: Any) -> None:
+    """
+    Raises:
+        TrainingSetupError: the run is resumed and an optimizer with moments has none: the trainer says nothing of it.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if state.global_step and "betas" in getattr(inner, "defaults", {}) and not getattr(inner, "state", True):
+        raise TrainingSetupError(
+            f"resume: step {state.global_step} goes on without the optimizer's state; optimizer.pt or scheduler.pt is missing in "
+            "the checkpoint (it was saved with save_only_model, or cut off). Resume from the one before."
+        )

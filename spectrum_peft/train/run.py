@@ -27,6 +27,7 @@ from ..tuner.config import SpectrumConfig
 from ..tuner.loading import load_model_with_peft, load_model_with_spectrum, load_tokenizer
 from .arguments import given_fields, quiet_progress
 from .callback import SpectrumCallback
+from .checkpoints import saving
 from .history import write_history
 from .settle import Run, settle
 from .tasks import build_trainer, evaluate
@@ -94,7 +95,8 @@ def train(
     before = evaluate(task, trainer, trainer.eval_dataset) if run.eval_rows is not None else None
     rounded = _kept_in_float32(trainer) if hasattr(model, "spectrum_plan") else []
     reset_peak_memory()
-    trainer.train(resume_from_checkpoint=run.resume)
+    with saving(args.output_dir):
+        trainer.train(resume_from_checkpoint=run.resume)
     peak = max(memory_loaded, peak_memory())
     for parameter, stored in rounded:
         parameter.data = parameter.data.to(stored)
@@ -105,7 +107,8 @@ def train(
     if plan is not None and plan.options.get("rescore_every") is not None:
         trained = plan.trainable_parameters  # what is allocated is more than what is live
     output = Path(args.output_dir)
-    trainer.save_model(str(output))
+    with saving(args.output_dir):
+        trainer.save_model(str(output))
     results = {
         "mode": run.name,
         "task": task,
@@ -133,7 +136,8 @@ def train(
     if trainer.is_world_process_zero():
         if hasattr(trainer.model, "peft_config") and run.head:
             # The names of the classes: an adapter's own files have no place for them.
-            trainer.model.config.save_pretrained(output)
+            with saving(args.output_dir):
+                trainer.model.config.save_pretrained(output)
         if callback is not None:
             callback.write_records(output)
         write_text(output / RESULTS, json.dumps(finite_only(results), indent=1) + "\n")

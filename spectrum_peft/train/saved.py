@@ -18,10 +18,11 @@ from ..arguments import Rest
 from ..data import label_names, read_dataset, select_columns
 from ..errors import CheckpointError
 from ..probe import DEFAULT_SAMPLES, calibration_batches, probe_gradients
-from ..records import GradientReport, finite_only, read_mapping
+from ..records import GradientReport, checked, finite_only, is_file, read_mapping
+from ..records.schema import Name
 from ..scan import scan_weights
 from ..tuner.config import SpectrumConfig
-from ..tuner.loading import load_model_with_spectrum, load_trained
+from ..tuner.loading import load_model_with_spectrum, load_trained, read_adapter_config
 from . import generation
 from .arguments import (
     DTYPES,
@@ -47,12 +48,15 @@ def _what_is_there(options: argparse.Namespace) -> tuple[dict[str, Any] | None, 
         that one, for it has the labels of its head; the task).
     """
     folder = Path(options.model)
-    adapter = read_mapping(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
+    config_file = folder / "adapter_config.json"
+    adapter = read_adapter_config(config_file) if is_file(config_file) else None
     described, name = options.model, options.task
     if adapter is not None:
         name = name or next((t.name for t in TASKS.values() if t.task_type == adapter.get("task_type")), None)
         if not (folder / "config.json").is_file():
-            described = adapter["base_model_name_or_path"]
+            described = adapter.get("base_model_name_or_path")
+            if not described:
+                raise CheckpointError(f"{config_file}: base_model_name_or_path is empty, wanted the base.")
     config = config_of(described, options)
     return adapter, config, task_named(name or task_of(config, described))
 
@@ -129,6 +133,21 @@ class Saved:
             return evaluate(self.task.name, trainer, trainer.train_dataset)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Stated:
+    """The fields of train_results.json that are read."""
+
+    dtype: Name | None = None
+    quantization: Name | None = None
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    """What the training run wrote down, or nothing where there is no such file."""
+    fields = read_mapping(path) if is_file(path) else {}
+    checked(fields, _Stated, path)
+    return fields
+
+
 def open_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str] = ()) -> Saved:
     """Load `options.model`: a trained adapter on its base, a trained model, or a base.
 
@@ -136,7 +155,7 @@ def open_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str] = (
     """
     folder = Path(options.model)
     adapter, config, task = _what_is_there(options)
-    stated = read_mapping(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+    stated = _stated(folder / RESULTS)
     quantization = options.quantization or (stated.get("quantization") if adapter is not None else None)
     if options.dtype is None and stated.get("dtype") in DTYPES:
         dtype, why = getattr(torch, stated["dtype"]), f"{stated['dtype']} as in training"

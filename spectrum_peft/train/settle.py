@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,10 +14,11 @@ from transformers import TrainingArguments
 from ..arguments import LORA_FIELDS, Rest
 from ..data import label_ids, label_names, read_dataset, select_columns
 from ..errors import DataError, OptionError
-from ..plan import MODES, Mode, check_options, get_mode
+from ..plan import MODES, Mode, check_options, checked_plan, get_mode
 from ..records import Plan, read_mapping
 from ..tuner.loading import check_quantizable, checked_peft_config
 from .arguments import config_of, default_arguments, dtype_of, renamed_columns, task_named, trainer_arguments
+from .checkpoints import checkpoint_to_resume
 from .tasks import Task, has_classifier, task_of
 
 
@@ -44,7 +44,7 @@ class Run:
     dtype: torch.dtype
     why: str
     args: TrainingArguments
-    resume: str | bool | None
+    resume: str | None
     train_rows: datasets.Dataset
     eval_rows: datasets.Dataset | None
     head: dict[str, Any]
@@ -68,7 +68,7 @@ def settle(
     Raises:
         OptionError, CheckpointError, DataError: whatever is wrong with flags, checkpoint folder or datasets.
     """
-    plan = Plan.load(options.plan) if options.plan else None
+    plan = checked_plan(Plan.load(options.plan), options.plan) if options.plan else None
     own = _peft_fields(options, plan_options) if options.peft_config else None
     checked = check_options(**plan_options)
     mode = None if own else get_mode(plan.mode if plan else checked["mode"])
@@ -84,7 +84,7 @@ def settle(
         raise OptionError(f"learning_rate is {args.learning_rate:g}, wanted a rate of at least 0.")
     if plan is not None:
         _refuse_other_options(plan, plan_options, options.plan)
-    resume = _resume(args.resume_from_checkpoint)
+    resume = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     eval_source = options.eval_dataset or (options.dataset if options.eval_split else None)
     if args.eval_strategy != "no" and eval_source is None:
         raise OptionError(
@@ -157,13 +157,3 @@ def _peft_fields(options: argparse.Namespace, plan_options: Mapping[str, Any]) -
     if "peft_type" not in fields:
         raise OptionError(f"{options.peft_config}: peft_type is missing, wanted a name such as ADALORA.")
     return {**fields, "peft_type": str(fields["peft_type"]).upper()}
-
-
-def _resume(value: str | None) -> str | bool | None:
-    if value is None or value.lower() in {"false", "no"}:
-        return None
-    if value.lower() in {"true", "yes", "last"}:
-        return True
-    if not Path(value).is_dir():
-        raise OptionError(f"resume_from_checkpoint is {value!r}, wanted a checkpoint folder or true.")
-    return value

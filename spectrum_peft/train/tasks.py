@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..data.labels import label_ids
-from ..errors import OptionError
+from ..errors import DataError, OptionError, one_line
 from .judge import classification_scores, judge_causal_lm, judge_classification, judge_seq2seq, require_scikit_learn
 
 if TYPE_CHECKING:
@@ -159,10 +159,15 @@ def build_trainer(
         max_length: in tokens, for the tasks whose arguments have no such field.
     """
     keywords: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    from jinja2 import TemplateError
+
     keywords = TASKS[task].prepare(keywords, model, tokenizer, max_length)
-    return TASKS[task].trainer_class()(
-        model=model, args=args, processing_class=tokenizer, callbacks=list(callbacks), **keywords
-    )
+    try:
+        return TASKS[task].trainer_class()(
+            model=model, args=args, processing_class=tokenizer, callbacks=list(callbacks), **keywords
+        )
+    except TemplateError as error:  # roles in an order that it does not take, for one
+        raise DataError(f"the chat template of the tokenizer refuses the rows: {one_line(error)}.") from error
 
 
 def evaluate(task: str, trainer: Trainer, dataset: Dataset) -> dict[str, float]:

@@ -15,8 +15,9 @@ from peft.utils.other import get_pattern_key
 
 from .. import names
 from ..errors import OptionError, near_matches
-from ..plan import MODES, OPTIONS, check_options, get_mode
+from ..plan import MODES, OPTIONS, check_options, checked_plan, get_mode
 from ..records import ADAPTER_ACTIONS, GradientReport, Plan, SnrReport
+from ..records.schema import MOST_RANK
 from .lora_fields import check_lora_fields
 
 PEFT_TYPE = "SPECTRUM"
@@ -123,9 +124,10 @@ class SpectrumConfig(LoraConfig):
         if isinstance(self.score_cuts, list):
             self.score_cuts = tuple(self.score_cuts)
         if isinstance(self.plan, str | os.PathLike):
-            self.plan = Plan.load(self.plan)
+            self.plan = checked_plan(Plan.load(self.plan), str(self.plan))
         elif isinstance(self.plan, Mapping):
-            self.plan = Plan.from_dict(self.plan, "adapter_config.json: plan")
+            where = "adapter_config.json: plan"
+            self.plan = checked_plan(Plan.from_dict(self.plan, where), where)
             self.plan_from_file = True
         if self.plan is not None:
             self._take_options_of_plan(self.plan)
@@ -158,8 +160,10 @@ class SpectrumConfig(LoraConfig):
                 "Leave out one of them."
             )
         for pattern, rank in (self.rank_pattern or {}).items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise OptionError(f"rank_pattern: {pattern!r} has rank {rank!r}, wanted a whole number of at least 1.")
+            if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MOST_RANK:
+                raise OptionError(
+                    f"rank_pattern: {pattern!r} has rank {rank!r}, wanted a whole number from 1 to {MOST_RANK}."
+                )
 
     def with_patterns(self, plan: Plan) -> Plan:
         """The plan with the ranks and scales of `rank_pattern` and `alpha_pattern`, matched as PEFT matches them.
@@ -196,7 +200,7 @@ class SpectrumConfig(LoraConfig):
             raise OptionError(f"mode is {self.mode!r}, but the plan that was given is of mode {plan.mode!r}.")
         self.mode = plan.mode
         for name, value in plan.options.items():
-            if hasattr(self, name):
+            if name in OPTIONS and hasattr(self, name):
                 setattr(self, name, value)
 
     def resolved_report(self) -> SnrReport | None:

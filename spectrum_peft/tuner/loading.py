@@ -18,13 +18,15 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from .. import names
 from ..devices import default_device, fast_dtype, refuse_quantization
-from ..errors import OptionError, near_matches
+from ..errors import CheckpointError, OptionError, loading, near_matches
 from ..plan import MODES, OPTIONS, Mode, make_plan, needs_gradients
-from ..records import Plan
+from ..records import Plan, is_file
 from ..scan import scan_weights
-from ..weights import settle_quantized
+from ..weights import read_config, read_header, settle_quantized
+from ..weights.adapter_config import read_adapter_config
+from ..weights.adapters import AdapterState
 from . import freeze_to_plan, settle_plan
-from .config import SpectrumConfig, candidates_of
+from .config import PEFT_TYPE, SpectrumConfig, candidates_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +109,12 @@ def load_model_with_spectrum(
         kwargs["quantization_config"] = quantization_config_for(
             config.plan, model_name, quantization, wanted if isinstance(wanted, torch.dtype) else None
         )
-    loader = model_class or class_for(model_name, **revision, **_remote(kwargs))
-    model = loader.from_pretrained(model_name, dtype=wanted, device_map=device_map, **kwargs)
-    return made_trainable(model, config), load_tokenizer(model_name, **revision, **_remote(kwargs))
+    remote = _remote(kwargs)
+    check_config(model_name)
+    loader = model_class or class_for(model_name, **revision, **remote)
+    with loading(model_name):
+        model = loader.from_pretrained(model_name, dtype=wanted, device_map=device_map, **{**kwargs, **remote})
+    return made_trainable(model, config), load_tokenizer(model_name, **revision, **remote)
 
 
 def load_model_with_peft(
@@ -139,12 +144,15 @@ def load_model_with_peft(
             None, model_name, quantization, wanted if isinstance(wanted, torch.dtype) else None
         )
     given = {name: kwargs[name] for name in ("revision",) if name in kwargs}
-    loader = model_class or class_for(model_name, **given, **_remote(kwargs))
-    model = loader.from_pretrained(model_name, dtype=wanted, **kwargs)
+    remote = _remote(kwargs)
+    check_config(model_name)
+    loader = model_class or class_for(model_name, **given, **remote)
+    with loading(model_name):
+        model = loader.from_pretrained(model_name, dtype=wanted, **{**kwargs, **remote})
     if quantization is not None:
         settle_quantized(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, config), load_tokenizer(model_name, **given, **_remote(kwargs))
+    return get_peft_model(model, config), load_tokenizer(model_name, **given, **remote)
 
 
 def check_quantizable(mode: Mode) -> None:
@@ -222,7 +230,7 @@ def load_trained(
     wanted = _one_dtype(dtype, None)
     folder = Path(model_name)
     is_adapter = (folder / "adapter_config.json").is_file()
-    adapter = PeftConfig.from_pretrained(model_name) if is_adapter else None
+    adapter = _adapter_config(folder) if is_adapter else None
     base = model_name if adapter is None else adapter.base_model_name_or_path
     if quantization not in (None, "none"):
         plan = getattr(adapter, "plan", None)
@@ -230,15 +238,36 @@ def load_trained(
             plan, base, quantization, wanted if isinstance(wanted, torch.dtype) else None
         )
     revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
-    loader = model_class or class_for(base, **revision, **_remote(kwargs))
-    model = loader.from_pretrained(base, dtype=wanted, device_map=device_map, **kwargs)
+    remote = _remote(kwargs)
+    check_config(base)
+    loader = model_class or class_for(base, **revision, **remote)
+    with loading(base):
+        model = loader.from_pretrained(base, dtype=wanted, device_map=device_map, **{**kwargs, **remote})
     settle_quantized(model)  # the products of training, not the faster ones for inference that round otherwise
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, model_name)
+        with loading(model_name):
+            model = PeftModel.from_pretrained(model, model_name)
     tokenizer = load_tokenizer(model_name) if adapter is not None else None
     if tokenizer is None:
-        tokenizer = load_tokenizer(base, **revision, **_remote(kwargs))
+        tokenizer = load_tokenizer(base, **revision, **remote)
     return model.eval(), tokenizer
+
+
+def _adapter_config(folder: Path) -> Any:
+    """PEFT's config of an adapter's folder, which is checked before PEFT believes it.
+
+    Raises:
+        CheckpointError, MismatchError: a field, or the file of the tensors, is damaged; it names no base.
+    """
+    fields = read_adapter_config(folder / "adapter_config.json")
+    if not fields.get("base_model_name_or_path"):
+        raise CheckpointError(f"{folder / 'adapter_config.json'}: base_model_name_or_path is empty, wanted the base.")
+    if fields["peft_type"] == PEFT_TYPE:
+        AdapterState.from_folder(folder)
+    elif (folder / "adapter_model.safetensors").is_file():
+        read_header(folder / "adapter_model.safetensors")
+    with loading(folder):
+        return PeftConfig.from_pretrained(str(folder))
 
 
 def _one_dtype(dtype: Any, torch_dtype: Any) -> Any:
@@ -283,9 +312,20 @@ def _plan_before_loading(model_name: str, config: SpectrumConfig, **revision: An
     return make_plan(report, gradients=gradients, candidates=candidates_of(config, report), **options)
 
 
+def check_config(model_name: str) -> None:
+    """
+    Raises:
+        CheckpointError: a local folder's config.json is damaged, or of a model that nobody could build.
+    """
+    if is_file(Path(model_name, "config.json")):
+        read_config(Path(model_name, "config.json"))
+
+
 def class_for(model_name: str, **kwargs: Any) -> Any:
     """The transformers class that a checkpoint's config names in `architectures`, else `AutoModelForCausalLM`."""
-    return class_of(AutoConfig.from_pretrained(model_name, **kwargs))
+    check_config(model_name)
+    with loading(model_name):
+        return class_of(AutoConfig.from_pretrained(model_name, **kwargs))
 
 
 def class_of(config: Any) -> Any:
@@ -298,7 +338,8 @@ def class_of(config: Any) -> Any:
 
 
 def _remote(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+    """Whether to run code that comes with a model; not to say so makes transformers ask on the terminal."""
+    return {"trust_remote_code": bool(kwargs.get("trust_remote_code"))}
 
 
 def task_type_of(model: Any) -> str | None:
@@ -321,4 +362,5 @@ def load_tokenizer(model_name: str, **kwargs: Any) -> Any:
     if folder.is_dir() and not any((folder / name).exists() for name in files):
         logger.info("%s has no tokenizer files; the tokenizer is None", model_name)
         return None
-    return AutoTokenizer.from_pretrained(model_name, **kwargs)
+    with loading(f"{model_name}: the tokenizer"):
+        return AutoTokenizer.from_pretrained(model_name, **{"trust_remote_code": False, **kwargs})

@@ -8,8 +8,9 @@ tensor per expert where transformers fuses them are presented fused, `model.laye
 from __future__ import annotations
 
 from .adapted import AdaptedWeights, seen_as_trained
-from .files import FileWeights, Place, Span, as_matrix, find_shards, places, read_bytes, read_header, read_stored
+from .files import FileWeights, Place, as_matrix, places, read_bytes, read_stored
 from .gguf import GgufWeights
+from .headers import Span, find_shards, read_config, read_header, read_index
 from .layouts import Layout, Recipe, skeleton_like, skeleton_of
 from .live import LiveWeights, base_module, checkpoint_folder, dequantized_weights, matrix_of
 from .opening import fetch, holds_adapter, locate, open_weights
@@ -51,7 +52,9 @@ __all__ = [
     "places",
     "quantized_product_works",
     "read_bytes",
+    "read_config",
     "read_header",
+    "read_index",
     "read_stored",
     "role_of",
     "seen_as_trained",

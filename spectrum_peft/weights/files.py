@@ -1,4 +1,4 @@
-"""Weights in safetensors files: headers, shards, tensors one at a time.
+"""Weights in safetensors files, one tensor at a time.
 
 Files are read into fresh memory, not mapped: mapped pages count as resident until the mapping goes, and a
 scan of shards would end up holding the whole checkpoint.
@@ -10,175 +10,40 @@ import hashlib
 import json
 import math
 import os
-import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import names
-from ..errors import CheckpointError
-from ..records import Fingerprint, read_mapping
+from ..errors import CheckpointError, quoted
+from ..records import Fingerprint, checked, parse_json
+from ..records.schema import Count
+from .headers import Span, find_shards, read_config, read_header, read_index
 from .layouts import Layout, Recipe, layout_of, must_ask, skeleton_in
 from .parameters import by_layout, by_names
 from .quantized import dequantize_4bit, int8_values
 from .source import DTYPES, SAMPLE, TensorInfo, split_found, structure_of
 
-_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERT = (
-    " Convert them: from_pretrained(folder) of the class that config.json names under architectures (AutoModel has no head), "
-    "then save_pretrained(new_folder), which writes safetensors."
-)
+_BLOCK_SIZES = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 
-class Span(NamedTuple):
-    """Where a tensor lies in a safetensors file.
+@dataclass(frozen=True)
+class _QuantState:
+    """What bitsandbytes writes beside a 4-bit matrix. Source: bitsandbytes 0.50, functional.py, `QuantState.as_dict`."""
 
-    Attributes:
-        dtype: safetensors' tag, `BF16`.
-        shape: as stored.
-        begin, end: byte range in the file (not in its data part); end - begin is the tensor's size in bytes.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def read_header(path: str | os.PathLike[str]) -> dict[str, Span]:
-    """The header of a safetensors file: {name: Span} in order of the bytes; every range is checked against the file.
-
-    Raises:
-        CheckpointError: not there, empty, truncated, not safetensors, or ranges that overlap, leave holes or do not fit
-            shape and dtype; the message names file and tensor.
-    Source: https://github.com/huggingface/safetensors#format
-    """
-    path = Path(path)
-    header, data_start, size = _raw_header(path)
-    spans = []
-    for name, row in header.items():
-        if name == "__metadata__":
-            continue
-        where = f"{path}: tensor {name!r}"
-        try:
-            tag, shape, (begin, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
-        except (TypeError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{where}: its header entry is {row!r}, wanted dtype, shape and data_offsets."
-            ) from error
-        if tag not in DTYPES:
-            raise CheckpointError(f"{where}: dtype is {tag!r}, wanted one of {sorted(DTYPES)}.")
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-            raise CheckpointError(f"{where}: shape {shape} and offsets [{begin}, {end}], wanted integers from 0 up.")
-        wanted = math.prod(shape) * DTYPES[tag].itemsize
-        if end - begin != wanted:
-            raise CheckpointError(
-                f"{where}: offsets [{begin}, {end}] hold {end - begin} bytes, wanted {wanted} for {tag} {shape}."
-            )
-        if data_start + end > size:
-            raise CheckpointError(
-                f"{where}: ends at byte {data_start + end}, the file has {size}: it is truncated, fetch it again."
-            )
-        spans.append((name, Span(tag, shape, data_start + begin, data_start + end)))
-    spans.sort(key=lambda item: (item[1].begin, item[1].end))
-    at, before = data_start, "the header"
-    for name, span in spans:
-        if span.begin != at:
-            what = "overlaps" if span.begin < at else "leaves a hole after"
-            raise CheckpointError(
-                f"{path}: tensor {name!r} starts at byte {span.begin}, wanted {at}: it {what} {before}."
-            )
-        at, before = span.end, f"{name!r}"
-    if at != size:
-        raise CheckpointError(f"{path}: the tensors end at byte {at}, the file has {size}, wanted them equal.")
-    return dict(spans)
-
-
-def _raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """(header, first byte of the data, size of the file)."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
-                raise CheckpointError(f"{path}: the file is empty, wanted safetensors.")
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > _HEADER_LIMIT or length > size - 8:
-                raise CheckpointError(
-                    f"{path}: not a safetensors file, or truncated: its first 8 bytes ask for a header of {length}"
-                    f" bytes, the file has {size}."
-                )
-            text = file.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not a safetensors file: its header is not JSON ({error}).") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(
-            f"{path}: not a safetensors file: its header is a {type(header).__name__}, wanted a mapping."
-        )
-    return header, 8 + length, size
-
-
-def find_shards(folder: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint in a folder, as transformers would choose them.
-
-    `model.safetensors`; else the shards of `model.safetensors.index.json`; else `model-00001-of-0000N.safetensors`, all
-    N; else every safetensors file there is.
-
-    Raises:
-        CheckpointError: none (pickle or GGUF files are named), or a shard that the index or the numbering names is
-            missing.
-    """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        mapping = read_mapping(index).get("weight_map")
-        if not isinstance(mapping, dict) or not mapping:
-            raise CheckpointError(f"{index}: field 'weight_map' is {type(mapping).__name__}, wanted {{tensor: file}}.")
-        files = []
-        for name in dict.fromkeys(mapping.values()):
-            if not isinstance(name, str) or Path(name).name != name:
-                raise CheckpointError(f"{index}: names the file {name!r}, wanted a plain file name in the same folder.")
-            if not (folder / name).is_file():
-                first = next(tensor for tensor, where in mapping.items() if where == name)
-                raise CheckpointError(f"{folder / name}: no such file, but {index.name} names it (for {first!r}).")
-            files.append(folder / name)
-        return sorted(files)
-    found = sorted(folder.glob("*.safetensors"))
-    numbered = {path: re.fullmatch(r".*-(\d+)-of-(\d+)\.safetensors", path.name) for path in found}
-    shards = [path for path, match in numbered.items() if match]
-    if shards:
-        match = numbered[shards[0]]
-        assert match is not None
-        total = int(match[2])
-        present = {int(m[1]) for m in numbered.values() if m}
-        missing = sorted(set(range(1, total + 1)) - present)
-        if missing:
-            raise CheckpointError(
-                f"{folder}: of {total} shards number {missing[0]} is missing (have {sorted(present)})."
-            )
-        return shards
-    if found:
-        return found
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-    if others:
-        raise CheckpointError(f"{folder}: holds only pickle files ({others[0]}), which are not read.{CONVERT}")
-    ggufs = sorted(p for p in folder.iterdir() if p.suffix == ".gguf")
-    if ggufs:
-        raise CheckpointError(f"{folder}: no safetensors file; give the GGUF file itself: {ggufs[0]}")
-    raise CheckpointError(f"{folder}: no safetensors file, wanted model.safetensors or shards of it.")
+    shape: tuple[Count, Count]
+    blocksize: _BLOCK_SIZES
+    quant_type: Literal["nf4", "fp4"]
+    dtype: Literal["float16", "bfloat16", "float32"]
+    nested_blocksize: _BLOCK_SIZES | None = None
+    nested_dtype: str | None = None
+    nested_offset: float | None = None
 
 
 class FileWeights:
@@ -217,11 +82,11 @@ class FileWeights:
                 self._spans[name] = (path, span)
         index = self.files[0].with_name("model.safetensors.index.json")
         if folder and index.is_file() and self.files[0].name != "model.safetensors":
-            for name, file in read_mapping(index)["weight_map"].items():
+            for name, file in read_index(index).items():
                 if name not in self._spans:
                     raise CheckpointError(f"{index}: tensor {name!r} should be in {file}, and is not.")
         config = self.files[0].with_name("config.json")
-        self.config: dict[str, Any] = read_mapping(config) if config.is_file() else {}
+        self.config = read_config(config)
         self._quantization = self._quantization_method()
         if self._quantization:
             self.notes += (f"weights are stored {self._quantization}; they were dequantized one matrix at a time",)
@@ -275,10 +140,10 @@ class FileWeights:
         settings = self.config.get("quantization_config")
         if not isinstance(settings, dict):
             return None
-        method = str(settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else "unknown"))
+        method = settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else "unknown")
         if method != "bitsandbytes":
             raise CheckpointError(
-                f"{self.files[0].parent}: weights are quantized by {method!r}, wanted float or bitsandbytes weights; use"
+                f"{self.files[0].parent}: weights are quantized by {quoted(method)}, wanted float or bitsandbytes weights; use"
                 " the checkpoint they were quantized from."
             )
         return f"in bitsandbytes {'4-bit' if settings.get('load_in_4bit') else '8-bit'}"
@@ -291,11 +156,35 @@ class FileWeights:
             (n for n in (f"{name}.quant_state.bitsandbytes__{t}" for t in ("nf4", "fp4")) if n in self._spans), None
         )
         if state:
-            described = json.loads(bytes(self._stored(state).numpy()))
-            return tuple(int(n) for n in described["shape"]), state.rpartition("__")[2]
+            return self._described(name, state).shape, state.rpartition("__")[2]
         if name.removesuffix("weight") + "SCB" in self._spans:
-            return self._spans[name][1].shape, "int8"
+            values, scales = self._spans[name][1], self._spans[name.removesuffix("weight") + "SCB"][1]
+            if (values.dtype, scales.dtype, math.prod(scales.shape)) != ("I8", "F32", (values.shape or (0,))[0]):
+                raise CheckpointError(f"{name}: is no int8 matrix with a scale in float32 for each row.")
+            return values.shape, "int8"
         return None
+
+    def _described(self, name: str, state: str) -> _QuantState:
+        """The state of a 4-bit matrix, whose parts are as large as it says: bitsandbytes' own code does not look.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        text = bytes(self._stored(state).view(torch.uint8).numpy()).decode("utf-8", "replace")
+        found = checked(parse_json(text, state), _QuantState, state)
+        values = math.prod(found.shape)
+        blocks = -(-values // found.blocksize)
+        wanted = {"": (values + 1) // 2, ".absmax": blocks, ".quant_map": 16}
+        if found.nested_blocksize is not None:
+            wanted |= {".nested_absmax": -(-blocks // found.nested_blocksize), ".nested_quant_map": 256}
+        for part, count in wanted.items():
+            _, span = self._spans.get(f"{name}{part}", (None, None))
+            if span is None or math.prod(span.shape) != count:
+                seen = "missing" if span is None else f"of the shape {span.shape}"
+                raise CheckpointError(
+                    f"{name}{part}: is {seen}, wanted {count} values for a 4-bit matrix of {found.shape}."
+                )
+        return found
 
     def _belongs_to_quantized(self, name: str) -> bool:
         return bool(self._quantization) and (".weight." in name or name.endswith((".SCB", ".weight_format")))

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import names
-from ..errors import CheckpointError
-from ..records import Fingerprint
+from ..errors import CheckpointError, quoted
+from ..records import Fingerprint, checked
+from ..records.schema import Count, Name
 from .files import read_bytes, sample_file
 from .parameters import Logical
 from .source import TensorInfo, split_found, structure_of
@@ -59,6 +60,10 @@ _GGUF_EXCEPT = {
         for arch in ("gemma2", "gemma3")
     },
 }
+# Limits of a header. llama.cpp has at most 4 dimensions (GGML_MAX_DIMS); the longest text is a chat template.
+_MOST_TEXT = 1 << 24
+_MOST_DIMENSIONS = 4
+_Alignment = Literal[8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 # Frequencies that transformers computes from the config.
 _GGUF_SKIPPED = re.compile(r"(^|\.)rope_(freqs|factors_long|factors_short)\.weight$")
 
@@ -87,7 +92,7 @@ class GgufWeights:
         self.architecture = str(self.metadata.get("general.architecture"))
         if self.architecture not in _GGUF_LLAMA_LIKE:
             raise CheckpointError(
-                f"{path}: general.architecture is {self.architecture!r}, wanted one of {sorted(_GGUF_LLAMA_LIKE)};"
+                f"{path}: general.architecture is {quoted(self.architecture)}, wanted one of {sorted(_GGUF_LLAMA_LIKE)};"
                 " convert it with transformers (from_pretrained(..., gguf_file=...)) and scan the model."
             )
         self._logical = {item.info.name: item for item in self._present()}
@@ -116,8 +121,10 @@ class GgufWeights:
                 live = f"{owner}.down_proj"
                 if match[2] == "ffn_gate_exps":
                     live, up = f"{owner}.gate_up_proj", stored.replace("gate", "up")
-                    if up not in self._spans:
-                        raise CheckpointError(f"{self.path}: holds {stored!r} and not {up!r}, wanted both.")
+                    if up not in self._spans or not len(shape) == len(self._spans[up].shape) == 3:
+                        raise CheckpointError(
+                            f"{self.path}: {stored!r} and {up!r}: wanted both, a matrix for each expert."
+                        )
                     parts, shape = ((stored, up),), (shape[0], shape[1] + self._spans[up].shape[1], shape[2])
             elif match and match[2] == "ffn_up_exps":
                 continue
@@ -147,8 +154,15 @@ class GgufWeights:
         return weight
 
     def _heads(self, stored: str) -> int:
-        heads = int(self.metadata["llama.attention.head_count"])
-        return int(self.metadata.get("llama.attention.head_count_kv", heads)) if "attn_k" in stored else heads
+        heads = self.metadata.get("llama.attention.head_count")
+        key = "llama.attention.head_count_kv" if "attn_k" in stored else "llama.attention.head_count"
+        found = checked(self.metadata.get(key, heads), Count, f"{self.path}: {key}")
+        rows = self._spans[stored].shape[0]
+        if found == 0 or rows % (2 * found):
+            raise CheckpointError(
+                f"{self.path}: {key} is {found}, wanted a number of heads that {rows} rows divide into, by two."
+            )
+        return found
 
     def _stored(self, name: str, expert: int | None = None) -> Tensor:
         from gguf import GGMLQuantizationType
@@ -216,10 +230,15 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, _GgufSpan]]:
             def number(form: str) -> Any:
                 return struct.unpack(form, file.read(struct.calcsize(form)))[0]
 
+            def skip(length: int) -> None:
+                if length > total - file.tell():
+                    raise struct.error("something is longer than the file")
+                file.seek(length, os.SEEK_CUR)
+
             def text() -> str:
                 length = number("<Q")
-                if length > total:
-                    raise struct.error("a text is longer than the file")
+                if length > _MOST_TEXT:
+                    raise struct.error(f"a text has {length} bytes, more than {_MOST_TEXT}")
                 return file.read(length).decode("utf-8", "replace")
 
             def value(kind: int) -> Any:
@@ -228,14 +247,13 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, _GgufSpan]]:
                 if kind != 9:
                     return number(sizes[kind])
                 inner, count = number("<I"), number("<Q")
+                if inner == 9:
+                    raise struct.error("an array of arrays, which no writer makes")
                 if inner in sizes:
-                    file.seek(struct.calcsize(sizes[inner]) * count, os.SEEK_CUR)
+                    skip(struct.calcsize(sizes[inner]) * count)
                 else:
                     for _ in range(count):
-                        if inner == 8:
-                            file.seek(number("<Q"), os.SEEK_CUR)
-                        else:
-                            value(inner)
+                        skip(number("<Q"))
                 return None
 
             if file.read(4) != b"GGUF":
@@ -250,25 +268,36 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, _GgufSpan]]:
                 metadata[key] = value(number("<I"))
             rows = []
             for _ in range(tensors):
-                name = text()
-                shape = tuple(number("<Q") for _ in range(number("<I")))[::-1]
+                name, dimensions = text(), number("<I")
+                if dimensions > _MOST_DIMENSIONS:
+                    raise struct.error(f"a tensor has {dimensions} dimensions, more than {_MOST_DIMENSIONS}")
+                shape = tuple(number("<Q") for _ in range(dimensions))[::-1]
                 rows.append((name, shape, number("<I"), number("<Q")))
-            align = int(metadata.get("general.alignment") or 32)
+            align = checked(metadata.get("general.alignment", 32), _Alignment, f"{path}: general.alignment")
             start = (file.tell() + align - 1) // align * align
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file.") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except (struct.error, KeyError) as error:
+    except (struct.error, KeyError, OverflowError) as error:
         raise CheckpointError(f"{path}: truncated or not GGUF: its header cannot be read ({error}).") from error
-    spans = {}
-    for name, shape, kind, offset in rows:
+    spans: dict[str, _GgufSpan] = {}
+    checked([name for name, *_ in rows], list[Name], f"{path}: names of tensors")
+    for name, shape, kind, offset in sorted(rows, key=lambda row: row[3]):
         try:
             block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: tensor {name!r} has the unknown type {kind}.") from error
+        if shape and shape[-1] % block:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has rows of {shape[-1]} values, wanted whole blocks of {block}."
+            )
         begin, end = start + offset, start + offset + math.prod(shape) // block * size
         if end > total:
             raise CheckpointError(f"{path}: tensor {name!r} ends at byte {end}, the file has {total}: it is truncated.")
+        before = next(reversed(spans), None)
+        if name in spans or (before is not None and begin < spans[before].end):
+            raise CheckpointError(f"{path}: tensor {name!r} is there twice, or lies over {before!r}.")
         spans[name] = _GgufSpan(kind, shape, begin, end)
-    return metadata, spans
+    # In the order of the header, which is that of the blocks.
+    return metadata, {name: spans[name] for name, *_ in rows}

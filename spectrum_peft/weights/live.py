@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .. import names
 from ..errors import CheckpointError
 from ..records import Fingerprint
-from .files import FileWeights, find_shards
+from .files import FileWeights
+from .headers import find_shards
 from .layouts import skeleton_like
 from .quantized import int8_values, quantization_of, unpacked_4bit
 from .roles import output_head, role_of

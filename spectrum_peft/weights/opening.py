@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import CheckpointError, one_line
+from ..errors import CheckpointError, one_line, quoted
+from ..records import mode_of
 from .adapted import AdaptedWeights
 from .adapters import AdapterState
-from .files import CONVERT, PICKLES, FileWeights, find_shards
+from .files import FileWeights
 from .gguf import GgufWeights
+from .headers import CONVERT, PICKLES, find_shards
 from .live import LiveWeights
 from .source import WeightSource
 
@@ -54,8 +56,8 @@ def locate(model_or_path: str | os.PathLike[str], revision: str | None = None) -
     if not isinstance(model_or_path, str | os.PathLike):
         kind = type(model_or_path).__name__
         raise CheckpointError(f"the weights to open are a {kind}, wanted a model, a path or a hub id.")
-    path = Path(model_or_path).expanduser()
-    if path.exists():
+    path = _expanded(model_or_path)
+    if mode_of(path):  # a name that is too long, or holds a NUL, is none that exists
         return path, str(path), None
     text = os.fspath(model_or_path)
     if text.count("/") > 1 or text.startswith((".", "~", "/")) or path.suffix in {".gguf", ".safetensors", *PICKLES}:
@@ -63,6 +65,13 @@ def locate(model_or_path: str | os.PathLike[str], revision: str | None = None) -
     folder = fetch(text, revision)
     # A snapshot of the hub's cache lies in a folder named by its commit.
     return folder, text, folder.name if folder.parent.name == "snapshots" else revision
+
+
+def _expanded(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # `~name`, of a user that there is not
+        return Path(path)
 
 
 def _checkpoint(path: Path, model_id: str, revision: str | None) -> WeightSource:
@@ -101,7 +110,9 @@ def fetch(model_id: str, revision: str | None, patterns: Sequence[str] = ("*.saf
             )
         )
     except HFValidationError as error:
-        raise CheckpointError(f"{model_id!r} is neither a file, a folder nor a hub id: {one_line(error)}") from error
+        raise CheckpointError(
+            f"{quoted(model_id)} is neither a file, a folder nor a hub id: {one_line(error)}"
+        ) from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"{model_id!r}: no such file or folder here, not in the hub's cache, and the hub cannot be reached."

@@ -15,7 +15,7 @@ from .layouts import Layout, Recipe
 from .source import DTYPES, TensorInfo, dtype_name
 
 if TYPE_CHECKING:
-    from .files import Span
+    from .headers import Span
 
 # Model types whose blocks are built of transformers' Conv1D, which stores (in, out).
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder"})
@@ -161,6 +161,10 @@ def _fuse(owner: str, experts: dict[int, dict[str, str]], spans: Mapping[str, Sp
             if lacking:
                 raise CheckpointError(f"{owner}.{e}.{lacking[0]}.weight: not in the checkpoint, but expert 0 has it.")
             stored = tuple(experts[e][part] for part in recipe)
+            if any(len(spans[name].shape) != 2 for name in stored):
+                raise CheckpointError(
+                    f"{owner}.{e}: has weights of {[spans[n].shape for n in stored]}, wanted matrices."
+                )
             shapes.add((sum(spans[name].shape[0] for name in stored), *spans[stored[0]].shape[1:]))
             parts.append(stored)
         if len(shapes) > 1:

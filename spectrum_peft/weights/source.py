@@ -37,7 +37,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 SAMPLE = 64 * 1024  # bytes of each end of a tensor that the fingerprint covers
-_EXPERT_NAME = re.compile(r"^(.*)\[(\d+)\]$")
+MOST_EXPERTS = 1 << 16  # of one layer; open models have up to 2^10
+_EXPERT_NAME = re.compile(r"^(.*)\[(\d{1,9})\]$")
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,19 @@ class TensorInfo:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    role: str
+    role: names.Role
     experts: int | None = None
     transposed: bool = False
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            CheckpointError: no fused experts that could be: each of them is scored under a name of its own.
+        """
+        if self.experts is not None and not (self.experts <= MOST_EXPERTS and self.numel):
+            raise CheckpointError(
+                f"{self.name}: has the shape {self.shape}, wanted fused experts, up to {MOST_EXPERTS:,} of them, with elements."
+            )
 
     @property
     def numel(self) -> int:

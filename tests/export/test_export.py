@@ -776,8 +776,8 @@ def test_a_tensor_that_does_not_fit_is_named(
 WRONG_CONFIGS = [
     ({"init_lora_weights": "pissa_niter_4"}, CheckpointError, "init_lora_weights is 'pissa_niter_4'"),
     ({"use_qalora": True}, CheckpointError, "use_qalora"),
-    ({"alpha_pattern": {"q_proj(": 3}}, CheckpointError, r"alpha_pattern 'q_proj\(' is no regex"),
-    ({"lora_alpha": "much"}, CheckpointError, r"alpha of \S+_proj is 'much', wanted a number"),
+    ({"alpha_pattern": {"q_proj(": 3}}, CheckpointError, r"adapter_config\.json: 'q_proj\(' is no regex"),
+    ({"lora_alpha": "much"}, CheckpointError, r"lora_alpha is 'much', wanted a number"),
     ({"peft_type": "IA3"}, CheckpointError, "peft_type is 'IA3', wanted LORA or SPECTRUM"),
     ({"base_model_name_or_path": None}, OptionError, "base_model_name_or_path is empty"),
     ({"base_model_name_or_path": "/nowhere/model"}, CheckpointError, r"/nowhere/model.*another place with base"),
@@ -868,12 +868,17 @@ def test_options_are_checked_before_anything_is_written(
     assert (tmp_path / "empty" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("row", [264, -1])
-def test_a_row_that_the_table_lacks_is_named(row: int, base_of: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("row", "match"), [
+    (264, r"holds row 264 of model\.embed_tokens\.weight, which has 264"),
+    (-1, r"trainable_token_indices\[1\] is -1, wanted a whole number of at least 0"),
+])  # fmt: skip
+def test_a_row_that_the_table_lacks_is_named(
+    row: int, match: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
     config = config_for("peft", ARCHITECTURES["llama"], target_modules=["q_proj"], trainable_token_indices=[3, 7])
     folder = saved(moved(loaded("llama", base_of("llama")), config), tmp_path / "adapter")
     folder = edited(folder, tmp_path / "edited", trainable_token_indices=[3, row])
-    with pytest.raises(MismatchError, match=rf"holds row {row} of model\.embed_tokens\.weight, which has 264"):
+    with pytest.raises((MismatchError, CheckpointError), match=match):
         merge_into_base(folder, out=tmp_path / "merged")
 
 

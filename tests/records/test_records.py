@@ -116,7 +116,7 @@ def changed(**fields):
     ("p.json", changed(schema_version=SCHEMA_VERSION + 1), f"schema_version is {SCHEMA_VERSION + 1}"),
     ("p.json", changed(schema_version="1"), "schema_version is '1'"),
     ("p.json", json.dumps({k: v for k, v in PLAN.to_dict().items() if k != "mode"}), "field 'mode' is missing"),
-    ("p.json", changed(entries={"a": 1}), "field 'entries' is a dict, wanted a list"),
+    ("p.json", changed(entries={"a": 1}), r"entries is \{'a': 1\}, wanted a list"),
     ("p.json", changed(entries=["a"]), r"entries\[0\] is 'a', wanted a mapping"),
     ("p.json", changed(entries=[{"name": "a", "action": "freeze", "ranks": 3}]), "unknown field 'ranks'"),
     ("p.json", changed(entries=[{"name": "a"}]), r"entries\[0\].*action"),
@@ -154,7 +154,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(CheckpointError, match=r"plan\.json: cannot be written \(No space left on device\)"):
+    with pytest.raises(CheckpointError, match=r"plan\.json: cannot be written \(No space"):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
@@ -248,17 +248,17 @@ def test_a_report_file_is_not_a_plan(llama_report, tmp_path):
 @pytest.mark.parametrize(
     ("part", "field", "value", "message"),
     [
-        ("stats", "fisher", math.nan, r"fisher of l\.0\.q\.weight holds nan"),
-        ("stats", "fisher", -1.0, r"fisher of l\.0\.q\.weight holds -1\.0"),
-        ("stats", "importance", [1.0, math.inf], r"importance of l\.0\.q\.weight holds inf"),
+        ("stats", "fisher", math.nan, r"stats\[l\.0\.q\.weight\]\.fisher is nan"),
+        ("stats", "fisher", -1.0, r"stats\[0\]\.fisher is -1\.0, wanted a number of at least 0"),
+        ("stats", "importance", [1.0, math.inf], r"stats\[0\]\.importance\[1\] is inf, wanted a number of at most"),
         ("stats", "importance", [1.0], r"l\.0\.q\.weight has 1 importances and 2 singular values"),
-        ("stats", "singular_values", [2.0, "many"], r"singular_values of l\.0\.q\.weight holds 'many'"),
+        ("stats", "singular_values", [2.0, "many"], r"stats\[0\]\.singular_values\[1\] is 'many', wanted a number"),
         ("similarities", "cosine", [[1.0, 0.5]], r"cosine of q \(6, 4\) has rows of \[2\], wanted 2 of 2"),
         (
             "similarities",
             "subspace",
             [[1.0, math.nan], [0.5, 1.0]],
-            r"subspace of q \(6, 4\) holds what is no likeness",
+            r"subspace\[0\]\[1\] is nan",
         ),
     ],
 )
@@ -273,8 +273,7 @@ def test_gradients_that_were_changed_by_hand_are_refused_by_name(tmp_path, part,
     path.write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match=message):
         GradientReport.load(path)
-    data["stats"] = []
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps({**GradientReport(stats, (group,), 4, 1.5).to_dict(), "stats": []}))
     with pytest.raises(CheckpointError, match="stats is empty"):
         GradientReport.load(path)
 

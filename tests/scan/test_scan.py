@@ -358,7 +358,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a score that is text": (_edited(lambda stat: stat.update(score="high")), "not used"),
     "a negative score": (_edited(lambda stat: stat.update(score=-1.0)), "no result of a matrix"),
     "too many signal values": (_edited(lambda stat: stat.update(n_signal=25)), "no result of a matrix"),
-    "a value without end": (_edited(lambda stat: stat.update(s_max="inf")), "no result of a matrix"),
+    "a value without end": (_edited(lambda stat: stat.update(s_max="inf")), r"s_max is inf"),
 }  # fmt: skip
 
 

@@ -1,0 +1,138 @@
+"""Which checkpoint of a run can be resumed: the newest whose saving was not cut off."""
+
+from __future__ import annotations
+
+import logging
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError, OptionError, SpectrumError, one_line
+from ..records import checked, read_mapping
+
+logger = logging.getLogger(__name__)
+
+_STATE = "trainer_state.json"
+# What the trainer saves for a run on one process or on several with whole copies; a sharded run has folders instead.
+_TORCH_FILES = ("optimizer.pt", "scheduler.pt")
+_SHARDED = ("global_step*", "pytorch_model_fsdp*", "optimizer_[0-9]*", "optimizer_bin*", "rank*-of-*")
+
+
+@dataclass(frozen=True)
+class _State:
+    """The fields of trainer_state.json that are read here."""
+
+    global_step: Annotated[int, Meta(ge=0)]
+
+
+def checkpoint_to_resume(value: str | None, output_dir: str) -> str | None:
+    """The folder to resume from.
+
+    Args:
+        value: of `--resume-from-checkpoint`: a folder, `true` for the newest in `output_dir` that is whole, `false`.
+    Raises:
+        OptionError: no such folder.
+        CheckpointError: that folder is not whole, in which case the one before it is named; there is none that is.
+    """
+    if value is None or value.lower() in {"false", "no"}:
+        return None
+    if value.lower() in {"true", "yes", "last"}:
+        found = _saved_in(Path(output_dir))
+        if not found:
+            raise CheckpointError(
+                f"{output_dir}: holds no checkpoint to resume from; leave --resume-from-checkpoint out."
+            )
+        whole = _newest_whole(found)
+        if whole is None:
+            raise CheckpointError(
+                f"{found[0]}: cannot be resumed, {problem_of(found[0])}; no other in {output_dir} can."
+            )
+        for folder in found[: found.index(whole)]:
+            logger.warning("%s: its saving was cut off (%s); going on from %s", folder, problem_of(folder), whole.name)
+        return str(whole)
+    folder = Path(value)
+    if not folder.is_dir():
+        raise OptionError(f"resume_from_checkpoint is {value!r}, wanted a checkpoint folder or true.")
+    problem = problem_of(folder)
+    if problem:
+        before = _newest_whole([other for other in _saved_in(folder.parent) if _step(other) < _step(folder)])
+        hint = f" The one before is whole: {before}." if before else ""
+        raise CheckpointError(f"{folder}: cannot be resumed, {problem}.{hint}")
+    return value
+
+
+def _step(folder: Path) -> int:
+    match = re.fullmatch(r"checkpoint-(\d{1,12})", folder.name)
+    return int(match[1]) if match else -1
+
+
+def _saved_in(output: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    try:
+        folders = [path for path in output.iterdir() if _step(path) >= 0 and path.is_dir()]
+    except OSError:
+        return []
+    return sorted(folders, key=_step, reverse=True)
+
+
+def _newest_whole(folders: list[Path]) -> Path | None:
+    return next((folder for folder in folders if problem_of(folder) is None), None)
+
+
+def problem_of(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed, None if it can. The trainer would start its optimizer anew without a word."""
+    try:
+        step = checked(read_mapping(folder / _STATE), _State, folder / _STATE).global_step
+    except CheckpointError as error:
+        return f"{_STATE} is missing or damaged ({error})"
+    if _step(folder) not in (-1, step):
+        return f"{_STATE} is of step {step}"
+    if any(path for pattern in _SHARDED for path in folder.glob(pattern)):
+        return None
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights and not any(folder.glob("*.bin")):
+        return "it holds no weights"
+    for path in weights:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path.name} is damaged ({one_line(error)})"
+    random_states = sorted(folder.glob("rng_state*.pth"))
+    for path in (*(folder / name for name in _TORCH_FILES), *(random_states or [folder / "rng_state.pth"])):
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if not zipfile.is_zipfile(path):  # torch's format; its end is written last
+            return f"{path.name} is cut off"
+    return None
+
+
+@contextmanager
+def saving(output: str) -> Iterator[None]:
+    """Around what trains and saves: a disk that is full is no fault of ours.
+
+    Raises:
+        CheckpointError: something could not be written.
+    """
+    try:
+        yield
+    except SpectrumError:
+        raise
+    except (OSError, SafetensorError) as error:
+        where = getattr(error, "filename", None) or output
+        raise CheckpointError(
+            f"{where}: cannot be written ({getattr(error, 'strerror', None) or one_line(error)})."
+        ) from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(
+            error
+        ):  # `torch.save` has no error of its own
+            raise
+        raise CheckpointError(f"{output}: a checkpoint cannot be written ({one_line(error)}).") from error
