@@ -18,6 +18,14 @@ Pattern = Annotated[str, Meta(max_length=20_000)]
 
 
 @dataclass(frozen=True)
+class _AutoMapping:
+    """The class that was trained, where PEFT was told of no task."""
+
+    base_model_class: Name | None = None
+    parent_library: Name | None = None
+
+
+@dataclass(frozen=True)
 class _AdapterConfig:
     """The fields of adapter_config.json that are read without PEFT, or that PEFT believes; the rest is PEFT's to check."""
 
@@ -44,7 +52,7 @@ class _AdapterConfig:
     ensure_weight_tying: bool | None = None
     lora_dropout: float | None = None
     bias: Literal["none", "all", "lora_only"] | None = None
-    auto_mapping: dict[str, Any] | None = None
+    auto_mapping: _AutoMapping | None = None
     plan: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:

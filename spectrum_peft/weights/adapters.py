@@ -22,7 +22,7 @@ from ..errors import CheckpointError, MismatchError, near_matches, quoted
 from ..records import Plan, PlanEntry, checked
 from ..records.schema import Count
 from .adapter_config import read_adapter_config
-from .headers import read_header
+from .headers import read_config, read_header
 from .rotations import core_matrix, digest_of, rotation_bases
 from .source import TensorInfo
 from .updates import WRAPPERS, Added, LowRank, Rows, Stored, Update, Value, may_grow
@@ -136,8 +136,8 @@ class AdapterState:
         """Model classes that the adapter's folder names, the likeliest first."""
         found = [(self.config.get("auto_mapping") or {}).get("base_model_class")]
         config = self.folder / "config.json" if self.folder else None
-        if config is not None and config.is_file():
-            found += read_mapping(config).get("architectures") or []
+        if config is not None:
+            found += read_config(config).get("architectures") or []
         return [name for name in found if name]
 
     def planned(self) -> list[TensorInfo]:
