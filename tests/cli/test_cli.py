@@ -6,6 +6,7 @@ Verbs run in this process (`main` returns the exit code); a few run as a command
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def test_help_of_a_verb_has_its_example(name: str, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("name", VERBS)
 def test_the_example_of_a_verb_is_understood(name: str) -> None:
-    verb, *argv = VERBS[name].example.split()
+    verb, *argv = shlex.split(VERBS[name].example)
     assert verb == name
     _, rest = VERBS[name].parser().parse_known_args(argv)
     assert rest == [] or VERBS[name].passes_on
