@@ -23,7 +23,7 @@ _BLOCKS, _LEAST = 8, 64
 # Elements of the long side that are converted at a time, so that a bfloat16 matrix is never held twice.
 _SLICE = 2048
 # Sides from which OpenBLAS is worth its import, and up to which its reduction to a tridiagonal matrix is the faster one.
-_OPENBLAS_FROM, _OPENBLAS_REDUCES_TO = 128, 2048
+_OPENBLAS_FROM, _OPENBLAS_REDUCES_TO = 128, 2560
 # Columns that the reduction takes at a time; LAPACK's own choice (ilaenv) for all sizes here.
 _PANEL = 32
 
