@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, MismatchError, OptionError, SpectrumError
@@ -259,9 +259,8 @@ class SpectrumLayer(nn.Module, BaseTunerLayer):
         return self._computed(self.current(), args, kwargs)
 
     def _computed(self, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._has_parts() or not self.cast_input_dtype_enabled:
-            values = {name: value.to(self.originals[name].dtype) for name, value in values.items()}
-            with self._in_place(values):
+        if has_parts(self.base_layer) or not self.cast_input_dtype_enabled:
+            with self._in_place(self._outward(values)), self._in_place_again():
                 return self.base_layer(*args, **kwargs)
         dtype = next(iter(values.values())).dtype
         given = next((a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
@@ -273,8 +272,31 @@ class SpectrumLayer(nn.Module, BaseTunerLayer):
             result = result.to(given)
         return result
 
-    def _has_parts(self) -> bool:
-        return has_parts(self.base_layer)
+    def _outward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.originals[name].dtype) for name, value in values.items()}
+
+    @contextmanager
+    def _in_place_again(self) -> Iterator[None]:
+        """Let a block that checkpoints itself (transformers' `GradientCheckpointingLayer`) have its values once more when it
+        runs again in backward, where this layer's forward is long over."""
+        base: Any = self.base_layer
+        checkpoint = getattr(base, "_gradient_checkpointing_func", None)
+        if checkpoint is None:
+            yield
+            return
+
+        def checkpointed(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def run_with_values(*inputs: Any) -> Any:
+                with self._in_place(self._outward(self.current())):
+                    return run(*inputs)
+
+            return checkpoint(run_with_values, *args, **kwargs)
+
+        base._gradient_checkpointing_func = checkpointed
+        try:
+            yield
+        finally:
+            base._gradient_checkpointing_func = checkpoint
 
     def _rows(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Each row of the batch with the values of its own adapter.
@@ -284,7 +306,11 @@ class SpectrumLayer(nn.Module, BaseTunerLayer):
         """
         x = args[0] if args else None
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        if self._has_parts() or not isinstance(x, Tensor) or any(v.shape[:-1] != x.shape[:-1] for v in tensors):
+        if (
+            has_parts(self.base_layer)
+            or not isinstance(x, Tensor)
+            or any(v.shape[:-1] != x.shape[:-1] for v in tensors)
+        ):
             raise OptionError(
                 f"adapter_names: the real weights of {self.module_name} ({type(self.base_layer).__name__}) cannot differ "
                 "from row to row; run the rows of one adapter at a time, with set_adapter."
@@ -315,10 +341,7 @@ class SpectrumLayer(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_spectrum]
         if not names:
             return
-        if len(names) > 1 or self.merged_adapters:
-            raise SpectrumError(
-                f"{self.module_name}: cannot merge {names} over {self.merged_adapters}: each replaces the weight."
-            )
+        refuse_two_values_of(self.module_name, [*self.merged_adapters, *names])
         held = dict(self.lora_spectrum[names[0]].named_parameters())
         for name, value in held.items():
             if safe_merge and not torch.isfinite(value).all():
@@ -347,6 +370,7 @@ class SpectrumLayer(nn.Module, BaseTunerLayer):
         """The base module with its parameters back in place: the adapter's values, or the originals."""
         if merge:
             if self.merged:  # merge_adapter() was called before: this is already the result
+                self._unload_parts(merge, safe_merge, adapter_names)
                 return self.base_layer
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         if not self.merged:
@@ -406,6 +430,36 @@ class SpectrumLayer(nn.Module, BaseTunerLayer):
 def has_parts(module: nn.Module) -> bool:
     """Whether other modules lie in it: an attention, not a Linear."""
     return bool(module._modules)
+
+
+def refuse_two_values_of(module: str, adapters: list[str], verb: str = "merge") -> None:
+    """
+    Raises:
+        OptionError: more than one adapter has a value for a module that can have one.
+    """
+    if len(adapters) > 1:
+        raise OptionError(
+            f"{module}: adapters {adapters} each hold a value of it, and a weight has one; {verb} one of them, such as "
+            f"{adapters[0]!r}."
+        )
+
+
+def refuse_two_values(model: nn.Module, adapter_names: list[str] | None, verb: str = "merge") -> None:
+    """Ask every module whether adapters can be merged, or active, together, before anything is done.
+
+    Args:
+        adapter_names: as in PEFT's `merge_adapter`; None for the active ones.
+        verb: what to do with one of them instead, for the message.
+    Raises:
+        OptionError: as above.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, SpectrumLayer):
+            asked = module.active_adapters if adapter_names is None else adapter_names
+            have = [n for n in asked if n in module.lora_spectrum]
+            refuse_two_values_of(module.module_name, list(dict.fromkeys([*module.merged_adapters, *have])), verb)
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_names is not None:
+            refuse_two_values_of(path, [n for n in adapter_names if n in module.modules_to_save], verb)
 
 
 class Aside:

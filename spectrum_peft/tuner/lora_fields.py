@@ -73,12 +73,10 @@ FIELDS: dict[str, Row] = {
     "modules_to_save": Row("as in PEFT", "appear in the plan with action `save`"),
     "trainable_token_indices": Row("as in PEFT", "where the whole embedding trains, its rows do anyway"),
     "ensure_weight_tying": Row("as in PEFT", "and set where embeddings that other modules are tied to train"),
-    "init_lora_weights": Row("low rank", "which values: see INITS", actions=_FACTORS),
+    "init_lora_weights": Row("low rank", "which values: see below", actions=_FACTORS),
     "eva_config": Row("low rank", "with init_lora_weights='eva'", actions=_FREE_FACTORS),
-    "rank_pattern": Row("low rank", "in `lora` and `spectra_qlora`; the other modes set ranks", actions=_FREE_FACTORS),
-    "alpha_pattern": Row(
-        "low rank", "in `lora` and `spectra_qlora`; the other modes set scales", actions=_FREE_FACTORS
-    ),
+    "rank_pattern": Row("low rank", "not in `alors`, which sets ranks itself", actions=_FREE_FACTORS),
+    "alpha_pattern": Row("low rank", "not in `alors`, which sets scales itself", actions=_FREE_FACTORS),
     "use_dora": Row("low rank", "not with rescore_every", actions=_FREE_FACTORS),
     "lora_bias": Row("low rank", actions=_FREE_FACTORS),
     "runtime_config": Row("as in PEFT", "not saved"),

@@ -36,7 +36,7 @@ from .apply import (
 )
 from .base_state import keep_state_whole
 from .config import SpectrumConfig
-from .layers import Aside, SpectrumLayer, has_parts
+from .layers import Aside, SpectrumLayer, has_parts, refuse_two_values
 from .lorsa import install, singular_layers, take_base_dtype
 from .mixed_batches import check_rows, names_for_rows
 from .originals import original_keeper
@@ -76,10 +76,10 @@ class SpectrumModel(LoraModel):
         Raises:
             MismatchError: the plan does not fit the model, or an adapter of another kind is already on a module.
         """
-        config = self.peft_config[adapter_name]
-        if any(c is config for name, c in self.peft_config.items() if name != adapter_name):
-            # TRL's reference adapter comes with the policy's own config; the plan of one must not move the other's.
-            config = self.peft_config[adapter_name] = copy.copy(config)
+        # A copy: the plan of this model must not move another adapter's that came with the same config (TRL's reference
+        # adapter), nor be what the caller's config says from now on, whatever else is set in it.
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config.modules_to_save = list(config.modules_to_save) if config.modules_to_save else config.modules_to_save
         settle_quantized(model)  # for inference, too: merging and unloading read the weights in the usual layout
         config.plan = settle_plan(model, config)
         self._aim(config, model)
@@ -381,6 +381,14 @@ class SpectrumModel(LoraModel):
             for factor in (layer.lora_A, layer.lora_B)
         ]
 
+    # --- which adapters are in force ------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's; two values of one weight are refused before anything is switched."""
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            refuse_two_values(self.model, adapter_name, verb="activate")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     # --- sums of adapters -----------------------------------------------------------------------------------------
 
     def add_weighted_adapter(
@@ -536,17 +544,35 @@ class SpectrumModel(LoraModel):
                     "of your own."
                 )
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        """As PEFT's; without a merge, modules that were trained whole are given back as they were, too."""
+    # --- merging and unloading ------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's; two values of one weight are refused before anything is merged."""
+        refuse_two_values(self.model, adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """As PEFT's, and modules that train whole are the merged adapter's; without a merge they are the base's."""
+        if merge:
+            refuse_two_values(self.model, adapter_names)
         self._disarm()
         for handle in self.__dict__.pop("_state_hooks", ()):
             handle.remove()
-        if not merge:
-            for name, module in list(self.model.named_modules(remove_duplicate=False)):
-                if isinstance(module, ModulesToSaveWrapper):
-                    parent, _, leaf = name.rpartition(".")
-                    setattr(self.model.get_submodule(parent), leaf, module.original_module)
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for name, module in list(self.model.named_modules(remove_duplicate=False)):
+            if not isinstance(module, ModulesToSaveWrapper):
+                continue
+            if not merge:
+                parent, _, leaf = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), leaf, module.original_module)
+            elif adapter_names is not None:  # PEFT would take the active adapter's copy, whichever is merged
+                module._active_adapter = next((n for n in adapter_names if n in module.modules_to_save), [])
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     # --- files ----------------------------------------------------------------------------------------------------
 

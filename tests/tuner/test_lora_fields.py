@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -25,6 +28,7 @@ from spectrum_peft.plan import MODES
 from spectrum_peft.tuner import lora_fields
 from spectrum_peft.tuner.lora_fields import FIELDS, INITS
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 # A value that asks for something, for every field that is not there to say where an adapter belongs.
 ASKED: dict[str, Any] = {
     "loftq_config": {"loftq_bits": 4},
@@ -143,3 +147,10 @@ def test_a_field_of_a_newer_peft_is_refused_where_it_is_set(monkeypatch: pytest.
         OptionError, match="use_dora=True is a field of this peft's LoraConfig that spectrum_peft does not know"
     ):
         SpectrumConfig(mode="lora", use_dora=True)
+
+
+def test_the_page_says_what_the_table_says() -> None:
+    done = subprocess.run(
+        [sys.executable, str(DOCS / "peft_methods.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from peft.helpers import disable_input_dtype_casting
 from running import IDS, LIBRARIES, logits, options_of
 from torch import nn
 from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
     BertConfig,
     BertForSequenceClassification,
     DebertaConfig,
@@ -55,7 +58,7 @@ def llama(**changes: Any) -> Any:
 
 
 def config_of(mode: str, **changes: Any) -> SpectrumConfig:
-    return SpectrumConfig(mode=mode, task_type="CAUSAL_LM", **{"r": 4} | options_of(mode) | changes)
+    return SpectrumConfig(mode=mode, **{"task_type": "CAUSAL_LM", "r": 4} | options_of(mode) | changes)
 
 
 def trained(model: Any, adapter: str = "default", seed: int = 0, size: float = 0.1) -> Any:
@@ -550,3 +553,82 @@ def test_an_adapter_of_an_older_class_finds_the_renamed_modules(mode: str, tmp_p
     old = {n.replace("model.layers", "model.language_model.layers"): p for n, p in model.named_parameters()}
     found = {n: p for n, p in loaded.named_parameters() if "lora_" in n}
     assert found and all(torch.equal(p, old[n]) for n, p in found.items())
+
+
+# --- merging one of several ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_of_two_adapters_is_merged_whichever_is_active(mode: str) -> None:
+    extra = {} if MODES[mode].whole_model else {"train_head": True}
+    model = get_peft_model(llama(), config_of(mode, **extra), "one")
+    model.add_adapter("two", config_of(mode, **extra))
+    trained(trained(model, "one", 1), "two", 2)
+    model.set_adapter("two")
+    wanted = logits(model)
+    model.set_adapter("one")
+    assert (logits(model) - wanted).abs().max() > 0.01
+    merged = copy.deepcopy(model).merge_and_unload(adapter_names=["two"])
+    assert (logits(merged) - wanted).abs().max() < ROUNDINGS
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_merging_two_adapters_adds_products_and_is_refused_for_two_values_of_a_weight(mode: str) -> None:
+    model = get_peft_model(llama(), config_of(mode), "one")
+    model.add_adapter("two", config_of(mode))
+    trained(trained(model, "one", 1), "two", 2)
+    before = logits(model)
+    if MODES[mode].real_weights:
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(SpectrumError, match=r"each hold a value of it, .* merge one of them"):
+                merge(adapter_names=["one", "two"])
+        assert torch.equal(logits(model), before)  # nothing was merged
+        return
+    model.base_model.set_adapter(["one", "two"])
+    both = logits(model)
+    merged = copy.deepcopy(model).merge_and_unload(adapter_names=["one", "two"])
+    assert (logits(merged) - both).abs().max() < ROUNDINGS
+
+
+def test_a_config_can_be_used_again_and_is_not_what_a_model_made_of_it() -> None:
+    config = config_of("lora")
+    first = get_peft_model(llama(), config)
+    second = get_peft_model(llama(), dataclasses.replace(config, r=7))
+    ranks = [{e.rank for e in m.peft_config["default"].plan.entries if e.trains} for m in (first, second)]
+    assert ranks == [{4}, {7}] and config.plan is None
+
+
+# --- gradient checkpointing ------------------------------------------------------------------------------------------
+
+
+def beit() -> Any:
+    """Its blocks, which are what is checkpointed, own parameters."""
+    torch.manual_seed(0)
+    still = {"drop_path_rate": 0.0, "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+    return BeitForImageClassification(
+        BeitConfig(image_size=16, patch_size=8, layer_scale_init_value=0.1, out_indices=[0, 1], **still, **SIZES)
+    )
+
+
+def _gradients(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    model.train()
+    model(**inputs).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("mode", "make"), [*((mode, llama) for mode in MODES), ("full", beit)])
+def test_checkpointing_gives_the_same_gradients(mode: str, make: Callable[[], Any], reentrant: bool) -> None:
+    inputs = {"input_ids": IDS, "labels": IDS}
+    if make is beit:
+        generator = torch.Generator().manual_seed(0)
+        inputs = {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator), "labels": torch.tensor([0, 1])}
+    task = None if make is beit else "CAUSAL_LM"
+    models = [trained(get_peft_model(make(), config_of(mode, task_type=task))) for _ in range(2)]
+    models[1].prepare_model_for_gradient_checkpointing(models[1])
+    models[1].gradient_checkpointing_enable({"use_reentrant": reentrant})
+    plain, again = (_gradients(model, inputs) for model in models)
+    assert plain and set(plain) == set(again)
+    for name, gradient in plain.items():
+        assert (gradient is None) == (again[name] is None), name
+        assert gradient is None or torch.equal(gradient, again[name]), name  # type: ignore[arg-type]

@@ -457,9 +457,10 @@ def test_gradients_from_a_file_or_from_calibration_data_give_the_same_plan(
     for data in ({"gradients": str(path)}, {"calibration_data": batches}):
         settings = SpectrumConfig(task_type="CAUSAL_LM", **data, **options)
         model = get_peft_model(copy.deepcopy(tiny_llama), settings)
-        assert model.peft_config["default"].plan.digest == by_hand.digest
-        assert settings.calibration_data is None
-        assert "calibration_data" not in json.dumps(settings.to_dict()["plan"])
+        taken = model.peft_config["default"]
+        assert taken.plan.digest == by_hand.digest
+        assert taken.calibration_data is None
+        assert "calibration_data" not in json.dumps(taken.to_dict()["plan"])
     with pytest.raises(OptionError, match="needs gradients on data"):
         get_peft_model(copy.deepcopy(tiny_llama), SpectrumConfig(mode="sgm", task_type="CAUSAL_LM"))
     with pytest.raises(OptionError, match="gradients and calibration_data are both given"):
