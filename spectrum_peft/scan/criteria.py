@@ -156,9 +156,9 @@ def _trusted(values: Tensor, shape: tuple[int, int], criterion: Criterion | None
 
     An eigenvalue comes out wrong by a multiple of eps32 * (mean(s^2) + 4 s^2): by 3.4 at most on average over a matrix and
     by 58 for a single value, on the 247 matrices of SmolLM2-135M and MiniLM and on noise up to 4096 x 11008, with directions
-    up to 30 times as long planted in it; by 4.4, and 0.7 eps32 * s_1^2, with longer ones. These are observations, of processors of
-    two makers and two libraries, and no theorem, hence the half. Of all errors at their usual size and the most harmful at its
-    worst, the first order in the score must stay within it.
+    up to 30 times as long planted in it; by 4.4, and 0.7 eps32 * s_1^2, with longer ones. These are observations, of processors
+    of two makers and two libraries, and no theorem, hence the half. Of all errors at their usual size and the most harmful at
+    its worst, the first order in the score must stay within it.
     """
     if len(values) < 2:
         return False
