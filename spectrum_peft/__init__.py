@@ -7,6 +7,7 @@ does make the method known to PEFT, whenever peft is imported, before or after t
 from __future__ import annotations
 
 import importlib
+import logging
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,10 @@ _MODULE_OF = {
 _ON_PEFT = frozenset({"memory", "train.callback", "tuner", "tuner.config", "tuner.loading"})
 
 __all__ = sorted(_MODULE_OF)
+
+
+# bitsandbytes asks for an optional kernel when it is imported, and reports that it is not there: nobody has asked for it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
 
 
 def _register() -> Exception | None:

@@ -1,22 +1,25 @@
 """The command `spectrum-peft`: finds the verb and runs it.
 
 Exit code 0: done; 2: an input is wrong (one line on standard error, no traceback); 1: a failure of ours (a traceback).
+A library that refuses a value, or a device whose memory is full, is an input that is wrong: `--debug` shows its traceback.
 The verbs that only read weights and plans import neither transformers nor peft; what a verb needs, it imports itself.
 A new verb is a file of this folder with a `VERB`, and its name in the tuple below.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 
 from .. import __version__
-from ..errors import OptionError, SpectrumError, near_matches, printable
+from ..errors import OptionError, SpectrumError, near_matches, one_line, printable
 from . import (
     cache,
     chat,
@@ -70,7 +73,7 @@ class _Printable(logging.Formatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code (a failure that is not an input error raises)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -83,13 +86,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bitsandbytes": "ERROR",
     }.items():
         logging.getLogger(noisy).setLevel(level)
+    quiet: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if int(os.environ.get("RANK") or 0):  # one of several processes of a launcher: the first speaks for all
+        logging.getLogger().setLevel(logging.WARNING)
+        quiet = contextlib.redirect_stdout(io.StringIO())
     try:
         # What asks a process to end, a scheduler or `timeout`, lets it clean up as Ctrl-C does.
-        with suppress(ValueError):  # not the main thread
+        with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        _run(argv)
+        with quiet:
+            _run(argv)
     except SpectrumError as error:
-        print(f"{PROG}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        if debug:
+            traceback.print_exception(error)
+        print(f"{PROG}: error: {printable(one_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
@@ -97,7 +107,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        said = _what_a_library_said(error)
+        if said is None:
+            raise
+        if debug:
+            traceback.print_exception(error)
+        print(f"{PROG}: error: {printable(said)} (--debug shows where)", file=sys.stderr)
+        return 2
     return 0
+
+
+def _without_debug(argv: list[str]) -> tuple[list[str], bool]:
+    """`--debug` alone is ours; with a word after it, it is the trainer's flag of that name."""
+    for i, word in enumerate(argv):
+        if word == "--debug" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+            return argv[:i] + argv[i + 1 :], True
+    return argv, False
+
+
+def _what_a_library_said(error: Exception) -> str | None:
+    """One line for what a library refused; None where the failure may be ours.
+
+    A `ValueError`, an `ImportError` or an `OSError` that was raised in the code of a library is how that library says what it
+    was given wrong. Other errors, and those raised in a frame of this package, are bugs until shown otherwise.
+    """
+    name, text = type(error).__name__, one_line(error)[:500]
+    if name in ("OutOfMemoryError", "AcceleratorError") and "out of memory" in text:
+        return f"the device's memory is full ({text[:160]}). `spectrum-peft memory` says beforehand what a step needs."
+    if not isinstance(error, ValueError | ImportError | OSError):
+        return None
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    library = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    if library in ("", "__main__", __package__.partition(".")[0]) or library in sys.stdlib_module_names:
+        return None
+    return f"{library} refuses: {text}"
 
 
 def _run(argv: list[str]) -> None:
@@ -115,5 +159,8 @@ def _overview() -> str:
     lines = [f"{PROG} {__version__}: selective fine-tuning by weight spectrum", "", "commands:"]
     lines += [f"  {name:<12}{verb.summary}" for name, verb in VERBS.items()]
     lines += ["", "examples:", *(f"  {PROG} {verb.example}" for verb in VERBS.values())]
-    lines += ["", f"{PROG} COMMAND --help lists a command's flags. --config FILE reads them from YAML."]
+    lines += [
+        "",
+        f"{PROG} COMMAND --help lists a command's flags. --config FILE reads them from YAML; --debug shows tracebacks.",
+    ]
     return "\n".join(lines)

@@ -165,7 +165,7 @@ def check_measures(comparison: Comparison, run: Any) -> None:
     if asked["generate"]:
         if run.eval_rows is None:
             raise OptionError(f"{comparison.source}: generate completes the prompts of eval_dataset, which is missing.")
-        generation.check_rows(run.eval_rows, asked["generate"], comparison.train.get("eval_dataset") or "eval_split")
+        generation.check_rows(run.eval_rows, comparison.train.get("eval_dataset") or "eval_split")
 
 
 def _checked(comparison: Comparison, check: Callable[[Cell], None]) -> tuple[list[Contestant], list[Cell]]:

@@ -25,7 +25,7 @@ from .candidates import (
 )
 from .choose import Candidate, natural_key
 from .modes import MODES
-from .options import CHOOSING_OPTIONS, OPTIONS, check_options, needs_gradients, unused_options
+from .options import CHOOSING_OPTIONS, OPTIONS, check_options, needs_gradients
 from .policies import POLICIES
 from .published import published_plan
 
@@ -114,7 +114,7 @@ def make_plan(
         model_id=report.model_id,
         revision=report.revision,
         total_parameters=total_parameters(report),
-        notes=(*unused_options(checked), *_about(kept, reached, checked), *draft.notes, *notes),
+        notes=(*_about(kept, reached, checked), *draft.notes, *notes),
     )
 
 

@@ -200,8 +200,8 @@ def check_options(**options: Any) -> dict[str, Any]:
             "much is chosen, give one."
         )
     for name, value in checked.items():
-        owners = [row.name for row in MODES.values() if name in row.own_options]
-        if owners and mode.name not in owners and value != OPTIONS[name]:
+        owners = owners_of(name)
+        if mode.name not in owners and value != OPTIONS[name]:
             raise OptionError(f"{name}={value} means nothing in mode {mode.name!r}; it belongs to {', '.join(owners)}.")
     if checked["rescore_every"] is not None and not mode.rescorable:
         able = ", ".join(row.name for row in MODES.values() if row.rescorable)
@@ -251,12 +251,23 @@ def checked_plan(plan: Plan, source: str) -> Plan:
     """
     try:
         mode = get_mode(plan.mode).name
-        options = check_options(**{"mode": mode, **plan.options})
+        # Plans of versions that noted an option without an effect hold it still.
+        known = {k: v for k, v in plan.options.items() if mode in owners_of(k)}
+        options = check_options(**{"mode": mode, **known})
     except (OptionError, TypeError) as error:  # TypeError: what no check expects, such as a list for a name
         raise CheckpointError(f"{source}: {error}") from error
     if options["mode"] != mode:
         raise CheckpointError(f"{source}: mode is {mode!r}, and {options['mode']!r} in its options; wanted one.")
     return plan.replace(options=options)
+
+
+def owners_of(option: str) -> list[str]:
+    """The modes in which an option means something."""
+    by_field = {"spectrum_ratio": "selective", "snr_threshold": "selective", "lr_ratio": "importance_rates"}
+    if option in by_field:
+        return [row.name for row in MODES.values() if getattr(row, by_field[option])]
+    owners = [row.name for row in MODES.values() if option in row.own_options]
+    return owners or list(MODES)
 
 
 def _check_preset(checked: Mapping[str, Any]) -> None:
@@ -275,18 +286,3 @@ def _check_preset(checked: Mapping[str, Any]) -> None:
 def needs_gradients(options: Mapping[str, Any]) -> bool:
     """Whether a plan with these checked options can only be made with a `GradientReport`."""
     return MODES[options["mode"]].needs_data or options["criterion"] == "fisher"
-
-
-# --- notices ---------------------------------------------------------------------------------------------------------
-
-
-def unused_options(options: Mapping[str, Any]) -> list[str]:
-    """Options that were set and do nothing in this mode: allowed, so that one set of flags serves every mode."""
-    mode = MODES[options["mode"]]
-    idle = [] if mode.selective else ["spectrum_ratio", "snr_threshold"]
-    idle += [] if mode.importance_rates else ["lr_ratio"]
-    return [
-        f"{name}={options[name]} has no effect in mode {mode.name!r} ({mode.summary})."
-        for name in idle
-        if options[name] != OPTIONS[name]
-    ]

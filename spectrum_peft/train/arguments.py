@@ -19,7 +19,7 @@ from trl import TrlParser
 from ..arguments import Rest, checked_value
 from ..data import COLUMNS
 from ..devices import default_device, fast_dtype
-from ..errors import CheckpointError, OptionError, near_matches
+from ..errors import CheckpointError, OptionError, near_matches, one_line
 from ..records import is_file, mode_of
 from ..tuner.loading import check_config
 from .tasks import TASKS, Task, task_of
@@ -81,10 +81,10 @@ def trainer_arguments(
         args, unknown = parser.parse_args_into_dataclasses(
             list(rest.argv), return_remaining_strings=True, look_for_args_file=False
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         if isinstance(error, OptionError):
             raise
-        raise OptionError(f"training arguments: {error}") from error
+        raise OptionError(f"training arguments: {one_line(error)}") from error
     if unknown:
         flags = [*known, *(flag for action in parser._actions for flag in action.option_strings)]
         dashes = [flag for flag in flags if "_" not in flag]  # each flag has a form with underscores too

@@ -29,6 +29,7 @@ from .arguments import given_fields, quiet_progress
 from .callback import SpectrumCallback
 from .checkpoints import saving
 from .history import write_history
+from .output import check_output, clear_output
 from .settle import Run, settle
 from .tasks import build_trainer, evaluate
 from .watch import FiniteLoss, RankLog, StepClock
@@ -56,6 +57,8 @@ def train(
     quiet_progress()
     run = settle(options, rest, plan_options, flags)
     args, task = run.args, run.task.name
+    output = Path(args.output_dir)
+    check_output(output, overwrite=bool(options.overwrite_output_dir), resumed=run.resume is not None)
     method = f"PEFT's {run.name}" if run.mode is None else f"mode {run.name}"
     usual = "that of mode 'lora'" if run.mode is None else f"the default of mode {run.name!r}"
     source = "set by you" if "learning_rate" in given_fields(rest) else usual
@@ -71,6 +74,7 @@ def train(
     clock = StepClock()
     callbacks: list[TrainerCallback] = [clock, FiniteLoss()]
     callback = None
+    caches = getattr(model.config, "use_cache", None)
     if run.peft is None:
         callback = SpectrumCallback()
         callback.report = report
@@ -95,6 +99,8 @@ def train(
     before = evaluate(task, trainer, trainer.eval_dataset) if run.eval_rows is not None else None
     rounded = _kept_in_float32(trainer) if hasattr(model, "spectrum_plan") else []
     reset_peak_memory()
+    if options.overwrite_output_dir and run.resume is None and trainer.is_world_process_zero():
+        clear_output(output, checkpoints=True)
     with saving(args.output_dir):
         trainer.train(resume_from_checkpoint=run.resume)
     peak = max(memory_loaded, peak_memory())
@@ -106,7 +112,10 @@ def train(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if plan is not None and plan.options.get("rescore_every") is not None:
         trained = plan.trainable_parameters  # what is allocated is more than what is live
-    output = Path(args.output_dir)
+    if caches is not None:  # the trainer switches it off for training, and the saved model is for use
+        model.config.use_cache = caches
+    if trainer.is_world_process_zero():
+        clear_output(output, checkpoints=False)
     with saving(args.output_dir):
         trainer.save_model(str(output))
     results = {

@@ -19,6 +19,7 @@ from ..records import Plan, read_mapping
 from ..tuner.loading import check_quantizable, checked_peft_config
 from .arguments import config_of, default_arguments, dtype_of, renamed_columns, task_named, trainer_arguments
 from .checkpoints import checkpoint_to_resume
+from .needs import check_needs
 from .tasks import Task, has_classifier, task_of
 
 
@@ -94,6 +95,7 @@ def settle(
         raise OptionError(f"{options.peft_config}: AdaLoRA needs total_step; give it, or --max-steps.")
     if own:
         checked_peft_config(own)
+    check_needs(args, options, config, task.auto_class)
 
     train_rows, eval_rows = rows or _read_rows(options, task.name, args)
     head: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from spectrum_peft import names
+from spectrum_peft import SpectrumConfig, names
 from spectrum_peft.errors import CheckpointError, MismatchError, OptionError
 from spectrum_peft.plan import (
     CRITERIA,
@@ -263,10 +263,21 @@ def test_a_report_of_another_criterion_is_used_unless_one_is_asked_for_by_name(l
         make_plan(report, criterion="kappa")
 
 
-def test_an_option_that_does_nothing_in_a_mode_is_noted(llama_report):
-    plan = make_plan(llama_report(), mode="lora", spectrum_ratio=0.25)
-    assert plan.notes == ("spectrum_ratio=0.25 has no effect in mode 'lora' (LoRA of one rank on every matrix).",)
-    assert make_plan(llama_report(), mode="lora").notes == ()
+@pytest.mark.parametrize(
+    ("mode", "option"),
+    [
+        ("lora", {"spectrum_ratio": 0.25}),
+        ("full", {"snr_threshold": 1.0}),
+        ("spectrum", {"lr_ratio": (0.5, 1.0)}),
+        ("alors", {"share": "both"}),
+    ],
+)
+def test_an_option_that_means_nothing_in_a_mode_is_refused_whichever_it_is(llama_report, mode, option):
+    (name,) = option
+    with pytest.raises(OptionError, match=rf"{name}=.* means nothing in mode '{mode}'; it belongs to \w+"):
+        make_plan(llama_report(), mode=mode, **option)
+    with pytest.raises(OptionError, match="means nothing in mode"):
+        SpectrumConfig(mode=mode, **option)
 
 
 # --- embeddings, head, norms, ties -----------------------------------------------------------------------------------

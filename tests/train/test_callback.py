@@ -241,7 +241,10 @@ def test_a_rate_far_from_the_modes_own_is_said_once(
         assert len(lines) == said, rate
         if said:
             assert lines[0].levelname == "WARNING"
-            assert lines[0].message == f"learning_rate={rate:g}; the usual rate of mode 'spectrum' is about 2e-05"
+            assert (
+                lines[0].message
+                == f"learning_rate={rate:g}; the usual rate of mode 'spectrum' with TrainingArguments is about 2e-05"
+            )
 
 
 # --- plans that need the callback ------------------------------------------------------------------------------------

@@ -1,0 +1,49 @@
+"""The folder that a run writes to: it holds the result of one run, of one kind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ..errors import OptionError
+
+# What a run leaves; a tokenizer is the same whatever was trained, and a user's own files stay.
+_RESULT = (
+    "adapter_config.json", "adapter_model*", "model*.safetensors", "model.safetensors.index.json", "config.json",
+    "generation_config.json", "spectrum_plan.yaml", "spectrum_report.json", "plan_history.json", "train_results.json",
+    "history.csv", "loss.png", "training_args.bin",
+)  # fmt: skip
+_CHECKPOINTS = "checkpoint-*"
+
+
+def _found(folder: Path, checkpoints: bool) -> list[Path]:
+    patterns = (*_RESULT, _CHECKPOINTS) if checkpoints else _RESULT
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+
+
+def check_output(folder: Path, *, overwrite: bool, resumed: bool) -> None:
+    """
+    Raises:
+        OptionError: the folder holds another run's result or checkpoints, and neither goes this run on from one of them nor
+            may it write over them.
+    """
+    found = _found(folder, checkpoints=True)
+    if found and not overwrite and not resumed:
+        raise OptionError(
+            f"{folder}: holds another run's {found[0].name}. Name another --output-dir; --overwrite-output-dir removes that "
+            "run's files first, --resume-from-checkpoint goes on with it."
+        )
+
+
+def clear_output(folder: Path, *, checkpoints: bool) -> None:
+    """Remove what an earlier run left, so that no file of it lies beside this run's: an adapter beside a whole model would
+    be taken for the result.
+
+    Args:
+        checkpoints: those too.
+    """
+    for path in _found(folder, checkpoints):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

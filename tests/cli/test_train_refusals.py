@@ -1,0 +1,167 @@
+"""What `train` knows before it loads a model, it says before; a folder holds one result; what libraries refuse is one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from spectrum_peft.cli.main import main
+from spectrum_peft.train import run as training
+
+FLAGS = (
+    "--max-steps 1 --per-device-train-batch-size 2 --max-length 32 --save-strategy no --dtype float32 --report-to none"
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": f"{i} is before {i + 1}"}) + "\n" for i in range(4)))
+
+
+@pytest.fixture
+def train(tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str], tuple[int, str]]:
+    def command(flags: str) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main(f"train --model {tiny_llama_folder} --dataset texts.jsonl {FLAGS} {flags}".split())
+        return code, capsys.readouterr().err
+
+    return command
+
+
+# --- a folder holds one result ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_another_runs_result_is_refused_until_it_may_be_overwritten(
+    train: Callable[[str], tuple[int, str]],
+) -> None:
+    assert train("--mode lora --output-dir out")[0] == 0
+    Path("out/notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    code, err = train("--mode spectrum --output-dir out")
+    assert code == 2
+    assert "out: holds another run's adapter_config.json" in err
+    assert "--overwrite-output-dir" in err
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+
+    assert train("--mode spectrum --output-dir out --overwrite-output-dir")[0] == 0
+    assert Path("out/model.safetensors").is_file()
+    assert not list(Path("out").glob("adapter_*"))
+    assert Path("out/notes.txt").read_text() == "mine"
+    assert train("--mode lora --output-dir out --overwrite-output-dir")[0] == 0
+    assert Path("out/adapter_config.json").is_file()
+    assert not list(Path("out").glob("model*.safetensors"))
+
+
+def test_checkpoints_of_a_run_that_did_not_end_are_another_runs_too(
+    train: Callable[[str], tuple[int, str]],
+) -> None:
+    Path("out/checkpoint-3").mkdir(parents=True)
+    code, err = train("--mode lora --output-dir out")
+    assert code == 2
+    assert "out: holds another run's checkpoint-3" in err
+
+
+def test_the_saved_config_is_the_bases_where_training_only_switched_something_off(
+    train: Callable[[str], tuple[int, str]], tiny_llama_folder: Path
+) -> None:
+    assert train("--mode spectrum --output-dir out --gradient-checkpointing true")[0] == 0
+    base, saved = (json.loads((f / "config.json").read_text()) for f in (tiny_llama_folder, Path("out")))
+    assert base["use_cache"] is saved["use_cache"] is True
+
+
+# --- known before loading --------------------------------------------------------------------------------------------
+
+_ABSENT = [name for name in ("wandb", "tensorboard", "comet_ml", "mlflow") if importlib.util.find_spec(name) is None]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        *((f"--report-to {name}", f"--report-to {name} needs the package") for name in _ABSENT),
+        ("--report-to wandbb", "--report-to is 'wandbb'. Did you mean 'wandb'"),
+        ("--attn-implementation flash_attention_9", "--attn-implementation flash_attention_9: "),
+        ("--push-to-hub", "--push-to-hub: the hub does not answer"),
+        pytest.param(
+            "--use-liger-kernel", "pip install liger-kernel",
+            marks=pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="it is installed"),
+        ),
+        pytest.param(
+            "--attn-implementation flash_attention_2", "--attn-implementation flash_attention_2: ",
+            marks=pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="it is installed"),
+        ),
+        pytest.param(
+            "--optim lomo", "--optim",
+            marks=pytest.mark.skipif(importlib.util.find_spec("lomo_optim") is not None, reason="it is installed"),
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_said_before_the_model_is_loaded(
+    flags: str, says: str, train: Callable[[str], tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(training, "_load", loaded)
+    code, err = train(f"--mode lora --output-dir out {flags}")
+    assert code == 2
+    assert says in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not Path("out").exists()
+
+
+# --- known only later ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_library_refuses_later_is_one_line_and_its_traceback_is_behind_debug(
+    train: Callable[[str], tuple[int, str]],
+) -> None:
+    flags = "--mode lora --output-dir out --chat-template-path gone"
+    code, err = train(flags)
+    assert code == 2
+    assert re.match(r"spectrum-peft: error: \w+ refuses: .*--debug shows where", err.splitlines()[-1])
+    assert "Traceback" not in err
+    code, err = train(f"{flags} --debug")
+    assert code == 2
+    assert "Traceback" in err
+    assert re.match(r"spectrum-peft: error: \w+ refuses: .*--debug shows where", err.splitlines()[-1])
+
+
+def test_a_value_error_of_our_own_code_is_a_failure_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import sys\n"
+        "import spectrum_peft.cli.plan as plan\n"
+        "from spectrum_peft.cli.main import main\n"
+        "plan.required = lambda *_: int('x')\n"
+        "sys.exit(main(['plan', 'report.json']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+# --- what is said once -----------------------------------------------------------------------------------------------
+
+
+def test_of_several_processes_the_first_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["--version"]) == 0
+        assert bool(capsys.readouterr().out) is said
+
+
+def test_a_python_session_begins_in_silence() -> None:
+    program = "from spectrum_peft import SpectrumConfig, load_model_with_spectrum"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
