@@ -75,7 +75,7 @@ def merged_config(
     heads = {n: mine for n, mine in changes.items() if names.in_head(n) and mine and isinstance(mine[0], Value)}
     present = {t.name: t for t in files.tensors()}
     replaced = {n for n in heads if (new_shape(heads[n]) != present[n].shape if n in present else n not in untied)}
-    if {n for n in replaced if not is_language_head(n)}:
+    if {n for n in replaced if n not in present or not is_language_head(n)}:
         _describe_head(config, files, source, {n: heads[n] for n in replaced})
     return config
 

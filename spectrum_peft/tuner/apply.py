@@ -24,7 +24,15 @@ from ..plan import MODES, OPTIONS, make_plan, needs_gradients, worth_probing
 from ..probe import probe_gradients
 from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, GradientReport, Plan, PlanEntry, SnrReport
 from ..scan import scan_weights
-from ..weights import FileWeights, checkpoint_folder, open_weights, output_head, role_of, skeleton_like
+from ..weights import (
+    FileWeights,
+    checkpoint_folder,
+    new_parameters,
+    open_weights,
+    output_head,
+    role_of,
+    skeleton_like,
+)
 from .config import SpectrumConfig, candidates_of
 from .layers import SpectrumLayer
 
@@ -183,7 +191,7 @@ def _settled(model: nn.Module, config: SpectrumConfig) -> Plan:
         report = scan_weights(base_of(model), criterion, score=score, cache=bool(score), seed=config.seed)
     else:
         _check_fingerprint(report.fingerprint, model, "the report", config.force)
-    report = _report_with_model_names(report, model, present)
+    report = _without(_report_with_model_names(report, model, present), new_parameters(model) or ())
     candidates = candidates_of(config, report)
     gradients = None
     if needs_gradients(options):
@@ -212,8 +220,39 @@ def _with_saved(model: nn.Module, config: SpectrumConfig, plan: Plan, present: d
         ):
             if names.role(entry.name, entry.shape) == "linear":
                 config.modules_to_save = [*(config.modules_to_save or ()), names.module_name(entry.name)]
-    plan = plan.replace(entries=tuple(inside))
-    return plan.replace(entries=(*plan.entries, *_saved_entries(model, config, plan, present)))
+    new = () if config.plan_from_file else new_to_train(model, config, present)
+    listed = {e.name for e in inside if e.trains}
+    plan = plan.replace(entries=tuple(e for e in inside if e.trains or e.name not in new))
+    rest = tuple(name for name in new if name not in listed)
+    return plan.replace(entries=(*plan.entries, *_saved_entries(model, config, plan, present, rest)))
+
+
+def new_to_train(model: nn.Module, config: SpectrumConfig, present: dict[str, Any]) -> tuple[str, ...]:
+    """Parameters that the model's checkpoint lacks, which train and are saved whole; a log line names them.
+
+    What `exclude_modules` names stays as it is, random, with a warning.
+    """
+    new = [name for name in new_parameters(base_of(model)) or () if name in present]
+    excluded = [name for name in new if _is_excluded(names.module_name(name), config.exclude_modules)]
+    if excluded:
+        logger.warning(
+            "%d parameters are in no checkpoint and exclude_modules keeps them frozen, so they stay random: %s",
+            len(excluded),
+            ", ".join(excluded),
+        )
+    kept = tuple(name for name in new if name not in excluded)
+    if kept:
+        logger.info(
+            "%d parameters are in no checkpoint; they train and are saved whole: %s", len(kept), ", ".join(kept)
+        )
+    return kept
+
+
+def _is_excluded(module: str, excluded: Any) -> bool:
+    """Whether PEFT's `exclude_modules` names a module: a regex, or names and their endings."""
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, module) is not None
+    return any(f".{module}".endswith(f".{name}") for name in excluded or ())
 
 
 def lies_in(name: str, modules: Iterable[str] | None) -> bool:
@@ -319,6 +358,19 @@ def _aligned(wanted: Iterable[str], present: dict[str, Any], model: nn.Module) -
     return found
 
 
+def _without(report: SnrReport, new: Iterable[str]) -> SnrReport:
+    """The report without matrices that are random: there is nothing to score, and an adapter beside one would have a base
+    that no file holds."""
+    new = set(new)
+    return dataclasses.replace(
+        report,
+        stats=tuple(
+            s if s.name.partition("[")[0] not in new or s.role != "linear" else dataclasses.replace(s, role="other")
+            for s in report.stats
+        ),
+    )
+
+
 def _with_model_names(plan: Plan, model: nn.Module, present: dict[str, Any]) -> Plan:
     found = _names_here(model, (e.name for e in plan.entries), present)
     entries = []
@@ -391,7 +443,7 @@ def _lists(modules: list[str], name: str) -> bool:
 
 
 def _saved_entries(
-    model: nn.Module, config: SpectrumConfig, plan: Plan, present: dict[str, Any]
+    model: nn.Module, config: SpectrumConfig, plan: Plan, present: dict[str, Any], new: Iterable[str] = ()
 ) -> Iterator[PlanEntry]:
     known = {e.name for e in plan.entries if e.action != "freeze"}
     shapes = {
@@ -413,7 +465,9 @@ def _saved_entries(
             )
     heads = head_modules(model, present) if config.task_type in (None, *_TASKS_WITH_A_NEW_HEAD) else []
     for name in present:
-        if name not in known and (lies_in(name, config.modules_to_save) or names.module_name(name) in heads):
+        if name not in known and (
+            lies_in(name, config.modules_to_save) or names.module_name(name) in heads or name in set(new)
+        ):
             yield entry(name)
     layers = token_layers(model, config, present)
     for name in present:
@@ -439,9 +493,8 @@ def _parents(name: str) -> Iterator[str]:
 
 def _input_embedding(model: nn.Module, present: dict[str, Any]) -> str | None:
     """Base name of the module that the model calls its input embedding; None where it names none with a weight."""
-    try:
-        embedding = base_of(model).get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # no transformers model, or one without tokens
+    embedding: Any = input_embedding(model)
+    if embedding is None:
         return None
     embedding = getattr(embedding, "original_module", embedding)
     return next((names.module_name(n) for n, (owner, _) in present.items() if owner is embedding), None)
@@ -525,13 +578,25 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
     return {name: group for group in by_tensor.values() if len(group) > 1 for name in group}
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that the model calls its input embedding, with its wrapper; None where it names none."""
+    try:
+        found = base_of(model).get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # no transformers model, or one without tokens
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def tied_modules(model: nn.Module, module: str) -> list[str]:
+    """Modules whose weight is the same tensor as a module's, by their base names."""
+    tied = _tied_names(model).get(f"{module}.weight", ())
+    return sorted(names.module_name(other) for other in tied if other != f"{module}.weight")
+
+
 def modules_tied_to_embedding(model: nn.Module) -> list[str]:
     """Modules whose weight is the input embeddings' own tensor, whatever adapters are around them; by their base names."""
     name = _input_embedding(model, base_parameters(model))
-    if name is None:
-        return []
-    tied = _tied_names(model).get(f"{name}.weight", ())
-    return sorted(names.module_name(other) for other in tied if other != f"{name}.weight")
+    return [] if name is None else tied_modules(model, name)
 
 
 def real_weight_entries(plan: Plan) -> list[PlanEntry]:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import LoraConfig, PeftType
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -115,6 +115,8 @@ class SpectrumConfig(LoraConfig):
     planned_modules = frozenset[str]()
     # Set with the plan: embeddings of which single rows train.
     row_modules = frozenset[str]()
+    # Set by the tuner: {module: the module that trains whole and whose tensor it shares}, the input embeddings' ties left out.
+    twins: ClassVar[Mapping[str, str]] = {}
     # The plan came inside an adapter_config.json, so the adapter's tensors are in a file beside it.
     plan_from_file = False
 

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from .. import names
 from ..errors import MismatchError, OptionError, SpectrumError, TrainingSetupError, near_matches
 from ..records import Plan, PlanEntry
-from ..weights import settle_quantized
+from ..weights import output_embeddings, settle_quantized
 from .adapter_files import checked_tensors, follow_layers, live_tensors
 from .apply import (
+    input_embedding,
     lies_in,
     modules_tied_to_embedding,
     plan_parameters,
     settle_plan,
+    tied_modules,
     token_layers,
     trainable_mismatch,
     with_groups,
@@ -138,9 +140,12 @@ class SpectrumModel(LoraModel):
         modules = dict.fromkeys(names.module_name(e.name) for e in entries)
         new = [m for m in modules if not lies_in(f"{m}.weight", already)]
         config.modules_to_save = [*already, *new] or None
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        embedding = input_embedding(model)
         if any(model.get_submodule(m) is embedding for m in modules) and self._get_module_names_tied_with_embedding():
             config.ensure_weight_tying = True
+        known = {*modules, *self._get_module_names_tied_with_embedding()}
+        config.twins = {twin: module for module in modules for twin in tied_modules(model, module) if twin not in known}
+        config.modules_to_save = [*(config.modules_to_save or ()), *config.twins] or None
 
     def _repair_tied_modules(self, adapter_name: str, config: SpectrumConfig) -> None:
         """PEFT makes every module that is tied to the embeddings a bare Linear; T5 ties further embeddings to them."""
@@ -153,16 +158,19 @@ class SpectrumModel(LoraModel):
                 twin = copy.deepcopy(wrapper.original_module)
                 twin.weight = made.weight
                 wrapper.modules_to_save[adapter_name] = twin
+        for name, first in config.twins.items():  # one tensor in the base is one in the copies that train
+            twin, made = (self.model.get_submodule(m).modules_to_save[adapter_name] for m in (name, first))
+            twin.weight = made.weight
         # TRL multiplies by the head's weight and adds its bias by itself; of a head that is tied to an embedding with
         # trainable rows, PEFT's wrapper shows the weight only. Not as a parameter: it is the base layer's.
-        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        head = output_embeddings(self.model)
         if isinstance(head, TrainableTokensWrapper):
             head.__dict__["bias"] = head.original_module.bias
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """As PEFT's, which finds none any longer where another adapter has put its wrapper around the embeddings."""
-        found: list[str] = super()._get_module_names_tied_with_embedding()
-        return found or modules_tied_to_embedding(self.model)
+        """By the tensors, not by the class's list of names: PEFT takes whatever is tied to be tied to the input embeddings,
+        and asks a model that has none, which raises."""
+        return modules_tied_to_embedding(self.model)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: SpectrumConfig) -> None:
         """PEFT's own check knows embeddings by two names; here the tie follows the module, whatever it is called."""

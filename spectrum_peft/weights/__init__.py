@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .adapted import AdaptedWeights, seen_as_trained
 from .files import FileWeights, Place, as_matrix, places, read_bytes, read_stored
+from .fresh import new_parameters
 from .gguf import GgufWeights
 from .headers import Span, find_shards, read_config, read_header, read_index
 from .layouts import Layout, Recipe, skeleton_like, skeleton_of
@@ -21,7 +22,7 @@ from .quantized import (
     settle_quantized,
     through_quantization,
 )
-from .roles import output_head, role_of
+from .roles import output_embeddings, output_head, role_of
 from .source import DTYPES, TensorInfo, WeightSource, split_expert
 
 __all__ = [
@@ -47,7 +48,9 @@ __all__ = [
     "int8_products_as_on",
     "locate",
     "matrix_of",
+    "new_parameters",
     "open_weights",
+    "output_embeddings",
     "output_head",
     "places",
     "quantized_product_works",

@@ -283,8 +283,12 @@ class AdapterState:
                 yield update.name, *update.factors()
 
     def saves(self, name: str) -> bool:
-        """Whether a parameter that the base lacks may come with the adapter: a head, or a module listed to be saved."""
+        """Whether a parameter that the base lacks may come with the adapter: planned to be saved, a head, or of a module that
+        is listed."""
         listed = self.config.get("modules_to_save") or ()
+        entry = self.plan.by_name.get(name) if self.plan else None
+        if entry is not None and entry.action == "save":
+            return True
         return names.in_head(name) or any(f".{module}." in f".{name}" for module in listed)
 
     def _value(self, key: str, name: str, info: TensorInfo | None, known: Iterable[str]) -> Value:

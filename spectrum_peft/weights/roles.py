@@ -65,12 +65,18 @@ def is_matrix_layer(module: nn.Module) -> bool:
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """The module that the model calls its output embeddings, PEFT's wrappers taken off; None where it names none."""
-    try:
-        head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):  # no transformers model, or one without a head
-        return None
+    head = output_embeddings(model)
     found = getattr(head, "original_module", getattr(head, "base_layer", head))
     return found if isinstance(found, nn.Module) else None
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that the model calls its output embeddings, with its wrapper; None where it names none."""
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):  # no transformers model, or one without a head
+        return None
+    return head if isinstance(head, nn.Module) else None
 
 
 def roles_of(model: nn.Module) -> tuple[dict[str, str], frozenset[str]]:
