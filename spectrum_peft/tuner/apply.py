@@ -32,6 +32,7 @@ from ..weights import (
     output_head,
     role_of,
     skeleton_like,
+    without_adapters,
 )
 from .config import SpectrumConfig, candidates_of
 from .layers import SpectrumLayer
@@ -158,7 +159,7 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = off
 
 
-def settle_plan(model: nn.Module, config: SpectrumConfig) -> Plan:
+def settle_plan(model: nn.Module, config: SpectrumConfig, *, layers: bool = False) -> Plan:
     """The plan that `config` means for the base model, with the model's own parameter names.
 
     Adapters that are on it already are of no consequence. The plan wins, the report comes next, else the model is scanned
@@ -169,15 +170,21 @@ def settle_plan(model: nn.Module, config: SpectrumConfig) -> Plan:
         OptionError: the config leaves nothing to choose from.
     """
     with _adapters_off(model):
-        return _settled(model, config)
+        return _settled(model, config, layers)
 
 
-def _settled(model: nn.Module, config: SpectrumConfig) -> Plan:
+def _settled(model: nn.Module, config: SpectrumConfig, layers: bool) -> Plan:
     present = base_parameters(model)
     if config.plan is not None:
         plan = config.plan
         _check_fingerprint(plan.fingerprint, model, "the plan", config.force)
         plan = _with_model_names(plan, model, present)
+        if not config.plan_from_file:
+            unfit = unfit_matrices(model, plan.mode, layers=layers)
+            left = {e.name: unfit[e.name] for e in plan.entries if e.name in unfit}
+            plan = plan.replace(
+                entries=tuple(e for e in plan.entries if e.name not in left), notes=(*plan.notes, *_summed_up(left))
+            )
         _settle_tokens(model, config, plan, present)
         return _with_saved(model, config, plan, present)
     report = config.resolved_report()
@@ -192,11 +199,15 @@ def _settled(model: nn.Module, config: SpectrumConfig) -> Plan:
     else:
         _check_fingerprint(report.fingerprint, model, "the report", config.force)
     report = _without(_report_with_model_names(report, model, present), new_parameters(model) or ())
+    unfit = unfit_matrices(model, config.mode, layers=layers)
+    report = _without(report, unfit)
     candidates = candidates_of(config, report)
     gradients = None
     if needs_gradients(options):
         gradients = _gradients(model, config, options, worth_probing(report, candidates, options))
     plan = config.with_patterns(make_plan(report, gradients=gradients, candidates=candidates, **options))
+    left = {name: why for name, why in unfit.items() if name in {s.name for s in report.stats}}
+    plan = plan.replace(notes=(*plan.notes, *_summed_up(left)))
     config.report = report
     _settle_tokens(model, config, plan, present)
     return _with_saved(model, config, plan, present)
@@ -356,6 +367,40 @@ def _aligned(wanted: Iterable[str], present: dict[str, Any], model: nn.Module) -
             if name not in found and count and new in present:
                 found[name] = new
     return found
+
+
+def unfit_matrices(model: nn.Module, mode: str, *, layers: bool) -> dict[str, str]:
+    """{matrix of the base model that the mode cannot train: why}.
+
+    Args:
+        layers: PEFT's layers go around what trains; a matrix that lies at several places of the model (Zamba's shared block)
+            would be changed at one of them only.
+    Raises:
+        OptionError: there is one, and the mode trains every parameter.
+    """
+    base = base_of(model)
+    adapters = MODES[mode].action in ADAPTER_ACTIONS
+    found = dict(without_adapters(base)) if adapters else {}
+    if layers or adapters:
+        for name, group in _tied_names(model).items():
+            owner, leaf = base_parameters(model)[name]
+            role = role_of(name, tuple(owner._parameters[leaf].shape), owner, output_head(base))  # type: ignore[union-attr]
+            if role == "linear":
+                others = " and ".join(other for other in group if other != name)
+                found[name] = f"the same tensor is {others}, and a layer around one place would not change the other"
+    if found and MODES[mode].whole_model:
+        name, why = next(iter(found.items()))
+        raise OptionError(
+            f"mode {mode!r} trains every parameter, and {name} cannot: {why}. Train the plain model, without a PeftModel."
+        )
+    return found
+
+
+def _summed_up(left: Mapping[str, str]) -> Iterator[str]:
+    """Notes for a plan, one for each reason, as far as it is the same."""
+    for why in dict.fromkeys(left.values()):
+        mine = [name for name, reason in left.items() if reason == why]
+        yield f"{len(mine)} matrices are left out, first {mine[0]}: {why}."
 
 
 def _without(report: SnrReport, new: Iterable[str]) -> SnrReport:

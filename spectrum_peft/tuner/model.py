@@ -83,7 +83,7 @@ class SpectrumModel(LoraModel):
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         config.modules_to_save = list(config.modules_to_save) if config.modules_to_save else config.modules_to_save
         settle_quantized(model)  # for inference, too: merging and unloading read the weights in the usual layout
-        config.plan = settle_plan(model, config)
+        config.plan = settle_plan(model, config, layers=True)
         self._aim(config, model)
         self._refuse_mixtures(config, model, adapter_name)
         refuse_unshareable(config)

@@ -24,6 +24,7 @@ from .quantized import (
 )
 from .roles import output_embeddings, output_head, role_of
 from .source import DTYPES, TensorInfo, WeightSource, split_expert
+from .uncalled import without_adapters
 
 __all__ = [
     "DTYPES",
@@ -66,4 +67,5 @@ __all__ = [
     "skeleton_of",
     "split_expert",
     "through_quantization",
+    "without_adapters",
 ]

@@ -39,7 +39,7 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("mode", ["lora", "spectrum"])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "zamba2"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_merged_checkpoint_computes_what_was_trained(name: str, mode: str, tmp_path: Path) -> None:
     kind, inputs = saved(name, tmp_path / "base"), FAMILIES[name]()[2]
     model = trained(tmp_path / "base", kind, mode=mode)

@@ -10,9 +10,10 @@ import peft
 import pytest
 import torch
 import transformers
-from families import saved
+from families import FAMILIES, saved
 
 from spectrum_peft import SpectrumConfig, load_model_with_spectrum
+from spectrum_peft.errors import OptionError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGES = {**SIZES, "image_size": 32, "patch_size": 8}
@@ -129,3 +130,34 @@ def test_tensors_that_are_one_in_the_base_are_one_in_the_copies_that_train(name:
     for group in tied:
         modules = [model.get_base_model().get_submodule(n.removesuffix(".weight")) for n in group]
         assert len({id(m.modules_to_save["default"].weight) for m in modules}) == 1
+
+
+def test_a_matrix_at_two_places_of_the_model_is_left_out_by_name(tmp_path: Path) -> None:
+    """A layer around one of them would leave the other as it was; the plain model trains both, as the one that they are."""
+    kind, inputs = saved("zamba2", tmp_path), FAMILIES["zamba2"]()[2]
+    plain = kind.from_pretrained(tmp_path).eval()
+    shared = [n for n, _ in plain.named_parameters() if ".shared_transformer." in n and n.endswith("proj.weight")]
+    before = plain(**inputs).logits
+    for mode in ("lora", "spectrum"):
+        model = changed(peft.get_peft_model(kind.from_pretrained(tmp_path), SpectrumConfig(mode=mode, r=4)))
+        plan = model.peft_config["default"].plan
+        assert shared and not set(plan.by_name) & set(shared)
+        assert any("the same tensor is" in note for note in plan.notes)
+        with model.disable_adapter():
+            assert torch.equal(before, model(**inputs).logits)
+    with pytest.raises(OptionError, match="trains every parameter"):
+        peft.get_peft_model(kind.from_pretrained(tmp_path), SpectrumConfig(mode="full"))
+    whole, _ = load_model_with_spectrum(str(tmp_path), SpectrumConfig(mode="full"), dtype="float32", model_class=kind)
+    assert all(parameter.requires_grad for parameter in whole.parameters())
+
+
+def test_adapters_are_planned_only_where_they_are_asked(tmp_path: Path) -> None:
+    kind, inputs = saved("mamba", tmp_path), FAMILIES["mamba"]()[2]
+    model = peft.get_peft_model(kind.from_pretrained(tmp_path), SpectrumConfig(mode="lora", r=4))
+    model(**inputs).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if ".lora_B." in n)
+    plan = model.peft_config["default"].plan
+    assert any("MambaMixer reads the weight" in note for note in plan.notes)
+    real = peft.get_peft_model(kind.from_pretrained(tmp_path), SpectrumConfig(mode="spectrum", spectrum_ratio=1.0))
+    real(**inputs).loss.backward()  # real weights may still train there
+    assert any("dt_proj" in n and p.grad is not None for n, p in real.named_parameters() if p.requires_grad)
