@@ -11,7 +11,7 @@ from torch import nn
 from .. import names
 from ..errors import CheckpointError, OptionError, loading, near_matches
 from ..records import REAL_WEIGHT_ACTIONS, Plan
-from ..weights import FileWeights
+from ..weights import FileWeights, unquantized_modules
 
 
 def quantization_settings(given: Any, plan: Plan | None) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def quantization_settings(given: Any, plan: Plan | None) -> dict[str, Any]:
         "bnb_4bit_quant_type": given,
         "bnb_4bit_use_double_quant": True,
         "llm_int8_skip_modules": [*real, *sorted(names.HEADS)],
+        "by_word": True,  # as `quantization_config_for` did, which knew the model
     }
 
 
@@ -60,9 +61,10 @@ def quantized_names(files: FileWeights, settings: Mapping[str, Any]) -> list[str
         )
     with loading(files.folder), torch.device("meta"):
         model = kind._from_config(config)
-    skipped = HfQuantizer.get_modules_to_not_convert(
-        model, settings.get("llm_int8_skip_modules"), model._keep_in_fp32_modules
-    )
+    listed = settings.get("llm_int8_skip_modules")
+    if settings.get("by_word"):
+        listed = [*listed, *unquantized_modules(model)]
+    skipped = HfQuantizer.get_modules_to_not_convert(model, listed, model._keep_in_fp32_modules)
     chosen = [
         f"{name}.weight"
         for name, module in model.named_modules()

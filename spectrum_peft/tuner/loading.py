@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import os
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from ..errors import CheckpointError, OptionError, loading, near_matches
 from ..plan import MODES, OPTIONS, Mode, make_plan, needs_gradients
 from ..records import Plan, is_file
 from ..scan import scan_weights
-from ..weights import read_config, read_header, settle_quantized
+from ..weights import read_config, read_header, settle_quantized, skeleton_of, unquantized_modules
 from ..weights.adapter_config import read_adapter_config
 from ..weights.adapters import AdapterState
 from . import freeze_to_plan, settle_plan
@@ -53,9 +54,8 @@ def quantization_config_for(
         check_quantizable(MODES[plan.mode])
         skipped = [names.module_name(e.name) for e in plan.entries if e.trains and e.action in ("train", "save")]
     skipped += sorted(names.HEADS)
-    if isinstance(model, nn.Module) and hasattr(model, "get_output_embeddings"):
-        head = model.get_output_embeddings()
-        skipped += [name for name, module in model.named_modules() if module is head]
+    skeleton = model if isinstance(model, nn.Module) else _skeleton(model)
+    skipped += [] if skeleton is None else unquantized_modules(skeleton)
     skipped = list(dict.fromkeys(skipped))
     if quant_type == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
@@ -66,6 +66,22 @@ def quantization_config_for(
         bnb_4bit_compute_dtype=compute_dtype or fast_dtype(),
         llm_int8_skip_modules=skipped,
     )
+
+
+def _skeleton(model: Any, model_class: Any = None, **kwargs: Any) -> nn.Module | None:
+    """The model that a path, id or config stands for, without values; None where it is not there or cannot be built."""
+    if model is None:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(model, **kwargs) if isinstance(model, str | os.PathLike) else model
+        kind = model_class or class_of(config)
+        if hasattr(kind, "_from_config"):
+            return skeleton_of(kind, config)
+        with torch.device("meta"):
+            built: nn.Module = kind.from_config(config)
+        return built
+    except (CheckpointError, OSError, ValueError, KeyError, AttributeError):
+        return None
 
 
 def load_model_with_spectrum(
@@ -332,7 +348,7 @@ def class_of(config: Any) -> Any:
     """The transformers class that a config names in `architectures`, else `AutoModelForCausalLM`."""
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
-        if found is not None and not name.endswith("Model"):
+        if found is not None:  # a body, too: what its head would compute is in no file
             return found
     return transformers.AutoModelForCausalLM
 
@@ -343,11 +359,20 @@ def _remote(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def task_type_of(model: Any) -> str | None:
+    """PEFT's task type of a model's class; None where PEFT's wrapper for the task would call it with what it does not take.
+
+    The wrappers of all tasks pass `input_ids`, which pictures and sounds have not (Whisper, ViT, Wav2Vec2). A class for
+    conditional generation has an encoder (T5), or is a decoder that sees or hears (LLaVA).
+    """
     name = type(model).__name__
+    taken = inspect.signature(model.forward).parameters
+    if "input_ids" not in taken:
+        return None
+    if name.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM" if "decoder_input_ids" in taken else "CAUSAL_LM"
     known = {
         "ForCausalLM": "CAUSAL_LM",
         "LMHeadModel": "CAUSAL_LM",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
         "ForSequenceClassification": "SEQ_CLS",
         "ForTokenClassification": "TOKEN_CLS",
         "ForQuestionAnswering": "QUESTION_ANS",

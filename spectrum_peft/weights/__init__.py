@@ -12,7 +12,7 @@ from .files import FileWeights, Place, as_matrix, places, read_bytes, read_store
 from .fresh import new_parameters
 from .gguf import GgufWeights
 from .headers import Span, find_shards, read_config, read_header, read_index
-from .layouts import Layout, Recipe, skeleton_like, skeleton_of
+from .layouts import Layout, Recipe, skeleton_like, skeleton_of, unquantized_modules
 from .live import LiveWeights, base_module, checkpoint_folder, dequantized_weights, matrix_of
 from .opening import fetch, holds_adapter, locate, open_weights
 from .quantized import (
@@ -67,5 +67,6 @@ __all__ = [
     "skeleton_of",
     "split_expert",
     "through_quantization",
+    "unquantized_modules",
     "without_adapters",
 ]

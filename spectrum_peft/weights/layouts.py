@@ -127,6 +127,16 @@ def skeleton_like(model: nn.Module) -> nn.Module | None:
     return skeleton_of(type(model), config)
 
 
+def unquantized_modules(skeleton: nn.Module) -> list[str]:
+    """Modules that transformers leaves unquantized where nobody lists any: the output head, what is tied to it, the last one."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    try:
+        return sorted(get_keys_to_not_convert(skeleton))
+    except (AttributeError, NotImplementedError):  # none of transformers' models, or one without a head
+        return []
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One step of loading: some stored tensors become some parameters.
