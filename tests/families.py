@@ -71,6 +71,19 @@ def qwen3_next() -> Built:
 
 
 @_family
+def deepseek_v3() -> Built:
+    """A dense MLP in the first block, experts and shared experts after it, with the same names of projections."""
+    import transformers as t
+
+    config = t.DeepseekV3Config(
+        **{**_TEXT, "num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4, n_shared_experts=1,
+        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8,
+        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    return t.DeepseekV3ForCausalLM, config, _language()
+
+
+@_family
 def granite_moe() -> Built:
     """Experts and router have other names in the files."""
     import transformers as t

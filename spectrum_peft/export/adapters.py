@@ -63,6 +63,20 @@ class TrainedAdapter:
         return []
 
     @property
+    def model_type(self) -> str | None:
+        """transformers' word for the base's family, of its config where that is at hand."""
+        found = self.described.get("model_type")
+        if found is None and self.state.base:
+            from transformers import AutoConfig
+
+            try:
+                revision = self.state.config.get("revision")
+                found = AutoConfig.from_pretrained(self.state.base, revision=revision, local_files_only=True).model_type
+            except (OSError, ValueError, KeyError):
+                return None
+        return found
+
+    @property
     def noted(self) -> Mapping[str, Any]:
         """What the training run wrote down: `quantization` and `dtype` of its base among others."""
         results = self.state.folder / "train_results.json" if self.state.folder else None

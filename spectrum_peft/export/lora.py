@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..card import write_card
 from ..errors import OptionError
 from ..records import whole_folder, write_text
+from ..tuner.retargeting import retargeted
 from ..weights.adapters import PEFT_PREFIX, AdapterState
 from ..weights.updates import LowRank, Value
 from ..weights.writer import SafetensorsWriter, header_bytes
@@ -51,7 +52,7 @@ def export_lora(adapter_or_model: Any, out: str | os.PathLike[str], *, adapter_n
         config = json.loads(json.dumps(state.config, default=_as_json))
         tensors = {key: stored.whole() for key, stored in state.tensors.items()}
     else:
-        config, tensors = _as_lora(state)
+        config, tensors = _as_lora(state, source.model_type)
     with whole_folder(target) as folder:
         order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
         header = header_bytes({k: (tensors[k].dtype, tuple(tensors[k].shape)) for k in order}, {"format": "pt"}, order)
@@ -80,7 +81,7 @@ def _as_json(value: Any) -> Any:
     return getattr(value, "value", str(value))
 
 
-def _as_lora(state: AdapterState) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _as_lora(state: AdapterState, model_type: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(adapter_config.json, {key: tensor}) of a plain LoRA with the same function."""
     updates = state.updates(state.planned())
     by_name = {} if state.plan is None else state.plan.by_name
@@ -99,6 +100,14 @@ def _as_lora(state: AdapterState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     ranks = {u.key: u.factors()[1].shape[-2] for u in low}
     alphas = {u.key: _whole_number(u.scale * root(ranks[u.key])) for u in low}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    # Where peft would take a module for an old name of fused experts, the layer is named as the parameter that it has.
+    by_weight = retargeted(model_type, (u.module for u in low if u.experts is None))
+    fused = {u.key for u in low if u.experts is not None or u.module in by_weight}
+    if by_weight and any(u.magnitude is not None for u in low if u.module in by_weight):
+        raise OptionError(
+            f"{sorted(by_weight)[0]}: plain peft puts no DoRA beside it in a model of type {model_type!r}, whose experts "
+            "transformers fuses. Merge the adapter instead: merge_into_base(adapter, base, out)."
+        )
     tensors: dict[str, Tensor] = {}
     saved = list(state.config.get("modules_to_save") or ())
     for update in updates:
@@ -117,12 +126,16 @@ def _as_lora(state: AdapterState) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "init_lora_weights": True,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {_anchored(u): ranks[u.key] for u in low if ranks[u.key] != rank},
-        "alpha_pattern": {_anchored(u): alphas[u.key] for u in low if alphas[u.key] != alpha},
-        "target_modules": sorted({u.module for u in low if u.experts is None}),
-        "target_parameters": sorted({u.name for u in low if u.experts is not None}) or None,
+        "rank_pattern": {_anchored(u, fused): ranks[u.key] for u in low if ranks[u.key] != rank},
+        "alpha_pattern": {_anchored(u, fused): alphas[u.key] for u in low if alphas[u.key] != alpha},
+        "target_modules": sorted({u.module for u in low if u.key not in fused}),
+        "target_parameters": sorted({_parameter(u) for u in low if u.key in fused}) or None,
         "modules_to_save": list(dict.fromkeys(saved)) or None,
     }
+    if by_weight and config.get(
+        "lora_dropout"
+    ):  # which peft refuses beside parameters; it is the training's, not the function's
+        config["lora_dropout"] = 0.0
     return json.loads(json.dumps(config, default=_as_json)), tensors
 
 
@@ -137,8 +150,12 @@ def _most_common(values: Iterable[Any]) -> Any:
     return max(counted, key=lambda v: (counted[v], v))
 
 
-def _anchored(update: LowRank) -> str:
-    return "^" + re.escape(update.name if update.experts is not None else update.module)
+def _parameter(update: LowRank) -> str:
+    return update.name if update.experts is not None else f"{update.module}.weight"
+
+
+def _anchored(update: LowRank, fused: Container[str]) -> str:
+    return "^" + re.escape(_parameter(update) if update.key in fused else update.module)
 
 
 def _peft_tensors(update: LowRank) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from families import FAMILIES, saved
 
-from spectrum_peft import SpectrumConfig, merge_into_base, scan_weights
+from spectrum_peft import SpectrumConfig, export_lora, merge_into_base, scan_weights
 
 # Sums in another order, in float32, over two or four blocks: some hundred roundings of 6e-8 beside outputs of about 1.
 SAME = 1e-4
@@ -54,6 +54,20 @@ def test_a_merged_checkpoint_computes_what_was_trained(name: str, mode: str, tmp
         assert not info["missing_keys"] and not info["unexpected_keys"]
         stored = safetensors.torch.load_file(tmp_path / out / "model.safetensors")
         assert stored.keys() == base.keys() and not report.added  # the stored names, no tied twin
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next", "granite_moe", "mamba", "llava"])
+def test_plain_peft_computes_what_was_trained(name: str, dropout: float, tmp_path: Path) -> None:
+    kind, inputs = saved(name, tmp_path / "base"), FAMILIES[name]()[2]
+    options = {"lora_dropout": dropout, "exclude_modules": r".*\.experts\..*"} if dropout else {}
+    model = trained(tmp_path / "base", kind, mode="lora", task_type="CAUSAL_LM", **options)
+    model.save_pretrained(tmp_path / "adapter")
+    wanted = outputs(model, inputs)
+    for source, out in ((tmp_path / "adapter", "folder"), (model, "memory")):
+        export_lora(source, tmp_path / out)
+        again = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / out)
+        assert apart(wanted, outputs(again, inputs)) < SAME
 
 
 def test_a_report_of_the_folder_fits_the_model(tmp_path: Path) -> None:
