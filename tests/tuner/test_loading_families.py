@@ -1,4 +1,4 @@
-"""What a class takes decides its task type, what a checkpoint names its class; heads stay unquantized whatever they are called."""
+"""What a class takes decides its task type, what a checkpoint names its class; heads of any name stay unquantized."""
 
 from __future__ import annotations
 
