@@ -28,6 +28,7 @@ WHEN = {
     "alors": "one budget, spent where the scores are high; ranks may move during training",
     "sgm": "adapters have to be small in number: blocks with like gradients share a factor; needs calibration data",
     "lorsa": "a task shall be stored in a few thousand numbers that train: below LoRA of rank 1; needs calibration data",
+    "columns": "LoRA's size with less kept for backward, on a 4-bit base too; what is learnt are real weights, merged by adding",
 }
 # Which contestant of benchmarks/modes.py stands for a mode; "4-bit" rows are compared with full training in float32, too.
 CONTESTANT = {
@@ -92,8 +93,8 @@ def modes() -> str:
     settings = data["settings"]
     return table(heads, rows) + (
         f"\nSmolLM2-135M, batch {settings['batch']} x {settings['length']} tokens, median of {settings['repeats']} repeats "
-        f"(`python benchmarks/modes.py`; {machine(data)}). `spectrum` at ratio 0.25, `spectra_qlora` and `alors` at 0.5, the "
-        "last two modes at 1.0 (`python benchmarks/adapters.py`, another run).\n"
+        f"(`python benchmarks/modes.py`; {machine(data)}). `spectrum` at ratio 0.25, `spectra_qlora` and `alors` at 0.5, "
+        "`sgm` and `lorsa` at 1.0 (`python benchmarks/adapters.py`, another run), `columns` for rank 16 (`columns.py` there).\n"
     )
 
 

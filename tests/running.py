@@ -42,9 +42,10 @@ def options_of(mode: str, batches: list[dict[str, torch.Tensor]] | None = None) 
         options["calibration_data"] = [{"input_ids": IDS, "labels": IDS}] if batches is None else batches
     if "similarity_threshold" in row.own_options:  # the blocks of a random model have little in common
         options |= {"spectrum_ratio": 1.0, "similarity_threshold": -1.0}
-    if "svd_rank" in row.own_options:  # small matrices, and fused experts are none that it could take apart
-        experts = ["experts.gate_up_proj", "experts.down_proj"]
-        options |= {"n_components": 32, "svd_rank": 64, "spectrum_ratio": 1.0, "exclude_modules": experts}
+    if row.own_options & {"svd_rank", "n_columns"}:  # fused experts are no single matrices
+        options["exclude_modules"] = ["experts.gate_up_proj", "experts.down_proj"]
+    if "svd_rank" in row.own_options:  # small matrices
+        options |= {"n_components": 32, "svd_rank": 64, "spectrum_ratio": 1.0}
     return options
 
 

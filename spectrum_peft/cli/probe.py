@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="singular components whose importance is measured, for mode lorsa; default 0",
     )
+    add("--columns", metavar="BY", help="score each column by activation or fisher, for --columns-by; default: not")
     add("--seed", type=int, default=0, help="of the draw of rows and of the sketches")
     add_data_options(parser)
     add_load_options(parser)

@@ -83,7 +83,12 @@ def gradients_of_report(report: SnrReport, *, svd_rank: int = OPTIONS["svd_rank"
     for s in report.stats:
         if s.shape is not None and len(s.shape) == 2:
             alike = (1.0,) * min(svd_rank, *s.shape)
-            stats.append(GradientStat(s.name, s.kind, s.shape, fisher=1.0, singular_values=alike, importance=alike))
+            columns = (1.0,) * s.shape[0 if s.transposed else 1]
+            stats.append(
+                GradientStat(
+                    s.name, s.kind, s.shape, fisher=1.0, singular_values=alike, importance=alike, columns=columns
+                )
+            )
     return GradientReport(stats=tuple(stats), similarities=(), samples=0, loss=math.nan, model_id=report.model_id)
 
 

@@ -20,6 +20,8 @@ from .step import EIGHT_BIT_ADAM
 
 logger = logging.getLogger(__name__)
 
+# Shares of a matrix' columns that are tried: each step is two fifths more than the one before.
+_SHARES = tuple(2 ** (-n / 2) for n in range(16, -1, -1))
 _UNITS = {
     "B": 1,
     "KB": 10**3,
@@ -205,6 +207,9 @@ class _Search:
     def plans(self, options: Mapping[str, Any]) -> list[Plan]:
         """The distinct plans of a mode from the smallest ratio to 1; one plan where no ratio chooses."""
         checked = check_options(**options)
+        if MODES[checked["mode"]].of_each and not {"spectrum_ratio", "n_columns", "r"} & set(options):
+            steps = (make_plan(self.report, gradients=self.gradients, **options, spectrum_ratio=r) for r in _SHARES)
+            return list({plan.digest: plan for plan in steps}.values())
         if checked["spectrum_ratio"] is None or "spectrum_ratio" in options or not MODES[checked["mode"]].selective:
             return [make_plan(self.report, gradients=self.gradients, **options)]
         whole = make_plan(self.report, gradients=self.gradients, **{**options, "spectrum_ratio": 1.0})

@@ -19,10 +19,22 @@ from .diff import diff_plans
 from .explain import explain, format_table
 from .make import make_plan, worth_probing
 from .modes import MODES, Mode, get_mode
-from .options import CRITERIA, DEFAULT_RATIO, OPTIONS, check_options, checked_plan, needs_gradients
+from .options import (
+    COLUMNS_BY,
+    COLUMNS_BY_DATA,
+    CRITERIA,
+    DEFAULT_RATIO,
+    OPTIONS,
+    check_options,
+    checked_plan,
+    needs_gradients,
+)
+from .policies import columns_of_rank, with_columns
 from .replan import replan
 
 __all__ = [
+    "COLUMNS_BY",
+    "COLUMNS_BY_DATA",
     "CRITERIA",
     "DEFAULT_RATIO",
     "MODES",
@@ -30,6 +42,7 @@ __all__ = [
     "Mode",
     "check_options",
     "checked_plan",
+    "columns_of_rank",
     "diff_plans",
     "explain",
     "format_table",
@@ -37,5 +50,6 @@ __all__ = [
     "make_plan",
     "needs_gradients",
     "replan",
+    "with_columns",
     "worth_probing",
 ]

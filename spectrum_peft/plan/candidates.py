@@ -97,6 +97,7 @@ def as_candidate(unit: MatrixStat, reached: frozenset[tuple[str, int]] | None) -
         shape=unit.shape,
         score=unit.score,
         reachable=reached is None or place_of(unit.name) in reached,
+        transposed=unit.transposed,
     )
 
 

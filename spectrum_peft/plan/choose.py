@@ -28,6 +28,7 @@ class Candidate:
         shape: (out, in), (in, out) for a Conv1D, (experts, ., .) for fused experts; None if not known.
         score: of the criterion, the mean over experts; infinite is allowed; None if not scored.
         reachable: False below `backward_depth`: it counts for the ratio, and may not be taken.
+        transposed: the shape of a matrix is (in, out).
     """
 
     name: str
@@ -36,6 +37,7 @@ class Candidate:
     shape: tuple[int, ...] | None
     score: float | None
     reachable: bool = True
+    transposed: bool = False
 
     @property
     def numel(self) -> int:

@@ -104,7 +104,9 @@ def _chosen_by(plan: Plan) -> str:
     if options["preset"] is not None:
         share = _percent(options["spectrum_ratio"])
         return f"criterion {plan.criterion}, preset {options['preset']} at {share} of each kind"
-    if not mode.selective:
+    if mode.of_each:
+        text = f"every matrix, its columns by {options['columns_by']}"
+    elif not mode.selective:
         text = "everything, scores are not asked"
     elif options["snr_threshold"] is not None:
         text = f"criterion {plan.criterion}, every score above {options['snr_threshold']:.6g}"

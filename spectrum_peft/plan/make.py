@@ -64,7 +64,9 @@ def make_plan(
     if gradients is not None and gradients.fingerprint is not None and report.fingerprint is not None:
         gradients.fingerprint.check(report.fingerprint, this="the gradients", that="the report")
     if gradients is None and needs_gradients(checked):
-        what = f"mode {checked['mode']!r}" if MODES[checked["mode"]].needs_data else "criterion 'fisher'"
+        by = checked["columns_by"]
+        what = "criterion 'fisher'" if checked["criterion"] == "fisher" else f"columns_by={by!r}"
+        what = f"mode {checked['mode']!r}" if MODES[checked["mode"]].needs_data else what
         raise OptionError(
             f"{what} needs gradients on data: give calibration_data=calibration_batches(dataset, tokenizer) to "
             "SpectrumConfig, or gradients=probe_gradients(model, batches) to make_plan."

@@ -24,6 +24,7 @@ class Mode:
         action: what a chosen module becomes, one of `records.ACTIONS`.
         default_lr: learning rate where the user set none, for AdamW.
         needs_data: wants a GradientReport or calibration batches.
+        of_each: a ratio is the share of every matrix that trains, and not of the matrices.
         whole_model: every parameter of the model trains, candidates or not.
         importance_rates: the learning rate of an entry grows with its score, within `lr_ratio`.
         rescorable: `rescore_every` may move the choice during training.
@@ -37,6 +38,7 @@ class Mode:
     action: str
     default_lr: float
     needs_data: bool = False
+    of_each: bool = False
     whole_model: bool = False
     importance_rates: bool = False
     rescorable: bool = False
@@ -50,7 +52,12 @@ class Mode:
 
     @property
     def selective(self) -> bool:
-        """Scores decide: the ratio, the threshold and the scope mean something."""
+        """Scores decide which matrices: the ratio, the threshold and the scope mean something."""
+        return self.select != "all" and not self.of_each
+
+    @property
+    def has_ratio(self) -> bool:
+        """A ratio means something: a share of the matrices, or of each."""
         return self.select != "all"
 
 
@@ -84,6 +91,10 @@ MODES: dict[str, Mode] = {
             "lorsa", "singular values shift and their vectors turn, for the components that the data ask for",
             select="components", action="lorsa", default_lr=3e-3, needs_data=True,
             own_options=frozenset({"n_components", "component_scope", "svd_rank", "rotation_rank"}),
+        ),
+        Mode(
+            "columns", "real weights of some columns of every matrix", select="columns", action="columns", default_lr=2e-4,
+            of_each=True, own_options=frozenset({"n_columns", "columns_by", "column_block"}),
         ),
     )
 }  # fmt: skip

@@ -48,6 +48,9 @@ OPTIONS: dict[str, Any] = {
     "component_scope": "layer",
     "svd_rank": 256,
     "rotation_rank": 4,
+    "n_columns": None,  # as many as have the parameters of a LoRA of rank r
+    "columns_by": "random",
+    "column_block": 1,
     "seed": 0,
     "preset": None,
 }
@@ -55,8 +58,11 @@ OPTIONS: dict[str, Any] = {
 
 DEFAULT_RATIO = 0.5
 CRITERIA = ("spectrum", "mp", "mean_std", "row_norm", "kappa", "fisher", "random", "last", "first")
+# By what a matrix' columns are chosen, and which of these need data.
+COLUMNS_BY = ("random", "spectrum", "activation", "fisher")
+COLUMNS_BY_DATA = ("activation", "fisher")
 # What decides how much is chosen; one of them only.
-_AMOUNTS = ("spectrum_ratio", "snr_threshold", "score_cuts", "trainable_parameters")
+_AMOUNTS = ("spectrum_ratio", "snr_threshold", "score_cuts", "trainable_parameters", "n_columns")
 # What decides which matrices are chosen by score.
 CHOOSING_OPTIONS = ("criterion", "spectrum_ratio", "snr_threshold", "scope", "measure", "backward_depth")
 
@@ -171,6 +177,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "component_scope": _one_of("layer", "global"),
     "svd_rank": _integer(1, MOST_RANK),
     "rotation_rank": _integer(1, MOST_RANK),
+    "n_columns": _optional(_integer(1, MOST_RANK)),
+    "columns_by": _one_of(*COLUMNS_BY),
+    "column_block": _integer(1, MOST_RANK),
     "seed": _integer(0),
     "preset": _optional(_one_of("published")),
 }
@@ -263,7 +272,7 @@ def checked_plan(plan: Plan, source: str) -> Plan:
 
 def owners_of(option: str) -> list[str]:
     """The modes in which an option means something."""
-    by_field = {"spectrum_ratio": "selective", "snr_threshold": "selective", "lr_ratio": "importance_rates"}
+    by_field = {"spectrum_ratio": "has_ratio", "snr_threshold": "selective", "lr_ratio": "importance_rates"}
     if option in by_field:
         return [row.name for row in MODES.values() if getattr(row, by_field[option])]
     owners = [row.name for row in MODES.values() if option in row.own_options]
@@ -285,4 +294,8 @@ def _check_preset(checked: Mapping[str, Any]) -> None:
 
 def needs_gradients(options: Mapping[str, Any]) -> bool:
     """Whether a plan with these checked options can only be made with a `GradientReport`."""
-    return MODES[options["mode"]].needs_data or options["criterion"] == "fisher"
+    return (
+        MODES[options["mode"]].needs_data
+        or options["criterion"] == "fisher"
+        or options["columns_by"] in COLUMNS_BY_DATA
+    )

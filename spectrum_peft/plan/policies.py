@@ -6,6 +6,7 @@ policy(candidates, options, gradients) -> Draft(entries, notes)
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -84,13 +85,7 @@ def components(
     Raises:
         OptionError: fused experts among the candidates; gradients that do not list a chosen matrix, or not its components.
     """
-    fused = [c.name for c in candidates if c.shape is not None and len(c.shape) == 3]
-    if fused:
-        kinds = sorted({c.kind for c in candidates if c.name in fused})
-        raise OptionError(
-            f"mode {options['mode']!r} works on single matrices, and {fused[0]} holds one for each expert. Leave them out: "
-            f"exclude_modules={kinds}."
-        )
+    _refuse_fused(candidates, options)
     chosen, notes = choose(candidates, options)
     taken = sorted((c for cs in chosen.values() for c in cs), key=lambda c: natural_key(c.name))
     importance = {c.name: _importance(c, options, gradients) for c in taken}
@@ -140,6 +135,16 @@ def components(
             )  # fmt: skip
         entries.append(entry)
     return Draft(tuple(entries), tuple(notes))
+
+
+def _refuse_fused(candidates: Sequence[Candidate], options: Mapping[str, Any]) -> None:
+    fused = [c.name for c in candidates if c.shape is not None and len(c.shape) == 3]
+    if fused:
+        kinds = sorted({c.kind for c in candidates if c.name in fused})
+        raise OptionError(
+            f"mode {options['mode']!r} works on single matrices, and {fused[0]} holds one for each expert. Leave them out: "
+            f"exclude_modules={kinds}."
+        )
 
 
 def _stat(candidate: Candidate, gradients: GradientReport | None) -> GradientStat:
@@ -267,10 +272,108 @@ def _clusters(likeness: Sequence[Sequence[float]], options: Mapping[str, Any]) -
     return list(found.values())
 
 
+def columns(
+    candidates: Sequence[Candidate], options: Mapping[str, Any], gradients: GradientReport | None = None
+) -> Draft:
+    """Some columns of every candidate within `backward_depth`: the input features whose weights train.
+
+    How many: `n_columns`, a share `spectrum_ratio` of those that a matrix has, or as many as have the parameters of a LoRA of
+    rank r on it, k = r (in + out) / out. Which: drawn from seed and name, or those with the best scores in `gradients`, in
+    runs of `column_block`, which begin at multiples of it.
+
+    Raises:
+        OptionError: fused experts among the candidates; a shape that is not known; scores that are asked for and missing.
+    """
+    _refuse_fused(candidates, options)
+    everything(candidates, options)  # what it refuses is refused here
+    entries, clamped = [], []
+    for c in candidates:
+        entry = PlanEntry(c.name, "freeze", kind=c.kind, shape=c.shape, score=c.score)
+        if c.reachable:
+            if c.shape is None:
+                raise OptionError(
+                    f"mode {options['mode']!r} counts columns, and the shape of {c.name} is not known (a published scan "
+                    "states none). Scan the checkpoint."
+                )
+            entry = replace(entry, transposed=c.transposed)
+            wanted, inside = _wanted_columns(entry, options), entry.inside
+            if wanted > inside:
+                clamped.append((c.name, inside))
+            entries.append(with_columns(entry, wanted, options, gradients))
+        else:
+            entries.append(entry)
+    notes = []
+    if clamped:
+        notes.append(
+            f"more columns are asked for than {len(clamped)} of {len(entries)} matrices have, first {clamped[0][0]}: all "
+            f"{clamped[0][1]} of it train."
+        )
+    return Draft(tuple(entries), tuple(notes))
+
+
+def _wanted_columns(entry: PlanEntry, options: Mapping[str, Any]) -> int:
+    if options["n_columns"] is not None:
+        return int(options["n_columns"])
+    if options["spectrum_ratio"] is not None:
+        return max(1, math.floor(entry.inside * float(options["spectrum_ratio"]) + 1e-9))
+    return columns_of_rank(entry, int(options["r"]))
+
+
+def columns_of_rank(entry: PlanEntry, rank: int) -> int:
+    """How many columns of a matrix have as many elements as a LoRA of some rank on it, rounded down."""
+    out = entry.numel // entry.inside
+    return max(1, rank * (entry.inside + out) // out)
+
+
+def with_columns(
+    entry: PlanEntry, count: int, options: Mapping[str, Any], gradients: GradientReport | None = None
+) -> PlanEntry:
+    """The entry with about `count` columns that train, in whole runs of `column_block`, at least one run.
+
+    Raises:
+        OptionError: the scores that `columns_by` asks for are missing.
+    """
+    inside = entry.inside
+    block = min(int(options["column_block"]), inside)
+    runs = inside // block
+    taken = min(runs, max(1, round(count / block)))
+    by = options["columns_by"]
+    if count >= inside:
+        chosen = list(range(inside))
+    else:
+        if by == "random":
+            order = random.Random(f"{options['seed']} {entry.name}").sample(range(runs), taken)
+        else:
+            scores = _column_scores(entry.name, inside, by, gradients)
+            totals = [math.fsum(scores[i * block : (i + 1) * block]) for i in range(runs)]
+            order = sorted(range(runs), key=lambda i: (-totals[i], i))[:taken]
+        chosen = [i * block + j for i in sorted(order) for j in range(block)]
+    # The change is no product that alpha scales: its scale is 1.
+    return replace(
+        entry,
+        action=get_mode(options["mode"]).action,
+        rank=len(chosen),
+        alpha=math.sqrt(len(chosen)) if options["use_rslora"] else float(len(chosen)),
+        columns=tuple(chosen),
+    )
+
+
+def _column_scores(name: str, inside: int, by: str, gradients: GradientReport | None) -> tuple[float, ...]:
+    stat = None if gradients is None else gradients.by_name.get(name)
+    if stat is None or len(stat.columns) != inside:
+        have = f"{len(stat.columns)} of them" if stat is not None and stat.columns else "none"
+        raise OptionError(
+            f"columns_by={by!r} chooses by scores of the {inside} columns of {name}, the gradients hold {have}: "
+            f"probe_gradients(model, batches, columns={by!r}), or `spectrum-peft probe --columns {by}`."
+        )
+    return stat.columns
+
+
 POLICIES: dict[str, Policy] = {
     "all": everything,
     "top": top,
     "tiers": tiers,
     "alike": alike,
     "components": components,
+    "columns": columns,
 }

@@ -9,10 +9,11 @@ probe       probe_gradients: all of it together
 from __future__ import annotations
 
 from .batches import calibration_batches
-from .probe import DEFAULT_SAMPLES, probe_gradients
+from .probe import DEFAULT_SAMPLES, column_energies, probe_gradients
 
 __all__ = [
     "DEFAULT_SAMPLES",
     "calibration_batches",
+    "column_energies",
     "probe_gradients",
 ]

@@ -208,5 +208,42 @@ class ComponentImportance:
         return {"singular_values": tuple(values.tolist()), "importance": tuple((values.square() * mean).tolist())}
 
 
+class ColumnScores:
+    """A score of each column of a matrix, which is one input feature.
+
+    `activation`: E[x_j^2] over the tokens that the loss depends on. `fisher`: the squared derivative of one sample's loss,
+    summed over the column, its mean over samples: the column's share of `FisherMass`, for which the gradient is formed, of one
+    sample at a time.
+
+    Args:
+        by: `activation` or `fisher`.
+    """
+
+    as_computed = False
+
+    def __init__(self, by: str) -> None:
+        self.by = by
+        self._totals: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    def see(self, name: str, x: Tensor, g: Tensor) -> None:
+        if self.by == "activation":
+            counted = g.ne(0).any(-1)
+            self._tokens[name] = self._tokens.get(name, 0) + int(counted.sum())
+            squares = x[counted].square().sum(0, dtype=torch.float64)
+        else:
+            squares = sum((b.T @ a).square().sum(0, dtype=torch.float64) for a, b in zip(x, g, strict=True))  # type: ignore[assignment]
+        self._totals[name] = squares + self._totals[name] if name in self._totals else squares
+
+    def see_whole(self, name: str, gradient: Tensor) -> None:
+        """Fused experts have no columns that train alone."""
+
+    def fields(self, name: str, numel: int, samples: int) -> dict[str, Any]:
+        if name not in self._totals:
+            return {}
+        count = self._tokens[name] if self.by == "activation" else samples
+        return {"columns": tuple((self._totals[name] / max(1, count)).tolist())}
+
+
 def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

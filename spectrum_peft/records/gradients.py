@@ -26,6 +26,7 @@ class GradientStat:
             one parameter of it; None where it was not measured.
         singular_values: of the weight that the layer computes with, the largest first; empty where no basis was asked for.
         importance: s_i^2 E[(dL/ds_i)^2] for each of them, the mean over samples.
+        columns: a score of each input feature, see `collectors.ColumnScores`; empty where none was asked for.
     """
 
     name: Name
@@ -34,6 +35,7 @@ class GradientStat:
     fisher: NotNegative | None = None
     singular_values: tuple[NotNegative, ...] = ()
     importance: tuple[NotNegative, ...] = ()
+    columns: tuple[NotNegative, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.importance) != len(self.singular_values):

@@ -17,11 +17,11 @@ from .files import SCHEMA_VERSION, Record, as_plain
 from .report import Fingerprint
 from .schema import MOST_RANK, Count, Name, Place, Text, refuse_unknown
 
-Action = Literal["train", "lora", "shared", "lorsa", "save", "freeze"]
-ACTIONS: tuple[str, ...] = ("train", "lora", "shared", "lorsa", "save", "freeze")
+Action = Literal["train", "lora", "shared", "lorsa", "columns", "save", "freeze"]
+ACTIONS: tuple[str, ...] = ("train", "lora", "shared", "lorsa", "columns", "save", "freeze")
 # Actions that train the base parameter itself, and those that put a low-rank product beside it.
 REAL_WEIGHT_ACTIONS = frozenset({"train", "save"})
-ADAPTER_ACTIONS = frozenset({"lora", "shared", "lorsa"})
+ADAPTER_ACTIONS = frozenset({"lora", "shared", "lorsa", "columns"})
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class PlanEntry:
 
     Attributes:
         name: full parameter name in the base model, also where an adapter is put beside it.
-        action: `train` (the weight itself), `lora`, `shared`, `lorsa` (an adapter), `save` (a whole module trains
-            through `modules_to_save`), `freeze`.
+        action: `train` (the weight itself), `lora`, `shared`, `lorsa`, `columns` (an adapter), `save` (a whole
+            module trains through `modules_to_save`), `freeze`.
         rank, alpha: of the adapter; the update is scaled by alpha / rank (alpha / sqrt(rank) with rsLoRA).
         lr_ratio: this tensor's learning rate over the optimizer's.
         group: tensors of one group share an adapter factor; None alone. The label begins with what they share: `A:`, `B:` or
@@ -40,6 +40,8 @@ class PlanEntry:
         gain: a trained number of this entry scales the group's factor.
         components: `lorsa`: indexes of the singular components that train, ascending, 0 the largest; `rank` is the rank of
             their rotations then.
+        columns: `columns`: numbers of the input features whose weights train, ascending; `rank` is how many.
+        transposed: the matrix is stored as (in, out); said where columns are counted.
         active: False holds a place that re-evaluation may fill; nothing of it trains.
         kind, shape, score: as in the report, so that a plan explains itself.
     """
@@ -55,6 +57,8 @@ class PlanEntry:
     shape: tuple[int, ...] | None = None
     score: float | None = None
     components: tuple[int, ...] | None = None
+    columns: tuple[int, ...] | None = None
+    transposed: bool = False
     shared: int = 0
     gain: bool = False
 
@@ -68,15 +72,22 @@ class PlanEntry:
         return math.prod(self.shape) if self.shape else 0
 
     @property
+    def inside(self) -> int:
+        """Input features of a matrix whose columns are counted; 0 if its shape is not known."""
+        return self.shape[0 if self.transposed else -1] if self.shape else 0
+
+    @property
     def trainable_numel(self) -> int:
-        """Elements that train for this entry on its own: the weight, both factors of a LoRA (per expert) and its gain, or
-        the shifts and rotations of singular components."""
+        """Elements that train for this entry on its own: the weight, both factors of a LoRA (per expert) and its gain,
+        the shifts and rotations of singular components, or some columns."""
         if not self.trains or not self.shape:
             return 0
         if self.action in REAL_WEIGHT_ACTIONS:
             return self.numel
         if self.components is not None:
             return len(self.components) * (1 + 2 * (self.rank or 0))
+        if self.columns is not None:
+            return len(self.columns) * (self.numel // self.inside)
         experts = self.shape[0] if len(self.shape) == 3 else 1
         return experts * (self.rank or 0) * (self.shape[-1] + self.shape[-2]) + self.gain
 
@@ -106,6 +117,21 @@ def _problem(entry: PlanEntry) -> str | None:
     if any(a >= b for a, b in pairwise(chosen)) or (shape is not None and chosen and chosen[-1] >= min(shape[-2:])):
         return (
             f"components is {quoted(chosen)} for the shape {shape}, wanted indexes that ascend, below its smaller side"
+        )
+    if (entry.columns is not None) != (entry.action == "columns"):
+        return (
+            f"columns is {quoted(entry.columns)} with action {entry.action!r}, wanted them for 'columns' and only there"
+        )
+    columns = entry.columns
+    if columns is not None and (
+        len(columns) != entry.rank
+        or columns[0] < 0
+        or any(a >= b for a, b in pairwise(columns))
+        or (shape is not None and (len(shape) != 2 or columns[-1] >= entry.inside))
+    ):
+        return (
+            f"columns is {quoted(columns)} for the shape {shape}, wanted {entry.rank} numbers of its columns, as rank says, that "
+            "ascend"
         )
     return None
 
@@ -196,6 +222,7 @@ class Plan(Record):
                 e.group,
                 e.active,
                 *(e.components or ()),
+                *(e.columns or ()),
                 *["gain"] * e.gain,
             )
             for e in self.entries

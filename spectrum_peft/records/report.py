@@ -75,6 +75,7 @@ class MatrixStat:
         s_max: largest singular value; None where no spectrum was computed.
         role: one of `names.ROLES`.
         power_law: exponent fitted to the tail of the eigenvalue density; None where there is no spectrum.
+        transposed: stored as (in, out), as a Conv1D's.
     """
 
     name: Name
@@ -87,6 +88,7 @@ class MatrixStat:
     s_max: NotNegative | None
     role: names.Role = "linear"
     power_law: NotNegative | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

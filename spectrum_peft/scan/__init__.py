@@ -11,7 +11,7 @@ svd       leading singular triplets
 from __future__ import annotations
 
 from .cache import cache_folder, cache_sizes, clear_cache
-from .criteria import CRITERIA
+from .criteria import CRITERIA, score_values
 from .scan import scan_weights
 from .spectrum import spectrum_of
 from .svd import SingularTriplets, cached_svd
@@ -24,5 +24,6 @@ __all__ = [
     "cached_svd",
     "clear_cache",
     "scan_weights",
+    "score_values",
     "spectrum_of",
 ]

@@ -191,6 +191,7 @@ def _report(
                     s_max=result.s_max if result else None,
                     role=info.role,
                     power_law=result.power_law if result else None,
+                    transposed=info.transposed,
                 )
             )
     fingerprint = source.fingerprint()

@@ -86,8 +86,10 @@ def probe(options: argparse.Namespace) -> GradientReport:
     given = {name: value for name in ("batch_size", "max_length") if (value := getattr(options, name)) is not None}
     samples = DEFAULT_SAMPLES if options.samples is None else options.samples
     batches = calibration_batches(rows, tokenizer, samples, options.seed, task=task.name, labels=labels, **given)
-    directions = {} if options.directions is None else {"directions": options.directions}
-    return probe_gradients(model, batches, seed=options.seed, svd_rank=options.svd_rank or 0, **directions)
+    asked = {
+        name: value for name in ("directions", "svd_rank", "columns") if (value := getattr(options, name)) is not None
+    }
+    return probe_gradients(model, batches, seed=options.seed, **asked)
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from .. import names
 from ..errors import MismatchError, near_matches
 from ..records import ADAPTER_ACTIONS
 from .apply import base_of
+from .columns import column_layers
 from .config import SpectrumConfig
 from .lorsa import singular_layers
 from .places import alpha_for_scale, describe, is_fused, scale_of
@@ -130,4 +131,6 @@ def checked_tensors(
             )
     for name, basis in singular_layers(model, adapter_name):
         basis.check_digest(got[f"{name}.lora_A.{adapter_name}.digest"], where)
+    for name, part in column_layers(model, adapter_name):
+        part.check(got[f"{name}.lora_A.{adapter_name}.columns"], f"{where}: {name}")
     return got

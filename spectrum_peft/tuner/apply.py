@@ -20,8 +20,8 @@ from torch import nn
 
 from .. import names
 from ..errors import CheckpointError, MismatchError, OptionError, near_matches
-from ..plan import MODES, OPTIONS, make_plan, needs_gradients, worth_probing
-from ..probe import probe_gradients
+from ..plan import COLUMNS_BY_DATA, MODES, OPTIONS, make_plan, needs_gradients, worth_probing
+from ..probe import column_energies, probe_gradients
 from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, GradientReport, Plan, PlanEntry, SnrReport
 from ..scan import scan_weights
 from ..weights import (
@@ -205,7 +205,9 @@ def _settled(model: nn.Module, config: SpectrumConfig, layers: bool) -> Plan:
     gradients = None
     if needs_gradients(options):
         gradients = _gradients(model, config, options, worth_probing(report, candidates, options))
-    plan = config.with_patterns(make_plan(report, gradients=gradients, candidates=candidates, **options))
+    elif options["columns_by"] == "spectrum":
+        gradients = config.resolved_gradients() or column_energies(base_of(model), candidates, options["criterion"])
+    plan = config.with_patterns(make_plan(report, gradients=gradients, candidates=candidates, **options), gradients)
     left = {name: why for name, why in unfit.items() if name in {s.name for s in report.stats}}
     plan = plan.replace(notes=(*plan.notes, *_summed_up(left)))
     config.report = report
@@ -291,7 +293,8 @@ def _gradients(
         candidates=candidates,
         seed=options["seed"],
         svd_rank=options["svd_rank"] if "svd_rank" in own else 0,
-        fisher=options["criterion"] == "fisher" or "svd_rank" not in own,
+        fisher=options["criterion"] == "fisher" or not own & {"svd_rank", "columns_by"},
+        columns=options["columns_by"] if options["columns_by"] in COLUMNS_BY_DATA else None,
         **({} if "similarity" in own else {"directions": 0}),
     )
     config.gradients, config.calibration_data = gradients, None
@@ -344,7 +347,8 @@ def _report_with_model_names(report: SnrReport, model: nn.Module, present: dict[
             role = stat.role
             if role == "linear" and not bracket:
                 role = role_of(name, stat.shape, present[name][0], head)
-            stats.append(dataclasses.replace(stat, name=name + bracket + expert, role=role))
+            turned = stat.transposed or (len(stat.shape or ()) == 2 and type(present[name][0]).__name__ == "Conv1D")
+            stats.append(dataclasses.replace(stat, name=name + bracket + expert, role=role, transposed=turned))
         elif stat.role == "linear" and names.block_index(base) is not None:
             raise MismatchError(f"the report lists {base}, which the model lacks." + near_matches(base, present))
     if not any(s.role == "linear" for s in stats):

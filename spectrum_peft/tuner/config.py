@@ -15,11 +15,13 @@ from peft.utils.other import get_pattern_key
 
 from .. import names
 from ..errors import OptionError, near_matches
-from ..plan import MODES, OPTIONS, check_options, checked_plan, get_mode
+from ..plan import MODES, OPTIONS, check_options, checked_plan, columns_of_rank, get_mode, with_columns
 from ..records import ADAPTER_ACTIONS, GradientReport, Plan, SnrReport
 from ..records.schema import MOST_RANK
 from .lora_fields import check_lora_fields
 
+# Actions whose size the user sets by a rank, module by module.
+_BY_RANK = ("lora", "columns")
 PEFT_TYPE = "SPECTRUM"
 
 
@@ -33,7 +35,7 @@ class SpectrumConfig(LoraConfig):
     in PEFT and appear in the plan with action `save`.
 
     Args:
-        mode: key of `policies.MODES`: `full`, `spectrum`, `lora`, `spectra_qlora`, `alors`, `sgm`, `lorsa`.
+        mode: key of `policies.MODES`: `full`, `spectrum`, `lora`, `spectra_qlora`, `alors`, `sgm`, `lorsa`, `columns`.
         criterion: key of `criteria.CRITERIA`; what a matrix scores.
         spectrum_ratio: share of the matrices of each kind that are chosen, in (0, 1].
         snr_threshold: takes every matrix that scores above it, instead of a ratio.
@@ -59,6 +61,11 @@ class SpectrumConfig(LoraConfig):
             all matrices (`global`).
         svd_rank: `lorsa`: how many leading components are looked at.
         rotation_rank: `lorsa`: rank of the rotations of their singular vectors.
+        n_columns: `columns`: how many columns of each matrix train; None: a share `spectrum_ratio` of them, or else as many as
+            have the parameters of a LoRA of rank r (of `rank_pattern`, by module).
+        columns_by: `columns`: which ones: `random`, or by a column's energy in the signal part of the `spectrum`, by the mean
+            square of the input feature (`activation`) or by its `fisher` mass, both on calibration data.
+        column_block: `columns`: they come in runs of this many.
         calibration_data: batches, dicts that the model accepts, with labels; for modes and criteria that need gradients.
             Used once, never saved.
         gradients: a GradientReport or a path to one, instead of calibration_data.
@@ -103,6 +110,9 @@ class SpectrumConfig(LoraConfig):
     component_scope: str = field(default="layer", metadata={"help": "lorsa: layer or global."})
     svd_rank: int = field(default=256, metadata={"help": "lorsa: leading components that are looked at."})
     rotation_rank: int = field(default=4, metadata={"help": "lorsa: rank of the rotations."})
+    n_columns: int | None = field(default=None, metadata={"help": "columns: how many of each matrix train."})
+    columns_by: str = field(default="random", metadata={"help": "columns: random, spectrum, activation or fisher."})
+    column_block: int = field(default=1, metadata={"help": "columns: length of their contiguous runs."})
     seed: int = field(default=0, metadata={"help": "Seed of random choices and of new adapter rows."})
     preset: str | None = field(default=None, metadata={"help": "'published': choose as the published script does."})
     report: Any = field(default=None, metadata={"help": "SnrReport or a path to one."})
@@ -150,7 +160,7 @@ class SpectrumConfig(LoraConfig):
     def _check_patterns(self) -> None:
         """Ranks and scales by hand go with adapters whose rank is the user's to choose, module by module."""
         mode = get_mode(self.mode)
-        fitting = [m.name for m in MODES.values() if m.action == "lora" and "r_high" not in m.own_options]
+        fitting = [m.name for m in MODES.values() if m.action in _BY_RANK and "r_high" not in m.own_options]
         if mode.action in ADAPTER_ACTIONS and mode.name not in fitting:
             raise OptionError(
                 f"rank_pattern or alpha_pattern is given together with mode={self.mode!r}, which sets ranks and scales itself. "
@@ -161,32 +171,44 @@ class SpectrumConfig(LoraConfig):
                 f"rank_pattern or alpha_pattern is given together with rescore_every={self.rescore_every!r}, which moves ranks. "
                 "Leave out one of them."
             )
+        if mode.action == "columns" and (self.alpha_pattern or self.n_columns or self.spectrum_ratio):
+            given = next(n for n in ("alpha_pattern", "n_columns", "spectrum_ratio") if getattr(self, n))
+            raise OptionError(
+                f"{given}={getattr(self, given)!r}: in mode 'columns' rank_pattern says how many columns a module has, beside r, "
+                "and there is no scale. Leave one of them out."
+            )
         for pattern, rank in (self.rank_pattern or {}).items():
             if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MOST_RANK:
                 raise OptionError(
                     f"rank_pattern: {pattern!r} has rank {rank!r}, wanted a whole number from 1 to {MOST_RANK}."
                 )
 
-    def with_patterns(self, plan: Plan) -> Plan:
+    def with_patterns(self, plan: Plan, gradients: GradientReport | None = None) -> Plan:
         """The plan with the ranks and scales of `rank_pattern` and `alpha_pattern`, matched as PEFT matches them.
 
-        As in PEFT a rank of its own does not change alpha: the scale is then lora_alpha / rank.
+        As in PEFT a rank of its own does not change alpha: the scale is then lora_alpha / rank. In mode `columns` a module has
+        as many columns as have the parameters of a LoRA of its rank.
 
         Raises:
             OptionError: a pattern that matches no adapter of the plan.
         """
-        if not (self.rank_pattern or self.alpha_pattern) or get_mode(self.mode).action != "lora":
+        action = get_mode(self.mode).action
+        if not (self.rank_pattern or self.alpha_pattern) or action not in _BY_RANK:
             return plan
         ranks, alphas = self.rank_pattern or {}, self.alpha_pattern or {}
-        modules = {e.name: names.module_name(e.name) for e in plan.entries if e.action in ("lora", "freeze")}
+        modules = {e.name: names.module_name(e.name) for e in plan.entries if e.action in (action, "freeze")}
         for where, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             for pattern in patterns:
                 if not any(get_pattern_key([pattern], module) == pattern for module in modules.values()):
                     raise OptionError(f"{where}: {pattern!r} matches no module that could have an adapter.")
         entries = []
         for entry in plan.entries:
-            if entry.action == "lora" and entry.rank:
-                by_rank, by_alpha = (get_pattern_key(list(p), modules[entry.name]) for p in (ranks, alphas))
+            by_rank = get_pattern_key(list(ranks), modules.get(entry.name, ""))
+            if entry.columns is not None and by_rank in ranks:
+                count = columns_of_rank(entry, ranks[by_rank])
+                entry = with_columns(entry, count, plan.options, gradients)
+            elif entry.action == "lora" and entry.rank:
+                by_alpha = get_pattern_key(list(alphas), modules[entry.name])
                 alpha = float(alphas.get(by_alpha, self.lora_alpha or 2 * self.r))
                 entry = dataclasses.replace(entry, rank=ranks.get(by_rank, entry.rank), alpha=alpha)
             entries.append(entry)

@@ -37,6 +37,7 @@ from .apply import (
     with_groups,
 )
 from .base_state import keep_state_whole
+from .columns import install_columns
 from .config import SpectrumConfig
 from .layers import Aside, SpectrumLayer, has_parts, refuse_two_values
 from .lorsa import install, singular_layers, take_base_dtype
@@ -203,6 +204,8 @@ class SpectrumModel(LoraModel):
                 lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
             )
             entry = lora_config.plan.by_name.get(f"{current_key}.weight")
+            if entry is not None and entry.columns is not None:
+                install_columns(getattr(parent, target_name), adapter_name, entry)
             if entry is not None and entry.components is not None:
                 options = lora_config.plan.options
                 install(

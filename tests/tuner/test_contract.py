@@ -28,7 +28,7 @@ ONE_ROUNDING = 2e-6
 # on the others. The rest runs as `slow`.
 QUICK = [("llama", None), ("llama_tied", None), ("gpt2", None), ("bert", None), ("mixtral", None)]
 QUICK += [("llama", "nf4"), ("bert", "nf4")]
-SAMPLE = ("spectrum", "alors", "lorsa")
+SAMPLE = ("spectrum", "alors", "lorsa", "columns")
 BASES = [*QUICK, *((family, None) for family in sorted(ARCHITECTURES) if (family, None) not in QUICK)]
 
 
