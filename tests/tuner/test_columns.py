@@ -322,7 +322,7 @@ def test_how_many_columns(folder: Path) -> None:
     assert counts(n_columns=5) == {5}
     for entry in make_plan(report, mode="columns", spectrum_ratio=0.25).entries:
         assert len(entry.columns or ()) == entry.shape[1] // 4
-    assert all(len(e.columns) == e.shape[1] for e in make_plan(report, mode="columns", n_columns=10**6).entries)
+    assert all(len(e.columns) == e.shape[1] for e in make_plan(report, mode="columns", n_columns=60_000).entries)
     assert counts(n_columns=6, column_block=4) == {8}  # to the nearest whole run
     with pytest.raises(OptionError, match=r"spectrum_ratio=0.5 and n_columns=3 are both given"):
         make_plan(report, mode="columns", n_columns=3, spectrum_ratio=0.5)
