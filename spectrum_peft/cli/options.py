@@ -62,12 +62,18 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", metavar="D", help="hub id, or a local .jsonl, .csv or .parquet file")
+    add("--dataset", metavar="D", help="hub id, local .jsonl, .csv, .parquet or .txt; several with weights: A,B=2")
     add("--dataset-split", metavar="S", help="split of a hub dataset")
     add("--task", help="causal_lm, seq2seq or classification; default: what the checkpoint's architecture says")
     for name in COLUMNS:
         add(f"--{name}-column", metavar="NAME", help=f"the column that holds {name}; default {name}")
     add("--max-length", type=int, metavar="TOKENS", help="longer examples are cut")
+    add("--loss-on", help="all tokens, assistant (every turn), or completion (the last); default: as the rows are")
+    switch(
+        parser._action_groups[-1],
+        "--apply-chat-template",
+        help="prompt and completion are turns where the tokenizer has a chat template; default true",
+    )
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     switch(parser, "--force", default=False, help="use a report or plan although its fingerprint differs")
     switch(parser, "--help-trainer", default=False, help="list the flags of the task's own training arguments")
     add_data_options(parser)
+    add("--show-rows", type=int, metavar="N", help="print the first N rows token by token with what carries loss; stop")
     add("--eval-dataset", metavar="D", help="judge on these rows before and after training")
     add("--eval-split", metavar="S", help="judge on this split of --dataset (or of --eval-dataset)")
     add_load_options(parser)
@@ -55,13 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, rest: Rest) -> None:
     from ..train.arguments import trainer_help
-    from ..train.run import describe_training, train
+    from ..train.run import describe_training, shown_rows, train
 
     if options.help_trainer:
         print(trainer_help(options.task or "causal_lm"))
         return
     for name in ("model", "dataset", "output_dir"):
         required(options, name, f"--{name.replace('_', '-')}")
+    if options.show_rows is not None:
+        print(shown_rows(options, rest, given_plan_options(options), flags_of(VERB.parser())))
+        return
     check_writable(Path(options.output_dir) / "model.safetensors")
     results = train(options, rest, given_plan_options(options), flags_of(VERB.parser()))
     print(describe_training(results))

@@ -173,8 +173,9 @@ def _measured(
         rows = saved.rows(judged, saved.options.eval_split)
         rows = rows.select(range(min(ask["rows"], len(rows))))
         metrics |= generation.judge(
-            saved.model, saved.tokenizer, rows, ask["metrics"], max_new_tokens=ask["max_new_tokens"], source=judged
-        )
+            saved.model, saved.tokenizer, rows, ask["metrics"], max_new_tokens=ask["max_new_tokens"], source=judged,
+            template=saved.options.apply_chat_template is not False,
+        )  # fmt: skip
     if ask := wanted.get("speed"):
         prompt = "The"
         found["tokens_per_second"] = generation.speed(saved.model, saved.tokenizer, prompt, tokens=ask["tokens"])

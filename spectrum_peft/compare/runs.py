@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from ..data import from_anywhere, sources_of
 from ..errors import CheckpointError, ComparisonError, OptionError
 from ..machine import machine, versions
 from ..plan import MODES
@@ -53,8 +54,9 @@ def inputs_of(comparison: Comparison) -> dict[str, str]:
     inputs = {"model": open_weights(train["model"], train.get("revision")).identity()}
     sources = {name: train.get(name) for name in ("dataset", "eval_dataset")}
     for name, source in (sources | {"general_text": comparison.asked["general_text"]}).items():
-        if source and (digest := file_digest(source)):
-            inputs[name] = digest
+        digests = [d for part, _ in sources_of(source) if (d := file_digest(part))] if source else []
+        if digests:
+            inputs[name] = "+".join(digests)
     return inputs
 
 
@@ -284,9 +286,11 @@ def prepare(comparison: Comparison, cell: Cell, scans: Mapping[str, Path]) -> Pa
         # Its figures are there, and the model that is asked for is not: it is trained again.
         (folder / TRAINED).unlink()
     train = {**cell.train, "output_dir": str((folder / MODEL).resolve())}
-    for name in ("model", "dataset", "eval_dataset"):
-        if train.get(name) and Path(train[name]).exists():
-            train[name] = str(Path(train[name]).resolve())
+    if Path(train["model"]).exists():
+        train["model"] = str(Path(train["model"]).resolve())
+    for name in ("dataset", "eval_dataset"):
+        if train.get(name):
+            train[name] = from_anywhere(train[name])
     scan_seconds = None
     if (scan := scans.get(str(cell.train.get("criterion")))) and cell.contestant and not cell.peft:
         train["report"] = str(scan.resolve())

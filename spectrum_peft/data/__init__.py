@@ -5,14 +5,27 @@ datasets is imported inside functions: `--help` reads the names of columns witho
 
 from __future__ import annotations
 
+from .chat import IGNORED, LOSS_ON, check_loss_on, encode_row
+from .counts import RowCounts, count_rows, show_rows, without_silent
 from .labels import label_ids, label_names
-from .rows import COLUMNS, IGNORED, read_dataset, select_columns
+from .mixing import from_anywhere, read_rows, sources_of
+from .rows import COLUMNS, read_dataset, select_columns
 
 __all__ = [
     "COLUMNS",
     "IGNORED",
+    "LOSS_ON",
+    "RowCounts",
+    "check_loss_on",
+    "count_rows",
+    "encode_row",
+    "from_anywhere",
     "label_ids",
     "label_names",
     "read_dataset",
+    "read_rows",
     "select_columns",
+    "show_rows",
+    "sources_of",
+    "without_silent",
 ]

@@ -9,28 +9,35 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, DataError, near_matches, one_line, quoted
 from ..records import is_file, parse_json
 from ..records.files import MOST_DEPTH
+from .formats import EXTRAS, converted
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 # The standard names of columns; each can be renamed by a flag of the command line (`--text-column body`).
 COLUMNS = ("text", "prompt", "completion", "messages", "label")
-# TRL hands these to the chat template when they are there.
-_CHAT_EXTRAS = ("tools", "chat_template_kwargs")
-_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# Columns of other projects' layouts, which `formats.converted` brings into standard ones.
+_FOREIGN = ("conversations", "instruction", "output")
+_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 # Task -> sets of columns that it can read, the preferred one first.
 FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "causal_lm": (("messages",), ("prompt", "completion"), ("text",)),
+    "causal_lm": (
+        ("messages",),
+        ("prompt", "completion"),
+        ("conversations",),
+        ("instruction", "output"),
+        ("text",),
+    ),
     "seq2seq": (("prompt", "completion"),),
     "classification": (("text", "label"),),
 }
 # Columns without which there is nothing to learn from or to judge; prompts may be empty.
 _LEARNED = ("text", "completion", "messages")
-IGNORED = -100  # label of a position that takes no part in the loss, as in torch and transformers
 
 
 def read_dataset(source: str, split: str = "train") -> Dataset:
-    """Read a dataset from the hub, from a local folder, or from one local `.jsonl`, `.json`, `.csv` or `.parquet` file.
+    """Read a dataset from the hub, from a local folder, or from one local file: `.jsonl`, `.json`, `.csv`, `.parquet`, or
+    `.txt`, a row for each paragraph.
 
     Args:
         source: a path or a hub id.
@@ -51,7 +58,8 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
                 raise DataError(f"{source}: the file is empty.")
             if _READERS[path.suffix] == "json":
                 _check_json(path)
-            dataset = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split=split)
+            how = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
+            dataset = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split=split, **how)
         else:
             dataset = datasets.load_dataset(source, split=split)
     except DataError:
@@ -108,7 +116,7 @@ def select_columns(dataset: Dataset, task: str, source: str, renamed: Mapping[st
     for standard, name in renamed.items():
         if name not in present:
             raise DataError(f"{source}: no column {name!r} (--{standard}-column)." + near_matches(name, present))
-    found = {name: renamed.get(name, name) for name in COLUMNS if renamed.get(name, name) in present}
+    found = {name: renamed.get(name, name) for name in (*COLUMNS, *_FOREIGN) if renamed.get(name, name) in present}
     usable = [f for f in FORMATS[task] if all(name in found for name in f)]
     if not usable:
         wanted = " or ".join("/".join(f) for f in FORMATS[task])
@@ -118,10 +126,12 @@ def select_columns(dataset: Dataset, task: str, source: str, renamed: Mapping[st
         )
     chosen = max(usable, key=lambda f: sum(name in renamed for name in f))  # the first of the best
     kept = [found[name] for name in chosen]
-    if "messages" in chosen:
-        kept += [name for name in _CHAT_EXTRAS if name in present]
+    kept += [name for name in EXTRAS.get(chosen, ()) if name in present and name not in kept]
     dataset = dataset.select_columns(kept)
     dataset = dataset.rename_columns({found[standard]: standard for standard in chosen})
+    for name in set(chosen) & set(_FOREIGN):
+        _check_column(dataset, name, source)
+    dataset, chosen = converted(dataset, chosen, source)
     for standard in chosen:
         _check_column(dataset, standard, source)
         if standard in _LEARNED and len(dataset) and not any(map(_says_something, dataset[standard])):
@@ -151,11 +161,14 @@ def _check_column(dataset: Dataset, name: str, source: str) -> None:
         "prompt": dtype in {"string", "large_string"} or is_chat,
         "completion": dtype in {"string", "large_string"} or is_chat,
         "messages": is_chat,
+        "conversations": is_chat,
+        "instruction": dtype in {"string", "large_string"},
+        "output": dtype in {"string", "large_string"},
         "label": isinstance(feature, datasets.ClassLabel) or str(dtype).removeprefix("large_") in _LABEL_DTYPES,
     }
     if not fits[name]:
         raise DataError(f"{source}: column {name!r} holds {quoted(feature)}, wanted {_WANTED[name]}.")
-    if isinstance(feature, datasets.List | list):
+    if isinstance(feature, datasets.List | list) and name != "conversations":
         for i, chat in enumerate(dataset[name], 1):
             problem = _problem_of_chat(chat)
             if problem:
@@ -180,5 +193,8 @@ _WANTED = {
     "prompt": "strings or lists of messages",
     "completion": "strings or lists of messages",
     "messages": "lists of messages with role and content",
+    "conversations": "lists of turns with from and value",
+    "instruction": "strings",
+    "output": "strings",
     "label": "strings or integers (regression is not among the tasks)",
 }

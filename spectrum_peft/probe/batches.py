@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data import IGNORED, label_ids, label_names, select_columns
+from ..data import IGNORED, encode_row, label_ids, label_names, select_columns
 from ..errors import DataError, OptionError
 from .probe import DEFAULT_SAMPLES
 
@@ -36,8 +36,9 @@ def calibration_batches(
     """Rows of a dataset as batches for `probe_gradients`: ids, attention mask and labels on the CPU, padded on the right.
 
     Rows in the forms that training takes: `text`; `prompt` and `completion`, of which only the completion is learnt; `messages`,
-    through the tokenizer's chat template; `text` and `label`; or `input_ids`, with `labels` where they differ. Language
-    modelling ends a text with the tokenizer's end token, as TRL does. Use rows of the training set, never of validation.
+    through the tokenizer's chat template, of which what the assistant wrote is learnt; `text` and `label`; or `input_ids`, with
+    `labels` where they differ. Language modelling ends a text with the tokenizer's end token, as TRL does. Use rows of the
+    training set, never of validation.
 
     Args:
         dataset: of which `n` rows are drawn; all, with a logged line, where it has fewer.
@@ -103,26 +104,8 @@ def _encode(row: Mapping[str, Any], tokenizer: Any, limit: int, task: str, to_id
     if task == "seq2seq":
         both = tokenizer(row["prompt"], text_target=row["completion"], truncation=True, max_length=limit)
         return {"input_ids": both["input_ids"], "labels": both["labels"]}
-    if "messages" in row:
-        chat = tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), return_dict=True, tokenize=True)
-        ids, known = list(chat["input_ids"]), 0
-    elif "text" in row:
-        ids, known = _ended(tokenizer(row["text"])["input_ids"], tokenizer), 0
-    elif isinstance(row["prompt"], str):
-        known = len(tokenizer(row["prompt"])["input_ids"])
-        ids = _ended(tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer)
-    else:
-        start = tokenizer.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, return_dict=True, tokenize=True
-        )
-        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True, tokenize=True)
-        ids, known = list(whole["input_ids"]), len(start["input_ids"])
-    return {"input_ids": ids[:limit], "labels": ([IGNORED] * known + ids[known:])[: min(limit, len(ids))]}
-
-
-def _ended(ids: Sequence[int], tokenizer: Any) -> list[int]:
-    end = tokenizer.eos_token_id
-    return list(ids) if end is None or (len(ids) and ids[-1] == end) else [*ids, end]
+    encoded = encode_row(row, tokenizer)
+    return {name: ids[:limit] for name, ids in encoded.items()}
 
 
 def _padded(rows: Sequence[Mapping[str, Any]], padding: int) -> dict[str, Tensor]:

@@ -95,11 +95,14 @@ def check_rows(rows: Any, source: str) -> None:
 _NO_PROMPT = "{source}: generation needs prompt and completion, or messages; it has {columns}."
 
 
-def prompts_of(rows: Any, tokenizer: Any, source: str) -> tuple[list[str], list[str]]:
+def prompts_of(rows: Any, tokenizer: Any, source: str, *, template: bool = True) -> tuple[list[str], list[str], bool]:
     """What is to be completed, as the trainer shows it to the model, and the completions that were written by hand.
 
     Args:
         rows: dataset with `prompt` and `completion` (strings or messages), or `messages` that end in an answer.
+        template: strings are turns of a user where the tokenizer has a chat template, as in `data.encode_row`.
+    Returns:
+        (prompts, completions, whether the prompts come from the chat template).
     Raises:
         DataError: there is nothing to complete.
     """
@@ -110,11 +113,14 @@ def prompts_of(rows: Any, tokenizer: Any, source: str) -> tuple[list[str], list[
         pairs = list(zip(rows["prompt"], last, strict=True))
     else:
         raise DataError(_NO_PROMPT.format(source=source, columns=rows.column_names))
-    prompts = [
-        p if isinstance(p, str) else tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False)
-        for p, _ in pairs
-    ]
-    return prompts, [reference for _, reference in pairs]
+    chat = not isinstance(pairs[0][0], str) or (template and tokenizer.chat_template is not None)
+    prompts = []
+    for prompt, _ in pairs:
+        if chat:
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        prompts.append(prompt)
+    return prompts, [reference for _, reference in pairs], chat
 
 
 def complete(
@@ -175,11 +181,12 @@ def judge(
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = _BATCH,
     source: str = "the dataset",
+    template: bool = True,
 ) -> dict[str, float]:
     """Complete the prompts of a dataset and judge the text.
 
     Args:
-        metrics: keys of `METRICS`.
+        metrics: keys of `METRICS`. template: as in `prompts_of`.
     Returns:
         The values of the metrics, each in [0, 1], and `generated_rows`.
     Raises:
@@ -187,8 +194,7 @@ def judge(
     """
     for name in metrics:
         check_metric(name)
-    prompts, references = prompts_of(rows, tokenizer, source)
-    chat = "messages" in rows.column_names or not isinstance(rows[0]["prompt"], str)
+    prompts, references, chat = prompts_of(rows, tokenizer, source, template=template)
     texts = complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, chat=chat)
     found: dict[str, float] = {}
     for name in metrics:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..data.rows import IGNORED
+from ..data import IGNORED
 from ..errors import DataError, InstallError
 
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from ..arguments import Rest
-from ..data import label_names, read_dataset, select_columns
+from ..data import label_names, read_rows
 from ..errors import CheckpointError
 from ..probe import DEFAULT_SAMPLES, calibration_batches, probe_gradients
 from ..records import GradientReport, checked, finite_only, is_file, read_mapping
@@ -35,7 +35,8 @@ from .arguments import (
     trainer_arguments,
 )
 from .run import RESULTS, remote_options
-from .tasks import TASKS, Task, build_trainer, evaluate, has_classifier, task_of
+from .settle import data_choices
+from .tasks import TASKS, Task, build_trainer, encoded_rows, evaluate, has_classifier, task_of
 
 # --- probe -----------------------------------------------------------------------------------------------------------
 
@@ -67,8 +68,7 @@ def probe(options: argparse.Namespace) -> GradientReport:
     adapter, config, task = _what_is_there(options)
     dtype, why = dtype_of(options)
     print(f"task {task.name}, {why}", file=sys.stderr)
-    rows = read_dataset(options.dataset, options.dataset_split or "train")
-    rows = select_columns(rows, task.name, options.dataset, renamed_columns(options))
+    rows = read_rows(options.dataset, options.dataset_split or "train", task.name, renamed_columns(options))
     kwargs, labels = remote_options(options), None
     if options.attn_implementation:
         kwargs["attn_implementation"] = options.attn_implementation
@@ -83,6 +83,8 @@ def probe(options: argparse.Namespace) -> GradientReport:
     )
     if tokenizer is None:
         raise CheckpointError(f"{options.model}: has no tokenizer, which a probe on text needs.")
+    if task.name == "causal_lm":
+        rows = encoded_rows(rows, tokenizer, data_choices(options, None))
     given = {name: value for name in ("batch_size", "max_length") if (value := getattr(options, name)) is not None}
     samples = DEFAULT_SAMPLES if options.samples is None else options.samples
     batches = calibration_batches(rows, tokenizer, samples, options.seed, task=task.name, labels=labels, **given)
@@ -114,8 +116,7 @@ class Saved:
 
     def rows(self, source: str, split: str | None = None) -> datasets.Dataset:
         """Rows of a dataset with the task's standard columns."""
-        rows = read_dataset(source, split or "train")
-        return select_columns(rows, self.task.name, source, renamed_columns(self.options))
+        return read_rows(source, split or "train", self.task.name, renamed_columns(self.options))
 
     def metrics(self, rows: datasets.Dataset) -> dict[str, float]:
         """The metrics of `tasks.evaluate`."""
@@ -131,6 +132,7 @@ class Saved:
                 args=args,
                 train_dataset=rows,
                 max_length=options.max_length,
+                data=data_choices(options, args),
             )
             return evaluate(self.task.name, trainer, trainer.train_dataset)
 
@@ -199,5 +201,6 @@ def evaluate_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str]
         metrics |= generation.judge(
             saved.model, saved.tokenizer, rows, options.generate,
             max_new_tokens=options.max_new_tokens or generation.MAX_NEW_TOKENS, source=options.dataset,
+            template=options.apply_chat_template is not False,
         )  # fmt: skip
     return finite_only({"model": options.model, "task": saved.task.name, "dataset": options.dataset, **metrics})

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..arguments import LORA_FIELDS, Rest
-from ..data import label_ids, label_names, read_dataset, select_columns
+from ..data import check_loss_on, label_ids, label_names, read_rows
 from ..errors import DataError, OptionError
 from ..plan import MODES, Mode, check_options, checked_plan, get_mode
 from ..records import Plan, read_mapping
@@ -20,7 +20,7 @@ from ..tuner.loading import check_quantizable, checked_peft_config
 from .arguments import config_of, default_arguments, dtype_of, renamed_columns, task_named, trainer_arguments
 from .checkpoints import checkpoint_to_resume
 from .needs import check_needs
-from .tasks import Task, has_classifier, task_of
+from .tasks import DataChoices, Task, has_classifier, task_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Run:
         train_rows, eval_rows: with the task's standard columns; no evaluation rows where no set was named.
         head: keywords of the loader that size and name a classification head.
         new_head: the checkpoint has none, so that it begins at random.
+        data: what of the rows is shown and learnt.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Run:
     eval_rows: datasets.Dataset | None
     head: dict[str, Any]
     new_head: bool
+    data: DataChoices
 
 
 Rows = tuple[datasets.Dataset, datasets.Dataset | None]
@@ -98,6 +100,9 @@ def settle(
     check_needs(args, options, config, task.auto_class)
 
     train_rows, eval_rows = rows or _read_rows(options, task.name, args)
+    data = data_choices(options, args)
+    if data.loss_on in ("assistant", "completion") and "text" in train_rows.column_names:
+        raise OptionError(f"--loss-on is {data.loss_on!r}, and {options.dataset} holds text, which has no turns.")
     head: dict[str, Any] = {}
     if "label" in train_rows.column_names:
         labels = label_names(train_rows, config if has_classifier(config) else None, options.dataset)
@@ -106,7 +111,7 @@ def settle(
         if eval_rows is not None:
             _check_labels(eval_rows, labels, eval_source)
     new_head = bool(head) and not has_classifier(config)
-    return Run(name, mode, own, plan, task, dtype, why, args, resume, train_rows, eval_rows, head, new_head)
+    return Run(name, mode, own, plan, task, dtype, why, args, resume, train_rows, eval_rows, head, new_head, data)
 
 
 def _check_labels(rows: Any, labels: Sequence[str], source: str) -> None:
@@ -118,6 +123,17 @@ def _check_labels(rows: Any, labels: Sequence[str], source: str) -> None:
         label_ids(rows, labels)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
+
+
+def data_choices(options: argparse.Namespace, args: Any) -> DataChoices:
+    """What is learnt, by `--loss-on` or by TRL's own two flags for the same, which are taken off its arguments."""
+    loss_on = check_loss_on(options.loss_on)
+    if getattr(args, "assistant_only_loss", False):
+        loss_on, args.assistant_only_loss = loss_on or "assistant", False
+    if getattr(args, "completion_only_loss", None) is not None:
+        loss_on = loss_on or ("completion" if args.completion_only_loss else "all")
+        args.completion_only_loss = None
+    return DataChoices(loss_on, options.apply_chat_template is not False)
 
 
 def _refuse_other_options(plan: Plan, given: Mapping[str, Any], source: str) -> None:
@@ -141,12 +157,11 @@ def _read_rows(options: argparse.Namespace, task: str, args: TrainingArguments) 
     if getattr(args, "dataset_text_field", "text") != "text":  # TRL's name for the same wish
         renamed.setdefault("text", args.dataset_text_field)
         args.dataset_text_field = "text"
-    train_rows = read_dataset(options.dataset, options.dataset_split or "train")
-    train_rows = select_columns(train_rows, task, options.dataset, renamed)
+    train_rows = read_rows(options.dataset, options.dataset_split or "train", task, renamed, args.seed)
     source = options.eval_dataset or (options.dataset if options.eval_split else None)
     if source is None:
         return train_rows, None
-    return train_rows, select_columns(read_dataset(source, options.eval_split or "train"), task, source, renamed)
+    return train_rows, read_rows(source, options.eval_split or "train", task, renamed, args.seed)
 
 
 def _peft_fields(options: argparse.Namespace, plan_options: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..data.labels import label_ids
+from ..data import encode_row, label_ids
 from ..errors import DataError, OptionError, one_line
 from .judge import classification_scores, judge_causal_lm, judge_classification, judge_seq2seq, require_scikit_learn
 
@@ -25,6 +25,19 @@ _MODEL_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "lab
 
 
 @dataclass(frozen=True)
+class DataChoices:
+    """What of a row is shown and learnt, as `data.encode_row` takes it; language modelling only.
+
+    Attributes:
+        loss_on: `all`, `assistant`, `completion`, or None for what the row's format means.
+        template: prompts and completions go through the tokenizer's chat template where it has one.
+    """
+
+    loss_on: str | None = None
+    template: bool = True
+
+
+@dataclass(frozen=True)
 class Task:
     """One row of `TASKS`.
 
@@ -32,7 +45,7 @@ class Task:
         task_type: PEFT's name of the task.
         auto_class: class of transformers that loads a model for it.
         arguments, trainer: (module, name) of the training arguments and of the trainer.
-        prepare: (trainer keywords so far, model, tokenizer, max_length) -> trainer keywords; tokenizes and collates.
+        prepare: (trainer keywords so far, model, tokenizer, max_length, choices) -> trainer keywords; tokenizes and collates.
         judge: (model, batches) -> metrics.
         labelled: it predicts one of the labels that the model's head names.
     """
@@ -100,12 +113,36 @@ def _tokenized(keywords: dict[str, Any], function: Callable[[Any, Any], Any]) ->
     return keywords
 
 
-def _prepare_causal_lm(keywords: dict[str, Any], model: Any, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
-    """SFTTrainer tokenizes, masks prompts and packs by itself; `max_length` is a field of its arguments."""
+def _prepare_causal_lm(
+    keywords: dict[str, Any], model: Any, tokenizer: Any, max_length: int | None, data: DataChoices
+) -> dict[str, Any]:
+    """SFTTrainer cuts, drops what is left without loss, and packs; `max_length` is a field of its arguments."""
+    for name in ("train_dataset", "eval_dataset"):
+        rows = keywords.get(name)
+        if rows is not None and "input_ids" not in rows.column_names:
+            keywords[name] = encoded_rows(rows, tokenizer, data)
     return keywords
 
 
-def _prepare_seq2seq(keywords: dict[str, Any], model: Any, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
+def encoded_rows(rows: Dataset, tokenizer: Any, data: DataChoices) -> Dataset:
+    """Rows of language modelling as `input_ids` and `labels`.
+
+    Raises:
+        DataError: names the row.
+    """
+
+    def encode(row: Any, i: int) -> Any:
+        try:
+            return encode_row(row, tokenizer, data.loss_on, template=data.template)
+        except DataError as error:
+            raise DataError(f"row {i + 1}: {error}") from error
+
+    return rows.map(encode, with_indices=True, remove_columns=rows.column_names)
+
+
+def _prepare_seq2seq(
+    keywords: dict[str, Any], model: Any, tokenizer: Any, max_length: int | None, data: DataChoices
+) -> dict[str, Any]:
     from transformers import DataCollatorForSeq2Seq
 
     limit = _limit(tokenizer, max_length)
@@ -117,7 +154,7 @@ def _prepare_seq2seq(keywords: dict[str, Any], model: Any, tokenizer: Any, max_l
 
 
 def _prepare_classification(
-    keywords: dict[str, Any], model: Any, tokenizer: Any, max_length: int | None
+    keywords: dict[str, Any], model: Any, tokenizer: Any, max_length: int | None, data: DataChoices
 ) -> dict[str, Any]:
     from transformers import DataCollatorWithPadding
 
@@ -150,6 +187,7 @@ def build_trainer(
     eval_dataset: Dataset | None = None,
     max_length: int | None = None,
     callbacks: Sequence[Any] = (),
+    data: DataChoices | None = None,
 ) -> Trainer:
     """The trainer of a task on rows with the task's standard columns (`select_columns`).
 
@@ -161,7 +199,7 @@ def build_trainer(
     keywords: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     from jinja2 import TemplateError
 
-    keywords = TASKS[task].prepare(keywords, model, tokenizer, max_length)
+    keywords = TASKS[task].prepare(keywords, model, tokenizer, max_length, data or DataChoices())
     try:
         return TASKS[task].trainer_class()(
             model=model, args=args, processing_class=tokenizer, callbacks=list(callbacks), **keywords

@@ -327,7 +327,8 @@ def test_a_trained_model_is_judged_as_it_was_when_training_ended(
     else:
         model, rows, columns = _encoder(tmp_path / "base"), _LABELLED, "--task classification --text-column body"
     data = write_rows("rows.jsonl", rows)
-    flags = TRAIN_FLAGS if task == "causal_lm" else TRAIN_FLAGS.replace("--max-length 32", "")
+    length = "--max-length 64" if task == "causal_lm" else ""  # with the chat template around them
+    flags = TRAIN_FLAGS.replace("--max-length 32", length)
     out = run(
         f"train --model {model} --dataset {data} --eval-dataset {data} {columns} --mode {mode} --output-dir out {flags}"
     )

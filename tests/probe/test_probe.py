@@ -612,14 +612,13 @@ def test_batches_of_text_end_with_the_end_token(tiny_tokenizer: Any) -> None:
 def test_prompts_are_masked_and_chats_take_the_template(tiny_tokenizer: Any) -> None:
     rows = [{"prompt": "what? ", "completion": "that"}] * 2
     (batch,) = calibration_batches(rows, tiny_tokenizer, n=2, batch_size=2)
-    prompt = len(tiny_tokenizer("what? ")["input_ids"])
-    assert (batch["labels"][:, :prompt] == -100).all()
-    assert batch["labels"][0, prompt:].tolist() == [*tiny_tokenizer("that")["input_ids"], tiny_tokenizer.eos_token_id]
+    learnt = batch["labels"][0][batch["labels"][0] != -100].tolist()
+    assert learnt == [*tiny_tokenizer("that")["input_ids"], tiny_tokenizer.eos_token_id]
     user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
     (chat,) = calibration_batches([{"messages": [user, answer]}] * 2, tiny_tokenizer, n=2, batch_size=2)
     wanted = tiny_tokenizer.apply_chat_template([user, answer], return_dict=True)["input_ids"]
     assert chat["input_ids"][0].tolist() == list(wanted)
-    assert torch.equal(chat["labels"], chat["input_ids"])
+    assert chat["labels"][0][chat["labels"][0] != -100].tolist() == tiny_tokenizer("yo</s>")["input_ids"]
     (pair,) = calibration_batches([{"prompt": [user], "completion": [answer]}] * 2, tiny_tokenizer, n=2, batch_size=2)
     assert pair["input_ids"][0].tolist() == list(wanted)
     known = len(tiny_tokenizer.apply_chat_template([user], add_generation_prompt=True, return_dict=True)["input_ids"])

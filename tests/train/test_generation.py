@@ -125,9 +125,10 @@ def test_a_decoder_of_an_encoder_writes_its_own_text() -> None:
 def test_prompts_are_those_that_the_trainer_shows() -> None:
     tokenizer = byte_tokenizer()
     plain = Dataset.from_dict({"prompt": ["a?"], "completion": ["b"]})
-    assert generation.prompts_of(plain, tokenizer, "d") == (["a?"], ["b"])
+    assert generation.prompts_of(plain, tokenizer, "d") == (["<s>user: a?</s><s>assistant: "], ["b"], True)
     chat = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
-    wanted = ["<s>user: a?</s><s>assistant: "], ["b"]
+    wanted = ["<s>user: a?</s><s>assistant: "], ["b"], True
+    assert generation.prompts_of(plain, tokenizer, "d", template=False) == (["a?"], ["b"], False)
     assert generation.prompts_of(Dataset.from_dict({"messages": [chat]}), tokenizer, "d") == wanted
     both = Dataset.from_dict({"prompt": [chat[:1]], "completion": [chat[1:]]})
     assert generation.prompts_of(both, tokenizer, "d") == wanted

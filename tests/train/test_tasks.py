@@ -14,7 +14,7 @@ from torch import nn
 from spectrum_peft.data import IGNORED, label_names, read_dataset, select_columns
 from spectrum_peft.errors import DataError, InstallError, OptionError
 from spectrum_peft.train.judge import classification_scores, require_scikit_learn
-from spectrum_peft.train.tasks import TASKS, task_of
+from spectrum_peft.train.tasks import TASKS, DataChoices, task_of
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -71,7 +71,7 @@ def test_jsonl_csv_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
         ("gone.jsonl", None, "gone.jsonl: no such file"),
         ("empty.jsonl", "", "empty.jsonl: the file is empty"),
         ("broken.jsonl", '{"text": "a"}\n{"text": ', "broken.jsonl: not readable as a dataset"),
-        ("notes.txt", "hello", r"notes.txt: a dataset file ends in one of .*'\.jsonl'"),
+        ("notes.md", "hello", r"notes.md: a dataset file ends in one of .*'\.jsonl'"),
         ("rows.csv", "text\n", "rows.csv: not readable as a dataset .*no data"),
     ],
 )
@@ -191,11 +191,11 @@ def test_labels_become_the_ids_of_the_models_names(tiny_tokenizer: Any) -> None:
         config = BertConfig(id2label={0: "z", 1: "a"}, pad_token_id=256)
 
     rows = dataset({"text": ["x", "y", "z"], "label": ["a", "z", "a"]})
-    keywords = TASKS["classification"].prepare({"train_dataset": rows}, Model, tiny_tokenizer, 8)
+    keywords = TASKS["classification"].prepare({"train_dataset": rows}, Model, tiny_tokenizer, 8, DataChoices())
     assert keywords["train_dataset"]["labels"][:] == [1, 0, 1]
     unknown = {"train_dataset": dataset({"text": ["x"], "label": ["q"]})}
     with pytest.raises(DataError, match="label 'q' is none of the 2"):
-        TASKS["classification"].prepare(unknown, Model, tiny_tokenizer, 8)
+        TASKS["classification"].prepare(unknown, Model, tiny_tokenizer, 8, DataChoices())
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
