@@ -75,7 +75,7 @@ def _takes_rows(layer: nn.Linear) -> bool:
         result = torch.func.functional_call(layer, weights, rows)
     except Exception:  # any that a forward of another kind may raise on this shape
         return False
-    return tuple(result.shape) == (2, 3, layer.out_features)
+    return isinstance(result, torch.Tensor) and tuple(result.shape) == (2, 3, layer.out_features)
 
 
 def without_adapters(model: nn.Module) -> dict[str, str]:

@@ -40,6 +40,17 @@ def test_a_weight_that_is_multiplied_without_a_call_is_named() -> None:
         assert kind.__name__ in found["a.read.weight"]
 
 
+class Scores(nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        scores = super().forward(x)
+        return scores.sigmoid(), scores
+
+
+def test_a_linear_that_returns_more_than_a_product_is_none() -> None:
+    Scores.__module__ = "transformers_modules.scores"
+    assert "something else" in without_adapters(nn.ModuleDict({"a": Scores(4, 6)}))["a.weight"]
+
+
 def test_a_linear_with_a_forward_of_its_own_is_asked_what_it_takes() -> None:
     """Groups are no rows; FalconLinear writes the same product in other words."""
     Grouped.__module__ = "transformers_modules.grouped"
