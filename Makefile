@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install test slow test-dispatch lint demo bench bench-short quality docs clean
+.PHONY: help install test slow test-dispatch fuzz lint demo bench bench-short quality docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test    the default tests (under 3 minutes after the install)"
 	@echo "make slow    the tests with real models and with several processes"
 	@echo "make test-dispatch  the tests of computed numbers as on older processors and with two threads (under 5 minutes)"
+	@echo "make fuzz    damaged files for every reader, FUZZ_MINUTES=30 of them; the figures of docs/reliability.md"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the timing benchmarks, about 2.5 hours; JSON in benchmarks/results/, tables in README.md and docs/"
 	@echo "make bench-short  those of scan, merge and demo, about 10 minutes"
@@ -50,6 +51,13 @@ slow: install
 
 test-dispatch: install
 	$(BIN)/python tests/dispatches.py $(PARALLEL)
+
+# Another seed, other inputs: make fuzz FUZZ_SEED=7
+FUZZ_MINUTES ?= 30
+FUZZ_SEED ?= 0
+fuzz: install
+	$(BIN)/python tests/fuzz/campaign.py --minutes $(FUZZ_MINUTES) --seed $(FUZZ_SEED) --out benchmarks/results/fuzz.json
+	$(BIN)/python benchmarks/tables.py
 
 lint: install
 	$(BIN)/python -m ruff check .

@@ -428,9 +428,35 @@ def dispatches() -> str:
     return table(heads, rows) + f"\n(`make test-dispatch`; {machine(data)})\n"
 
 
+def fuzz() -> str:
+    """Damaged files for every reader (`tests/fuzz/campaign.py`)."""
+    data = result("fuzz")
+    rows = [
+        [name, f"{row['taken'] + row['refused']:,}", f"{row['refused']:,}", str(len(row["faults"]))]
+        for name, row in data["readers"].items()
+    ]
+    total = [sum(row[kind] for row in data["readers"].values()) for kind in ("taken", "refused")]
+    rows.append(
+        ["all", f"{sum(total):,}", f"{total[1]:,}", str(sum(len(r["faults"]) for r in data["readers"].values()))]
+    )
+    said = f"seed {data['seed']}, {data['seconds'] / 60:.0f} minutes"
+    return table(["what is read", "inputs", "refused", "faults"], rows) + f"\n(`make fuzz`; {said}; {machine(data)})\n"
+
+
+def kills() -> str:
+    """Processes ended by SIGKILL at random moments (`tests/fuzz/kills.py`)."""
+    data = result("kills")
+    rows = [[name, str(row["kills"]), str(row["finished"]), str(row["faults"])] for name, row in data["verbs"].items()]
+    said = f"seed {data['seed']}, {data['seconds'] / 60:.1f} minutes"
+    return (
+        table(["command", "kills", "ended before", "faults"], rows)
+        + f"\n(`python tests/fuzz/kills.py`; {said}; {machine(data)})\n"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "modes": modes, "claims": claims, "demo": demo, "scan": scan,
-    "scan_short": partial(scan, short=True), "dispatches": dispatches, "onto": onto, "merge": merge,
+    "scan_short": partial(scan, short=True), "dispatches": dispatches, "fuzz": fuzz, "kills": kills, "onto": onto, "merge": merge,
     **{f"similarity_{part}": partial(similarity, part) for part in ("kinds", "sketches", "sharing")},
     **{f"memory_{part}": partial(memory, f"memory_{part}") for part in _MEMORY},
     **{f"adapters_{part}": partial(adapters, part) for part in ("claims", "setup", "layers", "svd")},

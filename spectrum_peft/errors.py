@@ -17,14 +17,14 @@ from typing import Any
 _MOST_QUOTED = 200
 _MOST_SAID = 1000
 _QUOTED = re.compile(rf"'([^']{{{_MOST_QUOTED + 1},}})'")
-# What a terminal obeys instead of showing it: control characters, line and direction marks; halves of surrogate pairs, which
-# cannot be written.
-_UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """A text with its control characters as escapes; line breaks and tabs stay."""
-    return _UNSHOWN.sub(lambda match: ascii(match[0])[1:-1], text)
+    """A text with escapes for what a terminal would obey, or cannot show: control characters, marks of direction, halves of
+    surrogate pairs; line breaks and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def quoted(value: Any) -> str:
@@ -43,7 +43,7 @@ def quoted(value: Any) -> str:
 
 def _shown(message: str) -> str:
     """One short line: names and values come from files that may hold anything."""
-    half = _MOST_SAID // 2
+    half = _MOST_SAID // 2 - 5
     if len(message) > 20 * _MOST_SAID:  # before anything is looked for in it
         message = f"{message[: 10 * _MOST_SAID]} ... {message[-10 * _MOST_SAID :]}"
     message = _QUOTED.sub(lambda match: f"'{match[1][:_MOST_QUOTED]}...'", message)

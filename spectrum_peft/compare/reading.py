@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import OptionError, near_matches
+from ..errors import OptionError, near_matches, quoted
 from ..plan import CRITERIA, DEFAULT_RATIO, MODES, OPTIONS, get_mode
 from .matrix import CONTROLS
 from .settings import KEYS, METRICS, Comparison, number_within
@@ -35,8 +35,8 @@ def _list(name: str, value: Any, check: Callable[[str, Any], Any]) -> list[Any]:
 
 def _one_of(known: Mapping[str, Any] | Sequence[str]) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
-        if value not in known:
-            raise OptionError(f"{name}: {value!r} is none." + near_matches(str(value), known))
+        if not isinstance(value, str) or value not in known:
+            raise OptionError(f"{name}: {quoted(value)} is none." + near_matches(str(value), known))
         return str(value)
 
     return check

@@ -17,6 +17,8 @@ from ..errors import CheckpointError, SpectrumError, quoted
 
 T = TypeVar("T")
 
+# msgspec 0.22 frees the regex of a text once too often where a list or a mapping may stand in its place: `Name | list[Name]` ends
+# the process. `Name` may stand inside of collections, and beside numbers and None.
 # Names are printed, so that they hold nothing that a terminal obeys. The longest of 50,000 names of tensors on the hub has 130
 # characters.
 _SHOWN = r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]*\Z"

@@ -14,6 +14,7 @@ from ..records import checked, read_mapping
 from ..records.schema import Count, Name, Place, Rank, Scale
 
 MOST_REPEATS = 3
+# Without a `pattern`: msgspec 0.22 frees the regex of a text once too often where a list or a mapping is allowed beside it.
 Pattern = Annotated[str, Meta(max_length=20_000)]
 
 
@@ -43,7 +44,7 @@ class _AdapterConfig:
     modules_to_save: list[Name] | None = None
     trainable_token_indices: list[Count] | dict[Name, list[Count]] | None = None
     layers_to_transform: Count | list[Count] | None = None
-    layers_pattern: Name | list[Name] | None = None
+    layers_pattern: Pattern | list[Name] | None = None
     init_lora_weights: bool | Name | None = None
     use_rslora: bool | None = None
     use_dora: bool | None = None
