@@ -15,7 +15,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+# Before the libraries that read them.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 SECONDS = 10  # for one input
 MEMORY = 2 << 30  # bytes beyond what was mapped before
 
@@ -126,39 +127,29 @@ def _copied(sound: Path) -> Path:
 
 
 def in_a_process(name: str, first: int, count: int, seconds: float) -> dict[str, Any]:
-    """A batch in a process of its own; if that ends by a signal, the input that did it is a fault."""
+    """A batch in a process of its own, forked after the imports; if that ends by a signal, the input that did it is a fault."""
     with tempfile.TemporaryDirectory() as scratch:
-        environment = {**os.environ, "TMPDIR": scratch, "SPECTRUM_PEFT_CACHE": f"{scratch}/cache", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",  # noqa: E501
-                       "HF_DATASETS_CACHE": f"{scratch}/datasets", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
-        command = [
-            sys.executable,
-            __file__,
-            "--batch",
-            name,
-            "--seed",
-            str(first),
-            "--count",
-            str(count),
-            "--progress",
-            f"{scratch}/at",
-        ]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, env=environment, check=False, timeout=seconds
-            )
-            code = done.returncode
-            if code == 0:
-                return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-            said = done.stderr.strip().splitlines()[-1:] or [""]
-        except subprocess.TimeoutExpired:
-            code, said = -9, [f"more than {seconds:.0f} s for {count} inputs"]
-        at = Path(scratch, "at")
+        at, out = Path(scratch, "at"), Path(scratch, "out")
+        process = os.fork()
+        if process == 0:
+            try:
+                tempfile.tempdir = scratch
+                os.environ["SPECTRUM_PEFT_CACHE"] = f"{scratch}/cache"
+                out.write_text(json.dumps(batch(name, range(first, first + count), at)))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0 if out.is_file() else 1)
+        until = time.perf_counter() + seconds
+        while (ended := os.waitpid(process, os.WNOHANG))[0] == 0:
+            if time.perf_counter() > until:
+                os.kill(process, signal.SIGKILL)
+            time.sleep(0.02)
+        if out.is_file():
+            return json.loads(out.read_text())  # type: ignore[no-any-return]
         seed = int(at.read_text()) if at.is_file() else first
-        return {
-            "taken": 0,
-            "refused": seed - first,
-            "faults": {f"the process ended with {code}: {said[0][:150]}": seed},
-        }
+        how = f"the process ended with {os.waitstatus_to_exitcode(ended[1])} (-9: more than {seconds:.0f} s)"
+        return {"taken": 0, "refused": seed - first, "faults": {how: seed}}
 
 
 def campaign(minutes: float, seed: int, only: str | None = None) -> dict[str, Any]:
@@ -173,8 +164,7 @@ def campaign(minutes: float, seed: int, only: str | None = None) -> dict[str, An
     for i, name in enumerate(names):
         left = minutes * 60 - (time.perf_counter() - began)
         share = max(left / (len(names) - i), 1.0)
-        # A process takes some 6 s to start; what is measured is how many inputs go into the rest.
-        count = max(10, int((share - 6) / (READERS[name].cost + 0.004)))
+        count = max(10, int(share / (READERS[name].cost + 0.004)))
         rows[name] = in_a_process(name, seed * 1_000_000, count, 5 * share + 120)
         total = rows[name]["taken"] + rows[name]["refused"]
         print(
@@ -200,13 +190,7 @@ def main() -> int:
     add("--seed", type=int, default=0)
     add("--reader", help="only readers with this in their names")
     add("--out", type=Path, help="write the figures there as JSON")
-    add("--batch", help=argparse.SUPPRESS)
-    add("--count", type=int, default=100, help=argparse.SUPPRESS)
-    add("--progress", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.batch:
-        print(json.dumps(batch(options.batch, range(options.seed, options.seed + options.count), options.progress)))
-        return 0
     found = campaign(options.minutes, options.seed, options.reader)
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -2,7 +2,7 @@
 
     python tests/fuzz/kills.py --kills 48 --seed 0 --out FILE
 
-Each command is killed as often as its share says and then run to its end in the same place. What must hold: what a killed run left
+Each command is killed as often as its share says, then run to its end in the same place. What must hold: what a killed run left
 under the name of a result is whole or not there; the run after it ends well, writes the same bytes, and leaves no `.part`.
 """
 
