@@ -1,0 +1,69 @@
+"""Resuming: the newest checkpoint that is whole, and a line for those that are passed over."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spectrum_peft.errors import CheckpointError, OptionError
+from spectrum_peft.train.checkpoints import checkpoint_to_resume, problem_of, saving
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    for step in (2, 4, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"x": torch.ones(2)}, folder / "adapter_model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"x": torch.ones(2)}, folder / name)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return tmp_path
+
+
+def test_the_newest_by_number_is_taken(run_folder: Path) -> None:
+    assert checkpoint_to_resume("true", str(run_folder)) == str(run_folder / "checkpoint-10")
+    assert checkpoint_to_resume(None, str(run_folder)) is None
+    assert checkpoint_to_resume("false", str(run_folder)) is None
+
+
+# In the order that the trainer writes them: a kill may come after each, and in the middle of each.
+@pytest.mark.parametrize(
+    "file", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+@pytest.mark.parametrize("how", ["missing", "half", "empty"])
+def test_one_that_was_cut_off_is_passed_over_with_a_line(
+    run_folder: Path, file: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = run_folder / "checkpoint-10"
+    assert problem_of(newest) is None
+    content = (newest / file).read_bytes()
+    (newest / file).unlink()
+    if how != "missing":
+        (newest / file).write_bytes(content[: len(content) // 2] if how == "half" else b"")
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint_to_resume("true", str(run_folder)) == str(run_folder / "checkpoint-4")
+    assert "checkpoint-10: its saving was cut off" in caplog.text
+    with pytest.raises(CheckpointError, match=r"checkpoint-10: cannot be resumed.*one before is whole: .*checkpoint-4"):
+        checkpoint_to_resume(str(newest), str(run_folder))
+
+
+def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint to resume from"):
+        checkpoint_to_resume("true", str(tmp_path))
+    with pytest.raises(OptionError, match="wanted a checkpoint folder or true"):
+        checkpoint_to_resume(str(tmp_path / "none"), str(tmp_path))
+
+
+def test_a_full_disk_is_an_error_of_one_line_and_other_faults_are_not_hidden() -> None:
+    with pytest.raises(CheckpointError, match=r"out: cannot be written \(No space left on device\)"), saving("out"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(CheckpointError, match="out: a checkpoint cannot be written"), saving("out"):
+        raise RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/1")
+    with pytest.raises(RuntimeError, match="shapes"), saving("out"):
+        raise RuntimeError("shapes do not fit")
