@@ -149,15 +149,20 @@ class SpectrumModel(LoraModel):
         config.modules_to_save = [*(config.modules_to_save or ()), *config.twins] or None
 
     def _repair_tied_modules(self, adapter_name: str, config: SpectrumConfig) -> None:
-        """PEFT makes every module that is tied to the embeddings a bare Linear; T5 ties further embeddings to them."""
+        """PEFT makes every module that is tied to the embeddings a Linear without bias; T5 ties further embeddings to them, and
+        RoBERTa's head has a bias."""
         for name in getattr(config, "modules_to_tie", None) or ():
             wrapper = self.model.get_submodule(name)
             if not isinstance(wrapper, ModulesToSaveWrapper):
                 continue
             made = wrapper.modules_to_save[adapter_name]
-            if type(made) is not type(wrapper.original_module):
+            bias = getattr(wrapper.original_module, "bias", None)
+            if type(made) is not type(wrapper.original_module) or (bias is not None and made.bias is None):
                 twin = copy.deepcopy(wrapper.original_module)
                 twin.weight = made.weight
+                if bias is not None:  # RoBERTa's: the base's own, which nobody planned to train, so not as a parameter
+                    del twin.bias
+                    twin.__dict__["bias"] = bias
                 wrapper.modules_to_save[adapter_name] = twin
         for name, first in config.twins.items():  # one tensor in the base is one in the copies that train
             twin, made = (self.model.get_submodule(m).modules_to_save[adapter_name] for m in (name, first))

@@ -287,7 +287,16 @@ class FileWeights:
         if info.dtype in {"nf4", "fp4"}:
             parts = {n: self._stored(n) for n in self._spans if n.startswith(f"{stored}.")}
             return dequantize_4bit(self._stored(stored), parts)
-        return self._stored(stored)
+        values = self._stored(stored)
+        if values.element_size() > 1:
+            return values
+        scale = next((f"{stored}{end}" for end in ("_scale_inv", "_scale") if f"{stored}{end}" in self._spans), None)
+        if scale is not None:
+            raise CheckpointError(
+                f"{self._spans[stored][0]}: tensor {stored!r} is {info.dtype} with {scale!r} beside it, wanted weights that are "
+                "not scaled; use the checkpoint they were quantized from."
+            )
+        return values.float()  # float8 knows next to no arithmetic
 
     def _stored(self, name: str, slab: int | None = None) -> Tensor:
         path, span = self._spans[name]

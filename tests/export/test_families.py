@@ -56,6 +56,18 @@ def test_a_merged_checkpoint_computes_what_was_trained(name: str, mode: str, tmp
         assert stored.keys() == base.keys() and not report.added  # the stored names, no tied twin
 
 
+@pytest.mark.parametrize("name", ["bart", "roberta_mlm"])
+def test_tables_that_are_one_tensor_stay_one_in_the_merged_file(name: str, tmp_path: Path) -> None:
+    kind, inputs = saved(name, tmp_path / "base"), FAMILIES[name]()[2]
+    model = trained(tmp_path / "base", kind, mode="lora", train_embeddings=True)
+    model.save_pretrained(tmp_path / "adapter")
+    base = safetensors.torch.load_file(tmp_path / "base" / "model.safetensors")
+    for source, out in ((tmp_path / "adapter", "folder"), (model, "memory")):
+        assert not merge_into_base(source, tmp_path / "base", tmp_path / out).added
+        assert safetensors.torch.load_file(tmp_path / out / "model.safetensors").keys() == base.keys()
+        assert apart(outputs(model, inputs), outputs(kind.from_pretrained(tmp_path / out), inputs)) < SAME
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next", "granite_moe", "mamba", "llava"])
 def test_plain_peft_computes_what_was_trained(name: str, dropout: float, tmp_path: Path) -> None:

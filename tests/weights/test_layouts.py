@@ -10,7 +10,8 @@ import torch
 import transformers
 from families import FAMILIES, saved
 
-from spectrum_peft.weights import FileWeights, open_weights, skeleton_of
+from spectrum_peft.errors import CheckpointError
+from spectrum_peft.weights import FileWeights, Recipe, open_weights, skeleton_of
 from spectrum_peft.weights.layouts import layout_of, must_ask
 
 
@@ -73,9 +74,6 @@ def test_what_is_put_back_loads_as_what_was_wanted(name: str, tmp_path: Path) ->
 
 
 def test_an_operation_that_computes_is_not_put_back(tmp_path: Path) -> None:
-    from spectrum_peft.errors import CheckpointError
-    from spectrum_peft.weights import Recipe
-
     doubled = Recipe(("a",), ("b",), None, lambda values: {"b": values["a"] * 2.5})
     with pytest.raises(CheckpointError, match="computes b"):
         doubled.put_back({"b": torch.ones(2, 2)}, {"a": torch.ones(2, 2)})
@@ -134,3 +132,14 @@ def test_a_text_class_leaves_the_towers_alone(tmp_path: Path) -> None:
     assert not files.layout.new
     for info in files.tensors():
         assert torch.equal(files.read(info.name), model.get_parameter(info.name))
+
+
+def test_float8_is_read_as_it_stands_or_refused_where_it_is_scaled(tmp_path: Path) -> None:
+    values = torch.randn(32, 32).to(torch.float8_e4m3fn)
+    name = "model.layers.0.mlp.up_proj.weight"
+    safetensors.torch.save_file({name: values}, tmp_path / "plain.safetensors")
+    assert torch.equal(open_weights(tmp_path / "plain.safetensors").read(name), values.float())
+    for scale in ("_scale", "_scale_inv"):
+        safetensors.torch.save_file({name: values, f"{name}{scale}": torch.ones(1)}, tmp_path / "scaled.safetensors")
+        with pytest.raises(CheckpointError, match=f"up_proj.weight{scale}"):
+            open_weights(tmp_path / "scaled.safetensors").read(name)
