@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it.
 _MODULE_OF = {
     "GradientReport": "records",
-    "Plan": "records",
+    "Plan": "plan",
     "SnrReport": "records",
     "SpectrumCallback": "train.callback",
     "SpectrumConfig": "tuner.config",

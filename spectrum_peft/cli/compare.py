@@ -26,6 +26,21 @@ _COMPARE_LISTS = {
 }
 
 
+# Those of `compare.settings.KEYS` that are no flags.
+_MORE_KEYS = """in the file that --config names, also:
+  learning_rate_factors  multiply the rates by each of these; default 1
+  contestants            more of them: mappings of name, mode (or peft: a PEFT config) and flags of train
+  reference              name of a contestant: the others are held against it, seed by seed
+  generate               metrics of completed prompts: exact_match, rouge_l
+  generate_rows          how many prompts of the evaluation set are completed; default 100
+  max_new_tokens         of a completion; default 256
+  general_text           a dataset with text: what was forgotten is the loss on it, before and after
+  general_split          split of a hub dataset of general text
+  generation_speed       measure it before and after merging
+  keep_models            keep what was trained in the cells' folders
+  confidence             of the intervals over seeds; default 0.95"""
+
+
 # Of a training run, and of no use where its result is only judged.
 _EVAL_KEYS = ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end", "metric_for_best_model")
 
@@ -40,29 +55,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, kind in _COMPARE_LISTS.items():
         add(f"--{name}", nargs="*" if name == "controls" else "+", type=kind, metavar=name.upper().replace("-", "_"))
+    parser.epilog = f"{parser.epilog}\n\n{_MORE_KEYS}"
     add("--metric", help="what the report ranks by; default accuracy for classification, else loss")
     switch(parser, "--list", default=False, help="say which cells there are and which are finished; run nothing")
     add("--cell", metavar="FOLDER", help="run one cell that a comparison has prepared, in this process")
 
 
 def run(options: argparse.Namespace, rest: Rest) -> None:
-    from .. import compare
-    from ..train.arguments import task_for
-
     if options.cell:
         _run_cell(Path(options.cell))
         return
     config = dict(rest.config or {})
-    given = {key: config.pop(key) for key in list(config) if key in compare.KEYS}
-    for key in compare.KEYS:
-        if getattr(options, key, None) is not None:
-            given[key] = getattr(options, key)
     output = options.output_dir or config.pop("output_dir", None)
     config.pop("output_dir", None)
     if not isinstance(output, str) or not output:
         raise OptionError(
             "--output-dir is missing." if output is None else f"output_dir is {output!r}, wanted a folder."
         )
+    from .. import compare
+    from ..train.arguments import task_for
+
+    given = {key: config.pop(key) for key in list(config) if key in compare.KEYS}
+    for key in compare.KEYS:
+        if getattr(options, key, None) is not None:
+            given[key] = getattr(options, key)
     for word in rest.argv:
         key = word.partition("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and key in compare.KEYS:
@@ -100,7 +116,7 @@ def _checker(comparison: Any) -> Callable[[Any], None]:
     from ..train.settle import settle
 
     quiet_progress()
-    flags = [*flags_of(TRAIN.parser()), *(f"--{key}" for key in (*_COMPARE_LISTS, "metric"))]
+    flags = [*flags_of(TRAIN.parser()), *(f"--{key.replace('_', '-')}" for key in compare.KEYS)]
     read: dict[Any, Any] = {}
 
     def check(cell: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..arguments import Rest
+from ..arguments import Rest, switch
 from ..errors import OptionError, near_matches
 from .options import check_writable, required
 from .verb import Verb
@@ -15,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("adapter", nargs="?", help="folder of a trained adapter; for axolotl a plan file will do")
     add("--format", help="lora: a folder that plain peft opens; axolotl: a YAML file")
     add("-o", "--output", metavar="OUT", help="the folder, or the file")
+    switch(
+        parser, "--uniform-rank", help="lora: pad to one rank and one alpha, which llama.cpp's converter needs; exact"
+    )
     add("--quantization", help="axolotl: of the base: none, nf4, fp4 or int8; default: as the training run noted")
 
 
@@ -27,8 +30,10 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     if chosen == "lora":
         if options.quantization is not None:
             raise OptionError("--quantization is for --format axolotl; a LoRA is the same on every base.")
-        export_lora(adapter, output)
+        export_lora(adapter, output, uniform_rank=bool(options.uniform_rank))
     elif chosen == "axolotl":
+        if options.uniform_rank is not None:
+            raise OptionError("--uniform-rank is for --format lora; axolotl knows ranks by pattern.")
         check_writable(output)
         export_axolotl(adapter, output, quantization=options.quantization)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..arguments import Rest
-from ..errors import printable
+from ..errors import OptionError, printable
 from ..records import Plan, SnrReport
 from .options import add_plan_options, check_writable, given_plan_options, required, write_record
 from .verb import Verb
@@ -21,14 +21,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: Rest) -> None:
-    from ..plan import diff_plans, explain, make_plan
+    from ..plan import check_options, diff_plans, explain, make_plan, needs_gradients
 
     if options.diff:
         print(printable(str(diff_plans(*(Plan.load(path) for path in options.diff)))))
         return
     report = SnrReport.load(required(options, "report", "REPORT"))
     check_writable(options.output)
-    plan = make_plan(report, gradients=options.gradients, **given_plan_options(options))
+    given = given_plan_options(options)
+    if options.gradients is None and needs_gradients(check_options(**given)):
+        raise OptionError(
+            "this plan is made by gradients on data: `spectrum-peft probe MODEL --dataset D -o gradients.json` measures them, "
+            "--gradients gradients.json gives them."
+        )
+    plan = make_plan(report, gradients=options.gradients, **given)
     print(printable(explain(plan, report)))
     write_record(plan, options.output)
 

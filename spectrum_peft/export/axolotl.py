@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,16 +25,16 @@ def export_axolotl(
 ) -> Path:
     """Write the part of an axolotl config that carries out the same plan: what trains, and how.
 
-    Real weights become `unfrozen_parameters`; adapters become `adapter: lora` or `qlora` with one rank and the modules
-    by their full names. Data, batch size and learning rate are the user's to add.
+    Real weights become `unfrozen_parameters`; adapters become `adapter: lora` or `qlora`, with the modules by their full names
+    and patterns for the ranks that are not the most frequent one. Data, batch size and learning rate are the user's to add.
 
     Args:
-        adapter_or_plan: a Plan or its file, an adapter folder, or a `PeftModel`.
+        adapter_or_plan: a Plan or its file, a folder that training has written, or a `PeftModel`.
         out: the YAML file.
         quantization: of the base: `none`, `nf4`, `fp4`, `int8`; None for what the training run noted, and for 4 bit
             where the mode is made for it.
     Raises:
-        OptionError: the plan says what axolotl cannot: ranks or learning rates that differ, re-evaluation, real weights
+        OptionError: the plan says what axolotl cannot: learning rates that differ, re-evaluation, real weights
             on a quantized base.
     Source of the keys: axolotl-ai-cloud/axolotl@00564c8 src/axolotl/utils/schemas/peft.py and config.py.
     """
@@ -53,7 +54,8 @@ def export_axolotl(
     adapters = [e for e in plan.entries if e.trains and e.action in ADAPTER_ACTIONS]
     if adapters:
         data |= _axolotl_lora(plan, adapters, {} if state is None else state.config, quantization)
-        head.append("# axolotl has one rank and one alpha for all modules; here they are the same in the plan.")
+        if "lora_rank_pattern" in data or "lora_alpha_pattern" in data:
+            head.append("# The patterns need axolotl with its pull request 3673 (May 2026).")
     else:
         if quantization != "none":
             raise OptionError(
@@ -69,8 +71,12 @@ def _planned(given: Any, adapter_name: str | None) -> tuple[Plan, AdapterState |
     """(plan, adapter, quantization that the training run noted)."""
     if isinstance(given, Plan):
         return given, None, None
-    if isinstance(given, str | os.PathLike) and not Path(given).is_dir():
-        return Plan.load(given), None, None
+    if isinstance(given, str | os.PathLike):
+        beside = Path(given) / "spectrum_plan.yaml"
+        if not Path(given).is_dir():
+            return Plan.load(given), None, None
+        if beside.is_file() and not (Path(given) / "adapter_config.json").is_file():  # real weights, a plain checkpoint
+            return Plan.load(beside), None, None
     source = open_adapter(given, adapter_name)
     if source.state.plan is None:
         raise OptionError(
@@ -83,15 +89,16 @@ def _planned(given: Any, adapter_name: str | None) -> tuple[Plan, AdapterState |
     return source.state.plan, source.state, noted
 
 
+def _anchored(entry: PlanEntry) -> str:
+    """A pattern of PEFT that matches this module and no other."""
+    fused = entry.shape is not None and len(entry.shape) == 3
+    return "^" + re.escape(entry.name if fused else names.module_name(entry.name))
+
+
 def _axolotl_lora(
     plan: Plan, adapters: Sequence[PlanEntry], config: Mapping[str, Any], quantization: str
 ) -> dict[str, Any]:
     scales = Counter((e.rank, e.alpha) for e in adapters)
-    if len(scales) > 1:
-        tiers = ", ".join(
-            f"rank {rank} (alpha {alpha:g}) on {n} modules" for (rank, alpha), n in sorted(scales.items(), reverse=True)
-        )
-        raise OptionError(f"mode {plan.mode!r} has {tiers}; axolotl has one lora_r. Export as LoRA, or plan one rank.")
     if plan.options.get("rescore_every") is not None:
         raise OptionError(
             f"rescore_every is {plan.options['rescore_every']!r}; axolotl cannot evaluate the choice again in training."
@@ -105,8 +112,10 @@ def _axolotl_lora(
     if shared is not None:
         raise OptionError(f"{shared.name} has the action {shared.action!r}; axolotl knows plain LoRA only.")
     (rank, alpha), _ = scales.most_common(1)[0]
-    if rank is None or alpha is None or alpha != int(alpha):
-        raise OptionError(f"alpha is {alpha}; axolotl's lora_alpha is a whole number.")
+    for entry in adapters:
+        if entry.rank is None or entry.alpha is None or entry.alpha != int(entry.alpha):
+            raise OptionError(f"{entry.name}: alpha is {entry.alpha}; axolotl's lora_alpha is a whole number.")
+    others = [e for e in adapters if (e.rank, e.alpha) != (rank, alpha)]
     fused = [e.name for e in adapters if e.shape is not None and len(e.shape) == 3]
     saved = [names.module_name(e.name) for e in plan.entries if e.trains and e.action == "save"]
     four = quantization in ("nf4", "fp4")
@@ -115,7 +124,10 @@ def _axolotl_lora(
         "load_in_4bit": four,
         "load_in_8bit": quantization == "int8",
         "lora_r": rank,
-        "lora_alpha": int(alpha),
+        "lora_alpha": int(alpha or 0),
+        # By pull request 3673 of axolotl-ai-cloud/axolotl, as PEFT's rank_pattern and alpha_pattern.
+        "lora_rank_pattern": {_anchored(e): e.rank for e in others if e.rank != rank} or None,
+        "lora_alpha_pattern": {_anchored(e): int(e.alpha or 0) for e in others if e.alpha != alpha} or None,
         "lora_dropout": float(config.get("lora_dropout") or 0.0),
         "lora_target_modules": [names.module_name(e.name) for e in adapters if e.name not in fused],
         "lora_target_parameters": fused or None,

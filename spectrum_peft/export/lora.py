@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..card import write_card
 from ..errors import OptionError
@@ -31,7 +32,9 @@ _KEPT_FIELDS = (
 )  # fmt: skip
 
 
-def export_lora(adapter_or_model: Any, out: str | os.PathLike[str], *, adapter_name: str | None = None) -> Path:
+def export_lora(
+    adapter_or_model: Any, out: str | os.PathLike[str], *, adapter_name: str | None = None, uniform_rank: bool = False
+) -> Path:
     """Write an adapter as a LoRA that plain peft opens, without spectrum_peft: the same function, the same factors.
 
     Every low-rank update is written from its factors (B, A, scale), with `rank_pattern` and `alpha_pattern`; modules
@@ -41,18 +44,24 @@ def export_lora(adapter_or_model: Any, out: str | os.PathLike[str], *, adapter_n
         adapter_or_model: folder of an adapter, or a `PeftModel`.
         out: folder to write; must not exist, or be empty.
         adapter_name: which adapter of a model in memory; None for the active one.
+        uniform_rank: pad every factor with zeros to the largest rank, and let all have one alpha, without patterns: for
+            readers that know one alpha, such as llama.cpp's. Exact where all scales are the same (`lora`, `alors`); where they
+            differ, B takes the quotient, which is rounded once to B's dtype unless it is a power of two.
     Raises:
-        OptionError: real weights were trained, which are no low-rank update; `out` is not empty.
+        OptionError: real weights were trained, which are no low-rank update; `out` is not empty; one rank of a plain LoRA,
+            which is exported as it is.
         CheckpointError, MismatchError: as in `merge_into_base`.
     """
     source = open_adapter(adapter_or_model, adapter_name)
     target = checked_out(out)
     state = source.state
     if state.config["peft_type"] == "LORA":
+        if uniform_rank:
+            raise OptionError(f"{state.where}: is a plain LoRA, which is exported as it is; uniform_rank is for ours.")
         config = json.loads(json.dumps(state.config, default=_as_json))
         tensors = {key: stored.whole() for key, stored in state.tensors.items()}
     else:
-        config, tensors = _as_lora(state, source.model_type)
+        config, tensors = _as_lora(state, source.model_type, uniform_rank)
     with whole_folder(target) as folder:
         order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
         header = header_bytes({k: (tensors[k].dtype, tuple(tensors[k].shape)) for k in order}, {"format": "pt"}, order)
@@ -81,7 +90,9 @@ def _as_json(value: Any) -> Any:
     return getattr(value, "value", str(value))
 
 
-def _as_lora(state: AdapterState, model_type: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _as_lora(
+    state: AdapterState, model_type: str | None, uniform_rank: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(adapter_config.json, {key: tensor}) of a plain LoRA with the same function."""
     updates = state.updates(state.planned())
     by_name = {} if state.plan is None else state.plan.by_name
@@ -100,6 +111,12 @@ def _as_lora(state: AdapterState, model_type: str | None) -> tuple[dict[str, Any
     ranks = {u.key: u.factors()[1].shape[-2] for u in low}
     alphas = {u.key: _whole_number(u.scale * root(ranks[u.key])) for u in low}
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    padding = None
+    if uniform_rank:
+        scale = _most_common(u.scale for u in low)
+        rank, alpha = max(ranks.values()), _whole_number(scale * max(ranks.values()))
+        padding = _Padding(rank, scale)
+        ranks, alphas = dict.fromkeys(ranks, rank), dict.fromkeys(alphas, alpha)
     # Where peft would take a module for an old name of fused experts, the layer is named as the parameter that it has.
     by_weight = retargeted(model_type, (u.module for u in low if u.experts is None))
     fused = {u.key for u in low if u.experts is not None or u.module in by_weight}
@@ -112,7 +129,7 @@ def _as_lora(state: AdapterState, model_type: str | None) -> tuple[dict[str, Any
     saved = list(state.config.get("modules_to_save") or ())
     for update in updates:
         if isinstance(update, LowRank):
-            tensors |= _peft_tensors(update)
+            tensors |= _peft_tensors(update, padding)
         elif isinstance(update, Value) and ".lora_spectrum." in update.key:  # a norm that trains beside the adapters
             module, _, leaf = update.key.removeprefix(PEFT_PREFIX).partition(".lora_spectrum.")
             tensors[f"{PEFT_PREFIX}{module}.{leaf}"] = update.stored.whole()
@@ -121,6 +138,7 @@ def _as_lora(state: AdapterState, model_type: str | None) -> tuple[dict[str, Any
             tensors[update.key] = update.stored.whole()
     config = {
         **{key: state.config[key] for key in _KEPT_FIELDS if key in state.config},
+        **({"use_rslora": False} if padding else {}),
         "peft_type": "LORA",
         "inference_mode": True,
         "init_lora_weights": True,
@@ -158,9 +176,23 @@ def _anchored(update: LowRank, fused: Container[str]) -> str:
     return "^" + re.escape(_parameter(update) if update.key in fused else update.module)
 
 
-def _peft_tensors(update: LowRank) -> dict[str, Tensor]:
+@dataclasses.dataclass(frozen=True)
+class _Padding:
+    """One rank and one scale for all."""
+
+    rank: int
+    scale: float
+
+
+def _peft_tensors(update: LowRank, padding: _Padding | None) -> dict[str, Tensor]:
     """The factors in PEFT's layout, from (B, A)."""
     b, a, _ = update.factors()
+    if padding is not None:
+        missing = padding.rank - a.shape[-2]
+        if update.scale != padding.scale:
+            b = (b.double() * (update.scale / padding.scale)).to(b.dtype)
+        # Zeros in both: what they are multiplied with does not matter.
+        a, b = pad(a, (0, 0, 0, missing)), pad(b, (0, missing))
     if update.experts is not None:
         a, b = a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
     names_of = ("lora_embedding_A", "lora_embedding_B") if update.table else ("lora_A.weight", "lora_B.weight")

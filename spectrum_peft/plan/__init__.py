@@ -15,6 +15,7 @@ Reads records, writes records; knows neither weights nor models.
 
 from __future__ import annotations
 
+from ..records import Plan
 from .diff import diff_plans
 from .explain import explain, format_table
 from .make import make_plan, worth_probing
@@ -40,6 +41,7 @@ __all__ = [
     "MODES",
     "OPTIONS",
     "Mode",
+    "Plan",
     "check_options",
     "checked_plan",
     "columns_of_rank",

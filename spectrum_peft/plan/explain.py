@@ -87,6 +87,9 @@ def explain(plan: Plan, report: SnrReport | None = None) -> str:
     return "\n".join(lines)
 
 
+Plan.put_into_words_by(explain)
+
+
 def _parameters_line(count: PlanNumbers) -> str:
     if not count.trainable_parameters:
         return "Trainable parameters: not known, the report states no shapes."

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import html
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..errors import CheckpointError, quoted
 from .files import SCHEMA_VERSION, Record, as_plain
-from .report import Fingerprint
+from .report import Fingerprint, SnrReport
 from .schema import MOST_RANK, Count, Name, Place, Text, refuse_unknown
 
 Action = Literal["train", "lora", "shared", "lorsa", "columns", "save", "freeze"]
@@ -174,6 +175,8 @@ class Plan(Record):
     patterns: tuple[Name, ...] = ()
 
     _kind = "plan"
+    # Who puts a plan into words knows modes and options, which records do not: `plan.explain` is registered here.
+    _words: ClassVar[Callable[[Plan, SnrReport | None], str] | None] = None
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -229,6 +232,26 @@ class Plan(Record):
             if e.action != "freeze"
         ]
         return hashlib.sha256(json.dumps([self.mode, sorted(acts)]).encode()).hexdigest()
+
+    @classmethod
+    def put_into_words_by(cls, words: Callable[[Plan, SnrReport | None], str]) -> None:
+        cls._words = staticmethod(words)
+
+    def explain(self, report: SnrReport | None = None) -> str:
+        """What the plan trains and why, as `spectrum-peft plan` prints it.
+
+        Args:
+            report: the one the plan was made from; adds how many singular values stand out in the chosen matrices.
+        Raises:
+            MismatchError: the report is of another checkpoint.
+        """
+        words = type(self)._words
+        assert words is not None, "spectrum_peft.plan puts plans into words, and is not imported"
+        return words(self, report)
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<pre>{html.escape(self.explain())}</pre>"
 
     def replace(self, **changes: Any) -> Plan:
         """A copy with some fields changed; this one stays."""

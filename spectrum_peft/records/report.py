@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,6 +125,20 @@ class SnrReport(Record):
         """Number of elements of all tensors, tied ones once."""
         extra = {name for group in self.tied for name in group[1:]}
         return sum(s.numel for s in self.stats if s.name not in extra)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: of each kind how many matrices were scored, and between which scores."""
+        kinds: dict[str, list[float]] = {}
+        for stat in self.stats:
+            if stat.score is not None:
+                kinds.setdefault(stat.kind, []).append(stat.score)
+        rows = "".join(
+            f"<tr><td>{html.escape(kind)}</td><td>{len(scores)}</td><td>{min(scores):.4g} to {max(scores):.4g}</td></tr>"
+            for kind, scores in sorted(kinds.items())
+        )
+        title = html.escape(f"{self.model_id or 'a model in memory'}, criterion {self.criterion}")
+        head = "<tr><th>kind</th><th>scored</th><th>scores</th></tr>"
+        return f"<table><caption>{title}</caption>{head}{rows}</table>"
 
     def to_dict(self) -> dict[str, Any]:
         return {

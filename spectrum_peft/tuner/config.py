@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -248,6 +250,32 @@ class SpectrumConfig(LoraConfig):
         data: dict[str, Any] = LoraConfig.to_dict(bare)  # type: ignore[no-untyped-call]
         data["plan"] = None if self.plan is None else self.plan.to_dict()
         return data
+
+
+class UnknownField(OptionError, TypeError):
+    """A keyword that `SpectrumConfig` does not have; a `TypeError`, as of any call, so that PEFT can leave out what a newer
+    version has saved."""
+
+
+def _with_near_matches(init: Callable[..., None]) -> Callable[..., None]:
+    known = list(inspect.signature(init).parameters)[1:]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                # Names that other tools have for the same.
+                same = {"rank": "r", "alpha": "lora_alpha", "ratio": "spectrum_ratio", "dropout": "lora_dropout"}.get(
+                    name
+                )
+                hint = f" Did you mean {same!r}?" if same else near_matches(name, known)
+                raise UnknownField(f"SpectrumConfig has no field {name!r}.{hint}")
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+SpectrumConfig.__init__ = _with_near_matches(SpectrumConfig.__init__)  # type: ignore[method-assign]
 
 
 def candidates_of(config: SpectrumConfig, report: SnrReport) -> list[str] | None:

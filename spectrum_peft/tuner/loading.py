@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import logging
 import os
@@ -32,6 +33,7 @@ from .config import PEFT_TYPE, SpectrumConfig, candidates_of
 logger = logging.getLogger(__name__)
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
+_OWN_KEYWORDS = ("spectrum_config", "dtype", "torch_dtype", "device_map", "quantization", "model_class")
 
 
 def quantization_config_for(
@@ -115,6 +117,10 @@ def load_model_with_spectrum(
         MismatchError: the plan is of another checkpoint, or trains something that the model lacks.
         OptionError: dtype and torch_dtype differ; an unknown quantization.
     """
+    for name in kwargs:  # the others are fields of transformers' loaders and configs, which differ from model to model
+        near = difflib.get_close_matches(name, _OWN_KEYWORDS, n=1, cutoff=0.85)
+        if near:
+            raise OptionError(f"load_model_with_spectrum: {name!r} is not known. Did you mean {near[0]!r}?")
     wanted = _one_dtype(dtype, torch_dtype)
     quantization = _checked_quantization(quantization)
     config = _as_config(spectrum_config)

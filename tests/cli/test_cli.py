@@ -178,8 +178,8 @@ def test_probe_and_plan_by_its_gradients(
     assert set(best.values()) <= set(Plan.load("fisher.yaml").trainable_names)
     run(f"plan {tiny_report} --mode sgm --ratio 1 --n-groups 1 --share both --gradients gradients.json -o sgm.yaml")
     assert {e.group.partition(":")[0] for e in Plan.load("sgm.yaml").entries if e.trains} == {"AB"}
-    assert "needs gradients on data" in refused(f"plan {tiny_report} --mode sgm")
-    assert "needs gradients on data" in refused(f"plan {tiny_report} --criterion fisher")
+    assert "--gradients gradients.json gives them" in refused(f"plan {tiny_report} --mode sgm")
+    assert "--gradients gradients.json gives them" in refused(f"plan {tiny_report} --criterion fisher")
     run(f"probe {tiny_llama_folder} --dataset {texts} {flags} --directions 0 --quantization nf4 -o bare.json")
     bare = GradientReport.load("bare.json")
     assert not bare.similarities and bare.settings["quantization"] == "nf4"

@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import constants
 
 from spectrum_peft.cli.main import main
+from spectrum_peft.compare.settings import KEYS
 from spectrum_peft.train import run as training
 
 FLAGS = (
@@ -165,3 +166,30 @@ def test_a_python_session_begins_in_silence() -> None:
     program = "from spectrum_peft import SpectrumConfig, load_model_with_spectrum"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --- compare ---------------------------------------------------------------------------------------------------------
+
+
+def test_compare_says_at_once_that_its_folder_is_missing() -> None:
+    program = (
+        "import sys\n"
+        "from spectrum_peft.cli.main import main\n"
+        "code = main(['compare', '--model', 'm', '--dataset', 'd'])\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'imported for one line'\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "spectrum-peft: error: --output-dir is missing.\n")
+
+
+def test_the_help_of_compare_names_every_key_and_a_near_one_is_found(
+    tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    shown = capsys.readouterr().out.replace("-", "_")
+    assert [key for key in KEYS if key not in shown] == []
+    Path("c.yaml").write_text("generat: [exact_match]\n")
+    assert main(f"compare --config c.yaml --model {tiny_llama_folder} --dataset texts.jsonl -o out".split()) == 2
+    assert "c.yaml: unknown key 'generat'. Did you mean 'generate'" in capsys.readouterr().err

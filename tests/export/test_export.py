@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import transformers
 import yaml
 from architectures import ARCHITECTURES, Architecture, batch_for
 from peft import LoraConfig, PeftModel, get_peft_model
+from running import options_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -1047,6 +1049,48 @@ def test_the_exported_lora_is_the_same_function_in_plain_peft(
     assert all(same(left[k], right[k]) for k in left)
 
 
+@pytest.mark.parametrize("kind", ["alors", "lora", "lorsa"])
+def test_with_one_rank_readers_of_one_alpha_find_the_same_update(
+    kind: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Both readers: the alpha over each tensor's own rank, as llama.cpp's converter takes it (convert_lora_to_gguf.py keeps
+    one adapter.lora.alpha, llama-adapter.cpp divides by the tensor's rank), and over the config's r."""
+    architecture = ARCHITECTURES["llama"]
+    options = options_of("lorsa") if kind == "lorsa" else {}
+    model = moved(loaded("llama", base_of("llama")), config_for(kind, architecture, **options))
+    wanted = logits(model, architecture)
+    source = saved(model, tmp_path / "adapter")
+    config, tensors = {}, {}
+    for name, uniform in (("plain", False), ("uniform", True)):
+        out = export_lora(source, tmp_path / name, uniform_rank=uniform)
+        config[name] = json.loads((out / "adapter_config.json").read_text())
+        tensors[name] = load_file(out / "adapter_model.safetensors")
+    assert not config["uniform"]["rank_pattern"] and not config["uniform"]["alpha_pattern"]
+    assert tensors["plain"].keys() == tensors["uniform"].keys()
+    alpha, r = config["uniform"]["lora_alpha"], config["uniform"]["r"]
+    patterns = config["plain"]["rank_pattern"], config["plain"]["alpha_pattern"]
+    for key in (k for k in tensors["plain"] if k.endswith("lora_A.weight")):
+        pair = [(t[key].double(), t[key.replace("lora_A", "lora_B")].double()) for t in tensors.values()]
+        (a, b), (padded_a, padded_b) = pair
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        rank, own = (
+            next((v for p, v in pattern.items() if p == "^" + re.escape(module)), config["plain"][default])
+            for pattern, default in zip(patterns, ("r", "lora_alpha"), strict=True)
+        )
+        assert rank == a.shape[0]
+        update = own / rank * b @ a
+        for reader in (alpha / padded_a.shape[0], alpha / r):
+            found = reader * padded_b @ padded_a
+            # Zeros add nothing. lorsa has a scale for each layer: B is rounded once more to float32.
+            assert torch.allclose(
+                found, update, rtol=0, atol=update.abs().max().item() * (0 if kind != "lorsa" else 2**-22)
+            )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"peft\.")
+        again = PeftModel.from_pretrained(loaded("llama", base_of("llama")), tmp_path / "uniform")
+    assert (logits(again, architecture) - wanted).abs().max() < 1e-5  # sums of zeros may be added in another order
+
+
 @pytest.mark.slow
 def test_the_exported_lora_opens_where_we_are_not_installed(
     base_of: Callable[..., Path], adapter_of: Callable[..., Any], tmp_path: Path
@@ -1162,15 +1206,44 @@ def test_axolotl_gets_one_rank_and_the_modules(
     assert (plain["adapter"], plain["load_in_4bit"]) == ("lora", False)
 
 
+def test_axolotl_gets_ranks_by_pattern(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    config = config_for("alors", ARCHITECTURES["llama"], spectrum_ratio=1.0, lr_ratio=(1.0, 1.0))
+    model = moved(loaded("llama", base_of("llama")), config)
+    data = yaml.safe_load(export_axolotl(saved(model, tmp_path / "adapter"), tmp_path / "a.yaml").read_text())
+    # PEFT reads the patterns as axolotl hands them on.
+    again = get_peft_model(
+        loaded("llama", base_of("llama")),
+        LoraConfig(
+            r=data["lora_r"], lora_alpha=data["lora_alpha"], target_modules=data["lora_target_modules"],
+            rank_pattern=data["lora_rank_pattern"], alpha_pattern=data["lora_alpha_pattern"],
+        ),
+    )  # fmt: skip
+    plan = model.peft_config["default"].plan
+    assert len({e.rank for e in plan.entries if e.trains}) == 2
+    for entry in plan.entries:
+        if entry.trains:
+            layer = again.get_base_model().get_submodule(entry.name.removesuffix(".weight"))
+            assert (layer.r["default"], layer.lora_alpha["default"]) == (entry.rank, entry.alpha)
+
+
+def test_a_folder_of_real_weights_brings_its_plan_to_axolotl(adapter_of: Callable[..., Any], tmp_path: Path) -> None:
+    plan: Plan = adapter_of("llama", "spectrum")[2].peft_config["default"].plan
+    (tmp_path / "tuned").mkdir()
+    plan.save(tmp_path / "tuned" / "spectrum_plan.yaml")
+    found, wanted = (
+        export_axolotl(source, tmp_path / "a.yaml", quantization="none").read_text()
+        for source in (tmp_path / "tuned", plan)
+    )
+    assert found == wanted
+
+
 def test_axolotl_is_not_told_what_it_cannot_do(
     base_of: Callable[..., Path], adapter_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     config = config_for("alors", ARCHITECTURES["llama"], spectrum_ratio=1.0)
     folder = saved(moved(loaded("llama", base_of("llama")), config), tmp_path / "adapter")
     out = tmp_path / "a.yaml"
-    with pytest.raises(
-        OptionError, match=r"mode 'alors' has rank 4 \(alpha 8\) on 7 modules, rank 1 \(alpha 2\).*one lora_r"
-    ):
+    with pytest.raises(OptionError, match="has lr_ratio"):
         export_axolotl(folder, out)
     lora: Plan = adapter_of("mixtral", "lora")[2].peft_config["default"].plan
     assert yaml.safe_load(export_axolotl(lora, tmp_path / "fused.yaml").read_text())["lora_target_parameters"][
