@@ -123,7 +123,7 @@ def read_comparison(
         asked["modes"] = modes
         if len(modes) < len(MODES):
             notes.append("modes that train every weight are left out: the base is quantized")
-    elif asked["modes"]:
+    elif asked["modes"] != []:
         asked["modes"] = _list(f"{source}: modes", asked["modes"], lambda _, v: get_mode(v).name)
     if labelled and (asked["generate"] or asked["general_text"] or asked["generation_speed"]):
         name = next(n for n in ("generate", "general_text", "generation_speed") if asked[n])

@@ -19,8 +19,7 @@ T = TypeVar("T")
 
 # msgspec 0.22 frees the regex of a text once too often where a list or a mapping may stand in its place: `Name | list[Name]` ends
 # the process. `Name` may stand inside of collections, and beside numbers and None.
-# Names are printed, so that they hold nothing that a terminal obeys. The longest of 50,000 names of tensors on the hub has 130
-# characters.
+# Names are printed, so that they hold nothing that a terminal obeys.
 _SHOWN = r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]*\Z"
 Name = Annotated[str, Meta(min_length=1, max_length=500, pattern=_SHOWN)]
 Text = Annotated[str, Meta(max_length=10_000)]

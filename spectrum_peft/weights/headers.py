@@ -120,6 +120,9 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Span]:
     checked(header.pop("__metadata__", {}), dict[str, str], f"{path}: __metadata__")
     spans = []
     checked(list(header), list[Name], f"{path}: names of tensors")
+    odd = next((name for name in header if any(c.isdigit() and not c.isdecimal() for c in name)), None)
+    if odd is not None:  # `int` does not read it, and transformers asks it to
+        raise CheckpointError(f"{path}: tensor {odd!r} has a digit in its name that is no number, wanted 0 to 9.")
     for name, entry in header.items():
         where = f"{path}: tensor {name!r}"
         row = checked(entry, _HeaderRow, where)

@@ -37,7 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 SAMPLE = 64 * 1024  # bytes of each end of a tensor that the fingerprint covers
-MOST_EXPERTS = 1 << 16  # of one layer; open models have up to 2^10
+MOST_EXPERTS = 1 << 16  # of one layer; open models have a few hundred
 _EXPERT_NAME = re.compile(r"^(.*)\[(\d{1,9})\]$")
 
 
