@@ -149,8 +149,8 @@ def _to_yaml(data: Mapping[str, Any]) -> str:
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
-# What a file may hold. A plan of 100,000 entries is 22 MB of JSON and 1.3 million values; a gradient report of 400 layers with 7 kinds
-# of matrices has 2 * 7 * 400^2 likenesses, some 45 MB. A value of YAML takes some hundred bytes while it is read.
+# What a file may hold. A plan of 100,000 entries is 22 MB of JSON and 1.3 million values; a gradient report of 400 layers with 7
+# kinds of matrices has 2 * 7 * 400^2 likenesses, some 45 MB. A value of YAML takes some hundred bytes while it is read.
 MOST_BYTES = 1 << 28
 MOST_VALUES = 1 << 23
 MOST_YAML_VALUES = 1 << 21
