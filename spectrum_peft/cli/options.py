@@ -24,11 +24,15 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("plan options (defaults: `spectrum_peft.plan.OPTIONS`)").add_argument
     group = parser._action_groups[-1]
     add("--mode", help=", ".join(MODES))
-    add("--criterion", help="score of a matrix: spectrum, mp, mean_std, row_norm, kappa, fisher, random, last, first")
+    add(
+        "--criterion",
+        help="score of a matrix: spectrum, mp, mean_std, row_norm, kappa, fisher, random, last, first, spaced",
+    )
     add("--spectrum-ratio", "--ratio", type=float, metavar="R", help="share of the matrices of each kind, in (0, 1]")
     add("--snr-threshold", type=float, metavar="X", help="every matrix that scores above X, instead of a ratio")
     add("--scope", help="per_kind (as published) or global")
     add("--measure", help="what the ratio is a share of: count or parameters")
+    add("--coverage", type=int, metavar="N", help="cut the depth into N runs and take the best-scored of each in turn")
     add("--backward-depth", type=float, metavar="D", help="choose in the last D of the blocks; backward stops there")
     switch(group, "--train-embeddings", help="train the embeddings too")
     switch(group, "--train-head", help="train the output head too")

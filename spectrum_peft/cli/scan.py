@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", help="hub id, folder, .safetensors or .gguf file, or the folder of a trained adapter")
     add("-o", "--output", metavar="FILE", help="write the report there (.json or .yaml)")
-    add("--criterion", default="spectrum", help="spectrum, mp, mean_std, row_norm, kappa, random, last or first")
+    add(
+        "--criterion", default="spectrum", help="spectrum, mp, mean_std, row_norm, kappa, random, last, first or spaced"
+    )
     add("--score", nargs="+", default=["linear"], metavar="ROLE", help="which tensors to score; default linear")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
     add("--jobs", type=int, metavar="N", help="matrices at a time; default: one for each core")

@@ -206,6 +206,7 @@ CONTROLS: dict[str, Callable[[Comparison, Shapes], list[Contestant]]] = {
     "random": _by_criterion("random"),
     "last": _by_criterion("last"),
     "first": _by_criterion("first"),
+    "spaced": _by_criterion("spaced"),
     "kappa": _by_criterion("kappa"),
     "uniform_rank": _uniform_rank,
     "mlp_only": _mlp_only,

@@ -59,9 +59,9 @@ def report_of_config(
     Raises:
         OptionError: a criterion that needs weights.
     """
-    if criterion not in ("first", "last", "random"):
+    if criterion not in ("first", "last", "random", "spaced"):
         raise OptionError(
-            f"criterion is {criterion!r}; without weights only 'first', 'last' and 'random' can be scored. Scan the "
+            f"criterion is {criterion!r}; without weights only 'first', 'last', 'random' and 'spaced' can be scored. Scan the "
             "checkpoint for a report of another one."
         )
     config = config_of(model, revision, trust_remote_code)

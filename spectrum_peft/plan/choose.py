@@ -104,6 +104,27 @@ def groups(candidates: Sequence[Candidate], scope: str) -> dict[str, list[Candid
     return {kind: ranked([c for c in candidates if c.kind == kind]) for kind in kinds}
 
 
+def covering(members: Sequence[Candidate], bins: int) -> list[Candidate]:
+    """The order that serves the whole depth: the best of each bin, then the second of each, and so on.
+
+    The blocks that occur are cut into `bins` runs whose lengths differ by at most one; what lies outside the blocks counts as
+    one block behind the last. Within a round the better score goes first, so that a count that is no multiple of the bins
+    leaves out the weakest. More bins than blocks: one for each block.
+
+    Args:
+        members: best first.
+    """
+    blocks = sorted({math.inf if c.block is None else c.block for c in members})
+    place = {block: i * min(bins, len(blocks)) // len(blocks) for i, block in enumerate(blocks)}
+    seen: dict[int, int] = {}
+    rounds: list[int] = []
+    for c in members:
+        at = place[math.inf if c.block is None else c.block]
+        rounds.append(seen.get(at, 0))
+        seen[at] = rounds[-1] + 1
+    return [members[i] for i in sorted(range(len(members)), key=lambda i: (rounds[i], i))]
+
+
 def score_range(candidates: Sequence[Candidate]) -> str:
     """`0.12 to 3.4`, for messages."""
     scores = [score_of(c) for c in candidates]
@@ -133,15 +154,18 @@ def choose(candidates: Sequence[Candidate], options: Mapping[str, Any]) -> tuple
         if threshold is not None:
             chosen[label] = [c for c in open_to if score_of(c) > threshold]
             continue
+        order = open_to if options["coverage"] is None else covering(open_to, int(options["coverage"]))
         if options["measure"] == "count":
             wanted = max(1, math.floor(len(members) * ratio + 1e-9))
-            chosen[label] = open_to[:wanted]
+            chosen[label] = order[:wanted]
             short = wanted - len(chosen[label])
             if short:
                 left = f"{len(open_to)}, all of them are taken" if open_to else "none"
                 notes.append(f"{label}: {wanted} of {len(members)} were asked for, backward_depth leaves {left}.")
         else:
-            chosen[label] = _prefix_within(open_to, sum(_known_numel(c) for c in members) * ratio + 1e-9)
+            chosen[label] = _prefix_within(order, sum(_known_numel(c) for c in members) * ratio + 1e-9)
+        if options["coverage"] is not None:
+            chosen[label] = ranked(chosen[label])
     if not any(chosen.values()):
         reachable = [c for c in candidates if c.reachable]
         if not reachable:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..records import Plan, PlanEntry, SnrReport, count_trainable
 from .candidates import candidates_of_plan
-from .choose import groups
+from .choose import covering, groups
 from .modes import get_mode
 from .options import OPTIONS
 
@@ -119,9 +119,10 @@ def _chosen_by(plan: Plan) -> str:
     elif options["trainable_parameters"] is not None:
         text = f"criterion {plan.criterion}, ranks fitted to {options['trainable_parameters']:,} parameters"
     else:
+        spread = "" if options["coverage"] is None else f", from {options['coverage']} runs of blocks in turn"
         whole = "each kind" if options["scope"] == "per_kind" else "all matrices together"
         share = _percent(options["spectrum_ratio"])
-        text = f"criterion {plan.criterion}, the best {share} of {whole}, by {options['measure']}"
+        text = f"criterion {plan.criterion}, the best {share} of {whole}, by {options['measure']}{spread}"
     if options["backward_depth"] < 1:
         text += f", in the last {_percent(options['backward_depth'])} of the blocks"
     return text
@@ -187,6 +188,8 @@ def _given_up(plan: Plan) -> list[PlanEntry]:
         return []
     missed = []
     for members in groups(candidates_of_plan(plan), options["scope"]).values():
+        if options["coverage"] is not None:
+            members = covering(members, options["coverage"])
         n_chosen = sum(plan.by_name[c.name].trains for c in members)
         missed += [entry for c in members[:n_chosen] if not (entry := plan.by_name[c.name]).trains]
     return missed

@@ -24,6 +24,7 @@ OPTIONS: dict[str, Any] = {
     "snr_threshold": None,
     "scope": "per_kind",
     "measure": "count",
+    "coverage": None,
     "backward_depth": 1.0,
     "train_embeddings": False,
     "train_head": False,
@@ -57,14 +58,14 @@ OPTIONS: dict[str, Any] = {
 
 
 DEFAULT_RATIO = 0.5
-CRITERIA = ("spectrum", "mp", "mean_std", "row_norm", "kappa", "fisher", "random", "last", "first")
+CRITERIA = ("spectrum", "mp", "mean_std", "row_norm", "kappa", "fisher", "random", "last", "first", "spaced")
 # By what a matrix' columns are chosen, and which of these need data.
 COLUMNS_BY = ("random", "spectrum", "activation", "fisher")
 COLUMNS_BY_DATA = ("activation", "fisher")
 # What decides how much is chosen; one of them only.
 _AMOUNTS = ("spectrum_ratio", "snr_threshold", "score_cuts", "trainable_parameters", "n_columns")
 # What decides which matrices are chosen by score.
-CHOOSING_OPTIONS = ("criterion", "spectrum_ratio", "snr_threshold", "scope", "measure", "backward_depth")
+CHOOSING_OPTIONS = ("criterion", "spectrum_ratio", "snr_threshold", "scope", "measure", "coverage", "backward_depth")
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -153,6 +154,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "snr_threshold": _optional(_a_number),
     "scope": _one_of("per_kind", "global"),
     "measure": _one_of("count", "parameters"),
+    "coverage": _optional(_integer(1)),
     "backward_depth": _share,
     "train_embeddings": _flag,
     "train_head": _flag,
@@ -207,6 +209,11 @@ def check_options(**options: Any) -> dict[str, Any]:
         raise OptionError(
             f"{amounts[0]}={checked[amounts[0]]} and {amounts[1]}={checked[amounts[1]]} are both given; each says how "
             "much is chosen, give one."
+        )
+    if checked["coverage"] is not None and amounts and amounts[0] != "spectrum_ratio":
+        raise OptionError(
+            f"coverage={checked['coverage']} spreads a ratio over the depth, and {amounts[0]}={checked[amounts[0]]} chooses "
+            "without one; give one of the two."
         )
     for name, value in checked.items():
         owners = owners_of(name)
@@ -272,7 +279,9 @@ def checked_plan(plan: Plan, source: str) -> Plan:
 
 def owners_of(option: str) -> list[str]:
     """The modes in which an option means something."""
-    by_field = {"spectrum_ratio": "has_ratio", "snr_threshold": "selective", "lr_ratio": "importance_rates"}
+    by_field = {
+        "spectrum_ratio": "has_ratio", "snr_threshold": "selective", "coverage": "selective", "lr_ratio": "importance_rates",
+    }  # fmt: skip
     if option in by_field:
         return [row.name for row in MODES.values() if getattr(row, by_field[option])]
     owners = [row.name for row in MODES.values() if option in row.own_options]
@@ -283,7 +292,9 @@ def _check_preset(checked: Mapping[str, Any]) -> None:
     """The published selection is what it is: only the mode `spectrum` and a ratio go with it."""
     if checked["mode"] != OPTIONS["mode"]:
         raise OptionError(f"preset={checked['preset']!r} goes with mode 'spectrum', not {checked['mode']!r}.")
-    fixed = ("snr_threshold", "scope", "measure", "backward_depth", "train_embeddings", "train_head", "train_norms")
+    fixed = (
+        "snr_threshold", "scope", "measure", "coverage", "backward_depth", "train_embeddings", "train_head", "train_norms",
+    )  # fmt: skip
     for name in fixed:
         if checked[name] != OPTIONS[name]:
             raise OptionError(

@@ -345,6 +345,17 @@ def _first(name: str, seed: int) -> float:
     return 0.0 if block is None else 1.0 / (block + 1)
 
 
+def _spaced(name: str, seed: int) -> float:
+    """The block's number with its binary digits mirrored at the point, in [0, 1); outside the blocks 0.
+
+    The best k of any number of blocks are then spread over the depth: every second block for a ratio of 1/2, every fourth for
+    1/4, exactly; for other ratios the count below any block is within log2(n) / 3 + 1 of an even spread.
+    Source: van der Corput (1935), "Verteilungsfunktionen"; the bound: Béjian and Faure (1977), C. R. Acad. Sci. Paris 285.
+    """
+    block = names.block_index(name)
+    return 0.0 if not block else int(f"{block:b}"[::-1], 2) / 2 ** block.bit_length()
+
+
 CRITERIA: dict[str, Criterion] = {
     c.name: c
     for c in (
@@ -403,6 +414,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("random", "control: seeded random", "control", needs_weights=False, of_name=_random),
         Criterion("last", "control: the last blocks first", "control", needs_weights=False, of_name=_last),
         Criterion("first", "control: the first blocks first", "control", needs_weights=False, of_name=_first),
+        Criterion("spaced", "control: evenly spaced in depth", "control", needs_weights=False, of_name=_spaced),
     )
 }
 

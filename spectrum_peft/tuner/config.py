@@ -43,6 +43,7 @@ class SpectrumConfig(LoraConfig):
         snr_threshold: takes every matrix that scores above it, instead of a ratio.
         scope: `per_kind` (as published) or `global`.
         measure: `count` or `parameters`; what the ratio is a share of.
+        coverage: the blocks are cut into this many runs, and the best-scored of each is taken in turn; None: by score alone.
         backward_depth: share of the blocks, counted from the output, that may be chosen; backward stops below them.
         train_embeddings, train_head, train_norms: train these too; all are frozen unless asked for.
         keep_base: where the original of a weight that trains is kept for `disable_adapter()` and `unmerge`: `host` (a
@@ -91,6 +92,7 @@ class SpectrumConfig(LoraConfig):
     snr_threshold: float | None = field(default=None, metadata={"help": "Choose every matrix above this score."})
     scope: str = field(default="per_kind", metadata={"help": "per_kind or global."})
     measure: str = field(default="count", metadata={"help": "count or parameters."})
+    coverage: int | None = field(default=None, metadata={"help": "Bins of the depth, the best of each taken in turn."})
     backward_depth: float = field(default=1.0, metadata={"help": "Share of the blocks, from the output, to choose in."})
     train_embeddings: bool = field(default=False, metadata={"help": "Train the embeddings too."})
     train_head: bool = field(default=False, metadata={"help": "Train the output head too."})

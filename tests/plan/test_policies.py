@@ -98,10 +98,13 @@ def test_ties_within_a_block_go_by_number():
 @pytest.mark.parametrize("scope", ["per_kind", "global"])
 @pytest.mark.parametrize("measure", ["count", "parameters"])
 @pytest.mark.parametrize("reach", [None, 4])
-def test_a_larger_ratio_takes_what_a_smaller_one_takes_and_more(scope, measure, reach):
+@pytest.mark.parametrize("coverage", [None, 3])
+def test_a_larger_ratio_takes_what_a_smaller_one_takes_and_more(scope, measure, reach, coverage):
     candidates = pool(reach=reach)
     sets = [
-        taken(candidates, spectrum_ratio=ratio / 40, scope=scope, measure=measure, backward_depth=0.5)
+        taken(
+            candidates, spectrum_ratio=ratio / 40, scope=scope, measure=measure, backward_depth=0.5, coverage=coverage
+        )
         for ratio in range(1, 41)
     ]
     assert all(small <= large for small, large in itertools.pairwise(sets))
@@ -111,7 +114,7 @@ def test_a_larger_ratio_takes_what_a_smaller_one_takes_and_more(scope, measure, 
 @pytest.mark.parametrize("options", [
     {"spectrum_ratio": 0.3}, {"spectrum_ratio": 0.3, "scope": "global"}, {"snr_threshold": 1.2},
     {"spectrum_ratio": 0.4, "measure": "parameters", "scope": "global"},
-    {"spectrum_ratio": 0.4, "measure": "parameters"},
+    {"spectrum_ratio": 0.4, "measure": "parameters"}, {"spectrum_ratio": 0.6, "coverage": 3},
 ])  # fmt: skip
 @pytest.mark.parametrize("reach", [None, 3])
 def test_raising_one_score_never_drops_that_candidate(options, reach):
@@ -120,6 +123,36 @@ def test_raising_one_score_never_drops_that_candidate(options, reach):
         for raised in (0.1, 2.0, math.inf):
             louder = [replace(c, score=c.score + raised) if c.name == name else c for c in candidates]
             assert name in taken(louder, **options)
+
+
+@pytest.mark.parametrize("bins", [1, 2, 3, 5, 7, 12, 40])
+def test_coverage_takes_as_many_as_without_it_and_of_every_run_alike(bins):
+    candidates = pool(blocks=12, seed=bins)
+    for kind in {c.kind for c in candidates}:
+        members = [c for c in candidates if c.kind == kind]  # one a block, by depth
+        for count in range(1, 13):
+            chosen = taken(members, spectrum_ratio=count / 12, coverage=bins)
+            assert len(chosen) == count
+            runs = [[] for _ in range(min(bins, 12))]
+            for i, c in enumerate(members):
+                runs[i * len(runs) // 12].append(c)
+            # Water filling: every run gives the same number, but for what it has not and for the last round.
+            gives = [sum(c.name in chosen for c in run) for run in runs]
+            level = max(gives)
+            assert all(level - 1 <= n or n == len(run) for n, run in zip(gives, runs, strict=True))
+            for n, run in zip(gives, runs, strict=True):
+                assert {c.name for c in ranked(run)[:n]} == {c.name for c in run if c.name in chosen}
+        assert taken(members, spectrum_ratio=0.5, coverage=1) == taken(members, spectrum_ratio=0.5)
+
+
+@pytest.mark.parametrize("other", [
+    {"snr_threshold": 1.0}, {"mode": "alors", "score_cuts": (2.0, 1.0)}, {"mode": "alors", "trainable_parameters": 9999},
+])  # fmt: skip
+def test_coverage_goes_with_a_ratio_only(other):
+    with pytest.raises(OptionError, match=f"coverage=3 spreads a ratio.*{list(other)[-1]}="):
+        check_options(coverage=3, **other)
+    with pytest.raises(OptionError, match="coverage=3 means nothing in mode 'lora'"):
+        check_options(coverage=3, mode="lora")
 
 
 def test_count_is_the_floor_of_n_times_ratio_per_kind_and_at_least_one():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -430,6 +431,22 @@ def test_first_and_last_rank_by_block() -> None:
     assert len(set(last)) == 12
     assert first == sorted(first, reverse=True)
     assert len(set(first)) == 12
+
+
+@pytest.mark.parametrize("count", [5, 12, 30, 61])
+def test_spaced_is_even_in_depth_at_every_ratio(count: int) -> None:
+    scores = [score(None, "spaced", name=f"model.layers.{i}.mlp.up_proj.weight").score for i in range(count)]
+    assert len(set(scores)) == count
+    order = sorted(range(count), key=lambda i: -scores[i])
+    for share in (2, 4, 8):
+        taken = sorted(order[: count // share])
+        assert {b - a for a, b in itertools.pairwise(taken)} <= {share}
+    # Béjian and Faure's bound on the count in [0, y) of the first m points, twice: the best ones are a complement.
+    for k in range(1, count + 1):
+        for m in range(1, count + 1):
+            bound = (math.log2(m) + math.log2(count)) / 3 + 2
+            assert abs(sum(i < m for i in order[:k]) - m * k / count) <= bound
+    assert score(None, "spaced", name="lm_head.weight").score == 0.0
 
 
 def test_unknown_and_unfit_criteria_are_refused() -> None:
