@@ -169,7 +169,7 @@ def _round(
     out = Path(tempfile.mkdtemp(prefix="kill_"))
     try:
         process = _forked(command.line(inputs, out), out / "log.txt")
-        time.sleep(rng.uniform(0.02, 1.05) * seconds)
+        time.sleep(rng.uniform(0.02, 0.9) * seconds)
         os.kill(process, signal.SIGKILL)
         killed = os.WIFSIGNALED(os.waitpid(process, 0)[1])
         fault = _whole(out, command, right)
