@@ -343,6 +343,42 @@ def components(part: str) -> str:
     return f"{table([*heads, 'in common with its other half', 'with another task'], rows)}\n{note}\n"
 
 
+def columns(part: str) -> str:
+    """Some columns of every matrix beside PEFT's LoRA: a measured step and a dry run, or held-out losses."""
+    data = result("columns")
+    mib = 2**20
+    if part == "quality":
+        found = data["quality gsm8k"]
+        rows = [
+            [name, f"{run['trained']:,}", f"{run['rate']:g}", str(run["seed"]), f"{run['loss']:.4f}"]
+            for name, runs in found["runs"].items()
+            for run in runs
+        ]
+        return table(["", "trained", "rate", "seed", "held-out loss"], rows) + (
+            f"\n{found['task']}, SmolLM2-135M, {found['steps']} steps of {found['batch']} x {found['length']} tokens, loss on "
+            f"{found['held_out_rows']} held-out rows; untrained {found['untrained']:.4f} (`python benchmarks/columns.py "
+            f"--quality`; {machine(data)}).\n"
+        )
+    rows = []
+    for base, run in data["cost"]["models"]["smollm2-135m"].items():
+        for name, facts in run["contestants"].items():
+            cpu = (run["over_lora"].get(name) or {}).get("step_cpu")
+            sizes = [f"{facts[key] / mib:,.0f} MiB" for key in ("activation_bytes", "peak_bytes")]
+            step = f"{cpu['median']:.3f}" if cpu else "1"
+            rows.append([f"SmolLM2-135M, {base}", name, f"{facts['trainable_parameters']:,}", *sizes, step])
+    for name, memory in data["dry runs"].items():
+        mode, _, base = name.partition(", ")
+        sizes = [f"{size / mib:,.0f} MiB" for size in (memory["by_category"]["activations"], memory["peak_bytes"])]
+        rows.append([f"8B, {base} (dry run)", f"`{mode}`", f"{memory['trainable_parameters']:,}", *sizes, ""])
+    load = max(run["other_load_cores"] for run in data["cost"]["models"]["smollm2-135m"].values())
+    settings = data["cost"]["settings"]
+    return table(["base", "", "trained", "kept for backward", "peak", "CPU time of a step over LoRA's"], rows) + (
+        f"\nMeasured: batch {settings['batch']} x {settings['length']} tokens, {settings['steps']} steps in turn, one thread, "
+        f"while other processes kept {load:.2f} cores busy; dry runs: 1 x 1024 tokens on CUDA (`python benchmarks/columns.py`; "
+        f"{machine(data)}).\n"
+    )
+
+
 def quality(suite: str) -> str:
     """Every contestant of a suite at the rate that was best for it, and its difference to one of them, paired by seed."""
     sys.path.insert(0, str(ROOT))
@@ -460,6 +496,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"similarity_{part}": partial(similarity, part) for part in ("kinds", "sketches", "sharing")},
     **{f"memory_{part}": partial(memory, f"memory_{part}") for part in _MEMORY},
     **{f"adapters_{part}": partial(adapters, part) for part in ("claims", "setup", "layers", "svd")},
+    **{f"columns_{part}": partial(columns, part) for part in ("cost", "quality")},
     **{f"components_{part}": partial(components, part) for part in ("tasks", "decay")},
     **{f"quality_{suite.replace('-', '_')}": partial(quality, suite) for suite in _SUITES},
 }  # fmt: skip
