@@ -79,10 +79,10 @@ class SpectrumModel(LoraModel):
         Raises:
             MismatchError: the plan does not fit the model, or an adapter of another kind is already on a module.
         """
-        # A copy: the plan of this model must not move another adapter's that came with the same config (TRL's reference
-        # adapter), nor be what the caller's config says from now on, whatever else is set in it.
-        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
-        config.modules_to_save = list(config.modules_to_save) if config.modules_to_save else config.modules_to_save
+        config = self.peft_config[adapter_name]
+        if any(c is config for name, c in self.peft_config.items() if name != adapter_name):
+            # TRL's reference adapter comes with the policy's own config; the plan of one must not move the other's.
+            config = self.peft_config[adapter_name] = copy.copy(config)
         settle_quantized(model)  # for inference, too: merging and unloading read the weights in the usual layout
         config.plan = settle_plan(model, config, layers=True)
         self._aim(config, model)
@@ -224,7 +224,9 @@ class SpectrumModel(LoraModel):
                 )
             return
         layer = target if isinstance(target, SpectrumLayer) else self._aside.around(target)
-        layer = layer or SpectrumLayer(target, current_key)
+        if layer is None:
+            layer = SpectrumLayer(target, current_key)
+            layer.set_adapter(self.active_adapters)  # PEFT switches what it finds in the model; this may stand aside
         layer.update_layer(
             adapter_name,
             [e.name.rpartition(".")[2] for e in entries],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +200,14 @@ def test_full_holds_the_parameters_of_modules_with_parts(family: str, tmp_path: 
     assert torch.equal(_first(merged, inputs), moved) and set(merged.state_dict()) == set(stored)
     model.delete_adapter("default")
     assert torch.equal(_first(model, inputs), moved)
+
+
+@pytest.mark.parametrize("mode", ["full", "spectrum"])
+def test_an_adapter_of_any_name_trains_in_modules_with_parts(mode: str) -> None:
+    make = mixtral if mode == "spectrum" else _with_parts("gpt_oss")[0]
+    model = get_peft_model(make(), SpectrumConfig(mode=mode), "some name")
+    held = [p for n, p in model.named_parameters() if ".lora_spectrum.some name." in n]
+    assert held and all(p.requires_grad for p in held)
 
 
 def test_the_layer_shows_what_the_module_shows() -> None:
@@ -590,12 +597,10 @@ def test_merging_two_adapters_adds_products_and_is_refused_for_two_values_of_a_w
     assert (logits(merged) - both).abs().max() < ROUNDINGS
 
 
-def test_a_config_can_be_used_again_and_is_not_what_a_model_made_of_it() -> None:
-    config = config_of("lora")
-    first = get_peft_model(llama(), config)
-    second = get_peft_model(llama(), dataclasses.replace(config, r=7))
-    ranks = [{e.rank for e in m.peft_config["default"].plan.entries if e.trains} for m in (first, second)]
-    assert ranks == [{4}, {7}] and config.plan is None
+@pytest.mark.parametrize("mode", MODES)
+def test_the_models_config_is_the_one_that_was_given(mode: str) -> None:
+    config = config_of(mode)
+    assert get_peft_model(llama(), config).peft_config["default"] is config
 
 
 # --- gradient checkpointing ------------------------------------------------------------------------------------------
