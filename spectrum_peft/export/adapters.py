@@ -178,6 +178,9 @@ def updates_of(source: TrainedAdapter, files: FileWeights) -> list[Update]:
             n: dataclasses.replace(infos[first], name=n) for n in others if n not in infos and first in infos
         } | infos
     memory = source.from_memory(infos)
+    if files.layout is not None:  # sinusoids and their like, which the class makes by itself, belong in no file
+        made = set(files.layout.shapes) - set(files.layout.new)
+        memory = [value for value in memory if not value.new or value.name not in made]
     infos |= {v.name: dataclasses.replace(infos[v.name], shape=v.stored.shape) for v in memory if not v.new}
     updates = source.state.updates(infos.values(), files.config.get("model_type"))
     replaced = {u.name for u in updates if isinstance(u, Value)}
