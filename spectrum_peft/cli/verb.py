@@ -44,7 +44,8 @@ class Verb:
         epilog = f"example:\n  {PROG} {self.example}"
         if self.passes_on:
             epilog += (
-                "\n\nEvery other flag goes to the trainer's own arguments: TRL's SFTConfig (causal_lm), transformers' "
+                "\n\nEvery other flag goes to the trainer's own arguments: TRL's SFTConfig (causal_lm) or DPOConfig (dpo), "
+                "transformers' "
                 "Seq2SeqTrainingArguments\n(seq2seq) or TrainingArguments (classification). --help-trainer lists them."
             )
         parser = Parser(

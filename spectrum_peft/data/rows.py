@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # The standard names of columns; each can be renamed by a flag of the command line (`--text-column body`).
-COLUMNS = ("text", "prompt", "completion", "messages", "label")
+COLUMNS = ("text", "prompt", "completion", "messages", "label", "chosen", "rejected")
 # Columns of other projects' layouts, which `formats.converted` brings into standard ones.
 _FOREIGN = ("conversations", "instruction", "output")
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -28,11 +28,12 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("instruction", "output"),
         ("text",),
     ),
+    "dpo": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
     "seq2seq": (("prompt", "completion"),),
     "classification": (("text", "label"),),
 }
 # Columns without which there is nothing to learn from or to judge; prompts may be empty.
-_LEARNED = ("text", "completion", "messages")
+_LEARNED = ("text", "completion", "messages", "chosen")
 
 
 def read_dataset(source: str, split: str = "train") -> Dataset:
@@ -161,6 +162,8 @@ def _check_column(dataset: Dataset, name: str, source: str) -> None:
         "prompt": dtype in {"string", "large_string"} or is_chat,
         "completion": dtype in {"string", "large_string"} or is_chat,
         "messages": is_chat,
+        "chosen": dtype in {"string", "large_string"} or is_chat,
+        "rejected": dtype in {"string", "large_string"} or is_chat,
         "conversations": is_chat,
         "instruction": dtype in {"string", "large_string"},
         "output": dtype in {"string", "large_string"},
@@ -193,6 +196,8 @@ _WANTED = {
     "prompt": "strings or lists of messages",
     "completion": "strings or lists of messages",
     "messages": "lists of messages with role and content",
+    "chosen": "strings or lists of messages",
+    "rejected": "strings or lists of messages",
     "conversations": "lists of turns with from and value",
     "instruction": "strings",
     "output": "strings",

@@ -28,7 +28,7 @@ from ..scan import scan_weights
 from ..tuner.config import SpectrumConfig
 from ..tuner.loading import load_model_with_peft, load_model_with_spectrum, load_tokenizer
 from .arguments import given_fields, quiet_progress
-from .callback import SpectrumCallback
+from .callback import SpectrumCallback, slower_by
 from .checkpoints import saving
 from .history import write_history
 from .output import check_output, clear_output
@@ -63,6 +63,8 @@ def train(
     check_output(output, overwrite=bool(options.overwrite_output_dir), resumed=run.resume is not None)
     method = f"PEFT's {run.name}" if run.mode is None else f"mode {run.name}"
     usual = "that of mode 'lora'" if run.mode is None else f"the default of mode {run.name!r}"
+    slower = slower_by(type(args))
+    usual += f", over {slower:g} for {task}" if slower != 1 else ""
     source = "set by you" if "learning_rate" in given_fields(rest) else usual
     print(f"{method}, task {task}, {run.why}")
     print(f"learning rate {args.learning_rate:g} ({source})")
@@ -254,14 +256,18 @@ def _calibration(
     samples = DEFAULT_SAMPLES if options.calibration_samples is None else options.calibration_samples
     if samples < 1:
         raise OptionError(f"--calibration-samples is {samples}, wanted at least 1.")
-    rows = run.train_rows.select(range(min(samples, len(run.train_rows))))
+    rows, task = run.train_rows.select(range(min(samples, len(run.train_rows)))), run.task.name
+    if "chosen" in rows.column_names:  # of a pair the chosen answer says what is to be learnt
+        rows = rows.remove_columns("rejected")
+        rows = rows.rename_column("chosen", "completion" if "prompt" in rows.column_names else "messages")
+        task = "causal_lm"
     print(f"probing gradients on the first {len(rows)} training rows (--gradients gives a report of `probe` instead)")
     limit = options.max_length or getattr(run.args, "max_length", None)
     return calibration_batches(
         rows,
         n=len(rows),
         tokenizer=load_tokenizer(options.model, **remote_options(options)),
-        task=run.task.name,
+        task=task,
         batch_size=min(run.args.per_device_train_batch_size, len(rows)),
         labels=list(run.head["label2id"]) if run.head else None,
         **({} if limit is None else {"max_length": limit}),

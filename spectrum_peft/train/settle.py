@@ -18,6 +18,7 @@ from ..plan import MODES, Mode, check_options, checked_plan, get_mode
 from ..records import Plan, read_mapping
 from ..tuner.loading import check_quantizable, checked_peft_config
 from .arguments import config_of, default_arguments, dtype_of, renamed_columns, task_named, trainer_arguments
+from .callback import slower_by
 from .checkpoints import checkpoint_to_resume
 from .needs import check_needs
 from .tasks import DataChoices, Task, has_classifier, task_of
@@ -82,6 +83,7 @@ def settle(
         check_quantizable(mode)
     dtype, why = dtype_of(options)
     rate = MODES["lora"].default_lr if mode is None else mode.default_lr
+    rate /= slower_by(task.arguments_class())
     args = trainer_arguments(task.name, rest, default_arguments(options, task, rate, dtype), flags)
     if args.learning_rate < 0:
         raise OptionError(f"learning_rate is {args.learning_rate:g}, wanted a rate of at least 0.")

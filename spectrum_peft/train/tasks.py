@@ -46,7 +46,7 @@ class Task:
         auto_class: class of transformers that loads a model for it.
         arguments, trainer: (module, name) of the training arguments and of the trainer.
         prepare: (trainer keywords so far, model, tokenizer, max_length, choices) -> trainer keywords; tokenizes and collates.
-        judge: (model, batches) -> metrics.
+        judge: (model, batches) -> metrics; None: the trainer's own evaluation judges.
         labelled: it predicts one of the labels that the model's head names.
     """
 
@@ -56,7 +56,7 @@ class Task:
     arguments: tuple[str, str]
     trainer: tuple[str, str]
     prepare: Callable[..., dict[str, Any]]
-    judge: Callable[[Any, Iterable[Mapping[str, Any]]], dict[str, float]]
+    judge: Callable[[Any, Iterable[Mapping[str, Any]]], dict[str, float]] | None
     labelled: bool = False
 
     def arguments_class(self) -> type[TrainingArguments]:
@@ -140,6 +140,13 @@ def encoded_rows(rows: Dataset, tokenizer: Any, data: DataChoices) -> Dataset:
     return rows.map(encode, with_indices=True, remove_columns=rows.column_names)
 
 
+def _prepare_by_trainer(
+    keywords: dict[str, Any], model: Any, tokenizer: Any, max_length: int | None, data: DataChoices
+) -> dict[str, Any]:
+    """The trainer applies the chat template, tokenizes and collates."""
+    return keywords
+
+
 def _prepare_seq2seq(
     keywords: dict[str, Any], model: Any, tokenizer: Any, max_length: int | None, data: DataChoices
 ) -> dict[str, Any]:
@@ -208,6 +215,12 @@ def build_trainer(
         raise DataError(f"the chat template of the tokenizer refuses the rows: {one_line(error)}.") from error
 
 
+# Names of a trainer's own figures, and the keys under which TRL 1.16 logs them.
+_OWN_FIGURES = {
+    "loss": "eval_loss", "reward_accuracy": "eval_rewards/accuracies", "reward_margin": "eval_rewards/margins",
+}  # fmt: skip
+
+
 def evaluate(task: str, trainer: Trainer, dataset: Dataset) -> dict[str, float]:
     """Judge the trainer's model on rows that the trainer has prepared, collated as for training.
 
@@ -218,8 +231,13 @@ def evaluate(task: str, trainer: Trainer, dataset: Dataset) -> dict[str, float]:
         dataset: `trainer.train_dataset` or `trainer.eval_dataset`.
     Returns:
         causal_lm, seq2seq: loss (nats a token), perplexity, token_accuracy, tokens; classification: loss (nats an
-        example), accuracy, macro_f1, examples.
+        example), accuracy, macro_f1, examples; dpo: loss, reward_accuracy (share of pairs whose chosen answer has the higher
+        reward), reward_margin.
     """
+    judge = TASKS[task].judge
+    if judge is None:
+        found = trainer.evaluate(dataset)
+        return {name: float(found[key]) for name, key in _OWN_FIGURES.items() if key in found}
     from torch.utils.data import DataLoader
 
     rows = dataset.select_columns([name for name in dataset.column_names if name in _MODEL_INPUTS])
@@ -229,7 +247,7 @@ def evaluate(task: str, trainer: Trainer, dataset: Dataset) -> dict[str, float]:
     training = model.training
     model.eval()
     try:
-        return TASKS[task].judge(model, batches)
+        return judge(model, batches)
     finally:
         model.train(training)
 
@@ -245,6 +263,15 @@ TASKS: dict[str, Task] = {
             trainer=("trl", "SFTTrainer"),
             prepare=_prepare_causal_lm,
             judge=judge_causal_lm,
+        ),
+        Task(
+            name="dpo",
+            task_type="CAUSAL_LM",
+            auto_class="AutoModelForCausalLM",
+            arguments=("trl", "DPOConfig"),
+            trainer=("trl", "DPOTrainer"),
+            prepare=_prepare_by_trainer,
+            judge=None,
         ),
         Task(
             name="seq2seq",
