@@ -6,6 +6,7 @@ Between `<!-- table: NAME -->` and `<!-- end -->` stands what this script writes
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -13,7 +14,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -429,6 +432,70 @@ def quality(suite: str) -> str:
     return f"{text}\n{'; '.join(facts)} (`benchmarks/quality.py {suite}`; {machine(data)}).\n"
 
 
+def rates() -> str:
+    """The best rate of every search of the suites, and how often two rules come within a factor of two of it.
+
+    The rules: the mode's default, and rate = c(means) * steps ** b fitted by least squares of logarithms on all other data sets.
+    Suites on one data set share runs, so a data set is left out as a whole.
+    """
+    sys.path.insert(0, str(ROOT))
+    from spectrum_peft.plan import get_mode
+
+    found: dict[tuple[str, str], _Best] = {}
+    for path in sorted(RESULTS.glob("quality-*.json")):
+        data = json.loads(path.read_text())
+        train = data["config"]["train"]
+        for cell in data["cells"]:
+            label, kind = cell["label"], str(cell["mode"]).lower()
+            if label not in data["rates"] or kind == "adalora":  # AdaLoRA: no default of ours is meant for it
+                continue
+            mode = get_mode(kind)
+            means = {"train": "real weights", "lora": "LoRA", "shared": "LoRA"}.get(mode.action, mode.action)
+            found[train["dataset"], label] = _Best(
+                train["dataset"], _MODELS[train["model"]], train["max_steps"], label, means, float(data["rates"][label]),
+                mode.default_lr, label in data["rates_at_the_edge_of_the_search"],
+            )  # fmt: skip
+    best = sorted(found.values())
+    rows, by_default, by_fit = [], 0, 0
+    for b in best:
+        guess = _fitted_rate(b, [other for other in best if other.dataset != b.dataset])
+        by_default += 0.5 <= b.default / b.rate <= 2
+        by_fit += 0.5 <= guess / b.rate <= 2
+        edge = ", at the edge" if b.edge else ""
+        rows.append([
+            f"{b.dataset}, {b.model}, {b.steps} steps", f"`{b.label}`", b.means, f"{b.rate:g}{edge}", f"{b.default:g}",
+            f"{guess:.2g}",
+        ])  # fmt: skip
+    heads = ["data, model, length", "trained how", "means", "best rate", "default", "from the other data sets"]
+    return (
+        f"{table(heads, rows)}\nWithin a factor of two of the best rate, of {len(best)}: the default {by_default}, the rule "
+        f"fitted on the other data sets {by_fit} ({by_fit / len(best):.0%}).\n"
+    )
+
+
+class _Best(NamedTuple):
+    """The best rate of one search."""
+
+    dataset: str
+    model: str
+    steps: int
+    label: str
+    means: str
+    rate: float
+    default: float
+    edge: bool
+
+
+def _fitted_rate(asked: _Best, others: list[_Best]) -> float:
+    kinds = sorted({b.means for b in others})
+
+    def row(b: _Best) -> list[float]:
+        return [*(float(b.means == kind) for kind in kinds), math.log(b.steps)]
+
+    weights = np.linalg.lstsq(np.array([row(b) for b in others]), np.log([b.rate for b in others]), rcond=None)[0]
+    return float(np.exp(np.dot(row(asked), weights)))
+
+
 def _spread(found: Mapping[str, Any] | None, sign: str) -> str:
     """Mean and 95 % interval; an interval of one run is left out."""
     if found is None:
@@ -491,7 +558,7 @@ def kills() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "modes": modes, "claims": claims, "demo": demo, "scan": scan,
+    "modes": modes, "claims": claims, "demo": demo, "scan": scan, "rates": rates,
     "scan_short": partial(scan, short=True), "dispatches": dispatches, "fuzz": fuzz, "kills": kills, "onto": onto, "merge": merge,
     **{f"similarity_{part}": partial(similarity, part) for part in ("kinds", "sketches", "sharing")},
     **{f"memory_{part}": partial(memory, f"memory_{part}") for part in _MEMORY},

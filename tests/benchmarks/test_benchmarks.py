@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import common  # noqa: E402
 import components  # noqa: E402
 import modes  # noqa: E402
+import tables  # noqa: E402
 import tensors  # noqa: E402
 import turns  # noqa: E402
 
@@ -174,3 +175,17 @@ def test_decay_of_a_matrix_of_known_values(tmp_path: Path) -> None:
     values = torch.tensor([3.0] + [1.0] * 18 + [0.0])
     save_file({"model.layers.0.mlp.up_proj.weight": torch.diag(values)}, tmp_path / "model.safetensors")
     assert components.decay(str(tmp_path))["median"] == pytest.approx(10 / 27)
+
+
+def test_the_rule_for_rates_finds_a_law_that_was_planted() -> None:
+    """rate = c(means) / steps, and no rate of the search that is asked about is among the others."""
+
+    def best(means: str, steps: int) -> tables._Best:
+        rate = {"real weights": 0.01, "LoRA": 0.1}[means] / steps
+        return tables._Best("a", "m", steps, f"{means} {steps}", means, rate, 1.0, False)
+
+    others = [best(means, steps) for means in ("real weights", "LoRA") for steps in (25, 150)]
+    for means in ("real weights", "LoRA"):
+        asked = best(means, 1000)
+        # Least squares in float64 on an exact law.
+        assert tables._fitted_rate(asked._replace(rate=7.0), others) == pytest.approx(asked.rate, rel=1e-9)
