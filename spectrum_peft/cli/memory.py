@@ -8,6 +8,7 @@ from typing import Any
 
 from ..arguments import Rest, boolean, switch
 from ..errors import OptionError
+from ..plan import OPTIONS
 from ..records import Plan, SnrReport, write_text
 from .options import add_load_options, add_plan_options, check_writable, given_plan_options, required, write_record
 from .verb import Verb
@@ -70,8 +71,6 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     model = required(options, "model", "MODEL")
     if options.plan and options.fit:
         raise OptionError("--plan and --fit are both given: a plan is fixed, and a fit makes one. Give one of them.")
-    if options.fit and options.output and not options.report:
-        raise OptionError("--fit with -o writes a plan to train by, which needs the scores of a scan: give --report.")
     check_writable(options.output)
     where: dict[str, Any] = {"revision": options.revision, "trust_remote_code": bool(options.trust_remote_code)}
     given = {name: value for name in _STEP if (value := getattr(options, name)) is not None}
@@ -88,6 +87,19 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     chosen = given_plan_options(options)
     if options.report:
         report = SnrReport.load(options.report)
+    elif options.fit and options.output:  # a plan to train by needs scores
+        from ..scan import scan_weights
+
+        print(f"no --report was given: scanning {model}")
+        wanted = chosen.get("criterion", OPTIONS["criterion"])
+        report = scan_weights(
+            model,
+            wanted,
+            score=("linear",),
+            cache=True,
+            revision=options.revision,
+            seed=chosen.get("seed", OPTIONS["seed"]),
+        )
     else:
         report = memory.report_of_config(model, chosen.get("criterion", "first"), seed=chosen.get("seed", 0), **where)
     mode = chosen.pop("mode", None)

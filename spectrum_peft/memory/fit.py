@@ -158,8 +158,12 @@ class _Search:
                 logger.warning("%s", found.notes[0])
             self._known[key] = found
             self.tried.append((plan.mode, plan.options.get("spectrum_ratio"), found.peak_bytes))
+            ratio = plan.options.get("spectrum_ratio")
             logger.info(
-                "mode %s, ratio %s: %s", plan.mode, plan.options.get("spectrum_ratio"), format_bytes(found.peak_bytes)
+                "mode %s%s: %s",
+                plan.mode,
+                "" if ratio is None else f", ratio {ratio:.3g}",
+                format_bytes(found.peak_bytes),
             )
         return self._known[key]
 
@@ -247,7 +251,7 @@ class _Search:
             try:
                 size = self.memory(smallest, other).peak_bytes
             except SpectrumError as error:  # a change that this model or plan does not take is no advice
-                logger.info("%s: %s", change, error)
+                logger.info("%s: %s", ", ".join(f"{k}={v}" for k, v in change.items()), error)
                 continue
             if size < need.peak_bytes:
                 fits = "fits" if size <= self.limit else "does not fit alone"

@@ -75,6 +75,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         self.saw_init_end = False
         self.history: list[dict[str, Any]] = []
         self.budget: int | None = None
+        self.sums_up = True  # a last line about time and memory; False where somebody else writes it
         self._ratios: StepRatios | None = None
         self._silenced: list[Any] = []
         self._started: tuple[float, int, int] | None = None
@@ -377,14 +378,16 @@ class SpectrumCallback(TrainerCallback, ExportableState):
             return
         began, step, tokens = self._started
         self._started = None
+        if not self.sums_up:
+            return
         seconds, steps = time.perf_counter() - began, state.global_step - step
         seen = int(state.num_input_tokens_seen or 0) - tokens
         rate = f"{seen / seconds:,.0f} tokens/s" if seen > 0 else "tokens/s not counted (include_num_input_tokens_seen)"
         if memory_is_measured():
             memory = f"peak {peak_memory() / 2**30:.2f} GiB on the device"
         else:
-            memory = f"{psutil.Process().memory_info().rss / 2**30:.2f} GiB resident"
-        logger.info("%d steps, %.3g s a step, %s, %s", steps, seconds / max(steps, 1), rate, memory)
+            memory = f"{psutil.Process().memory_info().rss / 2**30:.2f} GiB resident at the end"
+        logger.info("%d steps, %.3g s a step on average, %s, %s", steps, seconds / max(steps, 1), rate, memory)
 
     def state(self) -> dict[str, Any]:
         """What travels in `trainer_state.json`: the digest of the plan that training began with, and of today's."""

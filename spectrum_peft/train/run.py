@@ -82,6 +82,7 @@ def train(
     caches = getattr(model.config, "use_cache", None)
     if run.peft is None:
         callback = SpectrumCallback()
+        callback.sums_up = False
         callback.report = report
         callbacks.insert(0, callback)
     elif hasattr(model.base_model, "update_and_allocate"):
@@ -325,7 +326,7 @@ def describe_training(results: Mapping[str, Any]) -> str:
     trained, total = results["trainable_parameters"], results["total_parameters"]
     lines = [
         f"trained {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) for {results['steps']} steps, "
-        f"{results['seconds_per_step'] or 0:.3g} s a step, peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"{results['seconds_per_step'] or 0:.3g} s a step (median), peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB"
     ]
     if results["before"]:
         for name, value in results["after"].items():

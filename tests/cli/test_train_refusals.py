@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from spectrum_peft import Plan
 from spectrum_peft.cli.main import main
 from spectrum_peft.compare.settings import KEYS
 from spectrum_peft.train import run as training
@@ -193,3 +194,24 @@ def test_the_help_of_compare_names_every_key_and_a_near_one_is_found(
     Path("c.yaml").write_text("generat: [exact_match]\n")
     assert main(f"compare --config c.yaml --model {tiny_llama_folder} --dataset texts.jsonl -o out".split()) == 2
     assert "c.yaml: unknown key 'generat'. Did you mean 'generate'" in capsys.readouterr().err
+
+
+# --- last lines ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_one_time_and_one_memory(tiny_llama_folder: Path) -> None:
+    line = f"train --model {tiny_llama_folder} --dataset texts.jsonl {FLAGS} --mode lora --output-dir out"
+    done = subprocess.run([sys.executable, "-m", "spectrum_peft", *line.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert said.count("s a step") == said.count("s a step (median), peak memory") == 1
+    assert said.count("GiB") == 1
+
+
+def test_a_fit_that_is_written_scans_by_itself(tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"memory {tiny_llama_folder} --fit 1GiB --max-length 8 --device cpu -o plan.yaml"
+    assert main(line.split()) == 0
+    out, err = capsys.readouterr()
+    assert f"no --report was given: scanning {tiny_llama_folder}" in out
+    assert all(e.score is not None for e in Plan.load("plan.yaml").entries if e.action != "save")
+    assert "None" not in err
