@@ -446,7 +446,10 @@ SHARDS, SHARD_BYTES = 10, 32 * 2**20
 PEAK = """
 import sys
 from spectrum_peft.scan import scan_weights
+from spectrum_peft.scan.gram import one_openblas_thread
 from safetensors import safe_open
+with one_openblas_thread():  # loads SciPy's libraries where they are used, which are no shards
+    pass
 def peak():
     return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
 before = peak()
