@@ -16,7 +16,8 @@ from typing import Any
 # An error is one line that a reader can take in, whatever stood in the file that it is about.
 _MOST_QUOTED = 200
 _MOST_SAID = 1000
-_QUOTED = re.compile(rf"'([^']{{{_MOST_QUOTED + 1},}})'")
+# From an opening quote to its closing one; an apostrophe follows a letter.
+_QUOTED = re.compile(r"(?<!\w)'([^']*)'")
 
 
 def printable(text: str) -> str:
@@ -46,7 +47,7 @@ def _shown(message: str) -> str:
     half = _MOST_SAID // 2 - 5
     if len(message) > 20 * _MOST_SAID:  # before anything is looked for in it
         message = f"{message[: 10 * _MOST_SAID]} ... {message[-10 * _MOST_SAID :]}"
-    message = _QUOTED.sub(lambda match: f"'{match[1][:_MOST_QUOTED]}...'", message)
+    message = _QUOTED.sub(lambda m: m[0] if len(m[1]) <= _MOST_QUOTED else f"'{m[1][:_MOST_QUOTED]}...'", message)
     message = printable(re.sub(r"[\t\r\n\v\f]+\s*", " ", message))
     return message if len(message) <= _MOST_SAID else f"{message[:half]} ... {message[-half:]}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,8 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
                 raise DataError(f"{source}: no such file.")
             if path.stat().st_size == 0:
                 raise DataError(f"{source}: the file is empty.")
+            if _READERS[path.suffix] != "parquet":
+                _check_text(path)
             if _READERS[path.suffix] == "json":
                 _check_json(path)
             how = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
@@ -91,6 +94,22 @@ def _check_json(path: Path) -> None:
     for i, row in enumerate(data if isinstance(data, list) else [data], 1):
         if not isinstance(row, dict):
             raise DataError(f"{path}: row {i} is {quoted(row)}, wanted a mapping of columns.")
+
+
+def _check_text(path: Path) -> None:
+    """Raise a DataError where a text file is not UTF-8; pyarrow takes such bytes, and the first who reads the row fails."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    at = 0
+    with path.open("rb") as file:
+        while True:
+            piece = file.read(1 << 20)
+            try:
+                decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: byte {max(at + error.start, 0):,} is not UTF-8 ({error.reason}).") from error
+            if not piece:
+                return
+            at += len(piece)
 
 
 def _parsed(text: bytes, where: str) -> Any:

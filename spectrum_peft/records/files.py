@@ -8,10 +8,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 from ..errors import CheckpointError, one_line, quoted
 from .schema import checked, refuse_unknown
@@ -298,6 +298,13 @@ def _parse_yaml(text: str, source: object) -> Any:
     return data
 
 
+def _pieces(file: BinaryIO, most: int) -> Iterator[bytes]:
+    """A file bit by bit, until at least `most` bytes have come."""
+    while most > 0 and (piece := file.read(min(most, 1 << 20))):
+        most -= len(piece)
+        yield piece
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
     """A text file of at most `MOST_BYTES`.
 
@@ -306,7 +313,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """
     try:
         with Path(path).open("rb") as file:
-            raw = file.read(MOST_BYTES + 1)
+            # A read of so many bytes would set as many aside; a pipe has no size to ask for.
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(size + 1) if 0 < size <= MOST_BYTES else b"".join(_pieces(file, MOST_BYTES + 1))
         if len(raw) > MOST_BYTES:
             raise CheckpointError(f"{path}: is larger than {MOST_BYTES >> 20} MiB.")
         return raw.decode("utf-8")

@@ -109,7 +109,11 @@ def problem_of(folder: Path) -> str | None:
     for path in (*(folder / name for name in _TORCH_FILES), *(random_states or [folder / "rng_state.pth"])):
         if not path.is_file():
             return f"{path.name} is missing"
-        if not zipfile.is_zipfile(path):  # torch's format; its end is written last
+        try:
+            whole = zipfile.is_zipfile(path)  # torch's format; its end is written last
+        except zipfile.BadZipFile as error:
+            return f"{path.name} is damaged ({one_line(error)})"
+        if not whole:
             return f"{path.name} is cut off"
     return None
 

@@ -315,3 +315,23 @@ def test_a_file_that_stays_open_is_left_as_it_was(tmp_path: Path, monkeypatch: p
         write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_what_stands_between_two_quoted_words_is_not_cut() -> None:
+    between = "between two words " * 20
+    assert between in str(CheckpointError(f"the layer's 'one' {between} 'two'"))
+    assert str(CheckpointError(f"'{'x' * 300}' and 'y'")) == f"'{'x' * 200}...' and 'y'"
+
+
+def test_reading_a_small_file_sets_little_memory_aside(tmp_path: Path) -> None:
+    """A read of the most that a file may hold would take that much, whatever the file's size."""
+    import tracemalloc
+
+    path = tmp_path / "small.json"
+    path.write_text('{"a": 1}')
+    tracemalloc.start()
+    try:
+        assert read_mapping(path) == {"a": 1}
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()

@@ -259,3 +259,11 @@ def test_a_missing_scikit_learn_says_how_to_install_it(monkeypatch: pytest.Monke
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InstallError, match=r"pip install 'spectrum-peft\[eval\]'"):
         require_scikit_learn()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".txt"])
+def test_bytes_that_are_no_text_are_refused_by_their_place(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(b'{"text": "' + b"a" * 2**20 + b'\x98"}\n')
+    with pytest.raises(DataError, match=r"byte 1,048,586 is not UTF-8 \(invalid start byte\)"):
+        read_dataset(str(path))
