@@ -18,7 +18,6 @@ from torch.nn.functional import pad
 from ..card import write_card
 from ..errors import OptionError
 from ..records import whole_folder, write_text
-from ..tuner.retargeting import retargeted
 from ..weights.adapters import PEFT_PREFIX, AdapterState
 from ..weights.updates import LowRank, Value
 from ..weights.writer import SafetensorsWriter, header_bytes
@@ -94,6 +93,8 @@ def _as_lora(
     state: AdapterState, model_type: str | None, uniform_rank: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(adapter_config.json, {key: tensor}) of a plain LoRA with the same function."""
+    from ..tuner.retargeting import retargeted  # brings peft, which no merge needs
+
     updates = state.updates(state.planned())
     by_name = {} if state.plan is None else state.plan.by_name
     for update in updates:
