@@ -14,10 +14,9 @@ from typing import Any
 from . import __version__
 from .errors import SpectrumError
 from .machine import versions
-from .records import Plan, SnrReport, read_mapping, write_text
+from .records import PLAN_FILE, REPORT_FILE, RESULTS_FILE, Plan, SnrReport, read_mapping, write_text
 
-CARD = "README.md"
-PLAN, REPORT, RESULTS, PICTURE = "spectrum_plan.yaml", "spectrum_report.json", "train_results.json", "spectrum_plan.png"
+CARD, PICTURE = "README.md", "spectrum_plan.png"
 _PIPELINES = {
     "causal_lm": "text-generation",
     "seq2seq": "text2text-generation",
@@ -46,8 +45,8 @@ def write_card(
         the card's path.
     """
     records = records or folder
-    results = _mapping(records / RESULTS)
-    plan = Plan.load(records / PLAN) if (records / PLAN).is_file() else None
+    results = _mapping(records / RESULTS_FILE)
+    plan = Plan.load(records / PLAN_FILE) if (records / PLAN_FILE).is_file() else None
     picture = _draw(records, plan, folder / PICTURE)
     text = card_of(folder, results, plan, name=name or folder.name, picture=picture, merged_from=merged_from, base=base)
     write_text(folder / CARD, text)
@@ -60,12 +59,12 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def _draw(records: Path, plan: Plan | None, path: Path) -> str | None:
     """The heat map of the scores with what was chosen, where there are scores and matplotlib."""
-    if plan is None or not (records / REPORT).is_file():
+    if plan is None or not (records / REPORT_FILE).is_file():
         return None
     from . import plots
 
     try:
-        plots.save(plots.heat_map(SnrReport.load(records / REPORT), plan), path)
+        plots.save(plots.heat_map(SnrReport.load(records / REPORT_FILE), plan), path)
     except SpectrumError:  # no matplotlib, or scores that cannot be drawn: a card without a picture
         return None
     return PICTURE
@@ -111,8 +110,8 @@ def card_of(
     lines += ["", "## Made with", ""]
     used = {"spectrum_peft": __version__, **versions()}
     lines.append(", ".join(f"{name} {found}" for name, found in used.items() if name not in {"numpy", "scipy"}) + ".")
-    if (folder / PLAN).is_file():
-        lines.append(f"`{PLAN}` lists what happened to each matrix.")
+    if (folder / PLAN_FILE).is_file():
+        lines.append(f"`{PLAN_FILE}` lists what happened to each matrix.")
     return "\n".join(lines) + "\n"
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from .errors import InstallError
 from .plan import MODES
-from .records import write_text
+from .records import RESULTS_FILE, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ def _train(mode: str, model: Path, files: Mapping[str, Path], output: Path, step
             done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False)
         if done.returncode:
             raise RuntimeError(f"training {mode!r} ended with exit code {done.returncode}; see {log}")
-        results: dict[str, Any] = json.loads((Path(folder) / "train_results.json").read_text())
+        results: dict[str, Any] = json.loads((Path(folder) / RESULTS_FILE).read_text())
     return results
 
 

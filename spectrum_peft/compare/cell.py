@@ -21,10 +21,9 @@ from typing import Any
 from ..arguments import Rest
 from ..errors import CheckpointError
 from ..machine import OtherLoad
-from ..records import checked, read_mapping, write_text
+from ..records import RESULTS_FILE, checked, read_mapping, write_text
 
 RESULTS = "cell_results.json"
-TRAINED = "train_results.json"
 MODEL = "model"
 # Set for a cell that a comparison has started: the process that it must not outlive, however that ends.
 STARTED_BY = "SPECTRUM_PEFT_COMPARISON"
@@ -121,15 +120,15 @@ def measure(
     results["metrics"] = {}
     source = settings["model"]
     if cell["trained"]:
-        if not (folder / TRAINED).is_file():
+        if not (folder / RESULTS_FILE).is_file():
             load, before = OtherLoad(), os.times()
             train()
             after = os.times()
             own = sum(after[:4]) - sum(before[:4])  # of this process and of its children, in user and system mode
             results["other_cores"] = load.cores(own)
             # `train` writes it into the model's folder when that is whole; here it says that the model is.
-            write_text(folder / TRAINED, (model / TRAINED).read_text(encoding="utf-8"))
-        trained = read_mapping(folder / TRAINED)
+            write_text(folder / RESULTS_FILE, (model / RESULTS_FILE).read_text(encoding="utf-8"))
+        trained = read_mapping(folder / RESULTS_FILE)
         source = str(model)
         results |= {name: trained[name] for name in _OF_TRAINING}
         scan = cell["scan_seconds"] if cell["scan_seconds"] is not None else trained["setup_seconds"]["scan"]

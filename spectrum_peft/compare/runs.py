@@ -29,9 +29,9 @@ from ..data import from_anywhere, sources_of
 from ..errors import CheckpointError, ComparisonError, OptionError
 from ..machine import machine, versions
 from ..plan import MODES
-from ..records import SnrReport, read_mapping, write_text
+from ..records import RESULTS_FILE, SnrReport, read_mapping, write_text
 from ..scan import CRITERIA
-from .cell import MODEL, RESULTS, STARTED_BY, TRAINED
+from .cell import MODEL, RESULTS, STARTED_BY
 from .figures import as_markdown
 from .matrix import Cell, Contestant, cells_of, contestants_of, file_digest
 from .outcome import Outcome
@@ -280,11 +280,11 @@ def prepare(comparison: Comparison, cell: Cell, scans: Mapping[str, Path]) -> Pa
     """Make the cell's folder and what its process reads; what an earlier try left there is taken up or removed."""
     folder = _folder(comparison.output, cell)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / TRAINED).is_file():  # it died while it trained
+    if not (folder / RESULTS_FILE).is_file():  # it died while it trained
         shutil.rmtree(folder / MODEL, ignore_errors=True)
     elif (cell.measure or comparison.asked["keep_models"]) and not (folder / MODEL).is_dir():
         # Its figures are there, and the model that is asked for is not: it is trained again.
-        (folder / TRAINED).unlink()
+        (folder / RESULTS_FILE).unlink()
     train = {**cell.train, "output_dir": str((folder / MODEL).resolve())}
     if Path(train["model"]).exists():
         train["model"] = str(Path(train["model"]).resolve())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import names
 from ..errors import CheckpointError, MismatchError, OptionError, near_matches
-from ..records import checked, read_mapping
+from ..records import RESULTS_FILE, checked, read_mapping
 from ..records.schema import Name
 from ..weights import (
     DTYPES,
@@ -79,7 +79,7 @@ class TrainedAdapter:
     @property
     def noted(self) -> Mapping[str, Any]:
         """What the training run wrote down: `quantization` and `dtype` of its base among others."""
-        results = self.state.folder / "train_results.json" if self.state.folder else None
+        results = self.state.folder / RESULTS_FILE if self.state.folder else None
         fields = read_mapping(results) if results is not None and results.is_file() else {}
         checked(fields, _Noted, results)
         return fields

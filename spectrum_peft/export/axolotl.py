@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import names
 from ..errors import OptionError, near_matches
-from ..records import ADAPTER_ACTIONS, Plan, PlanEntry, write_text
+from ..records import ADAPTER_ACTIONS, PLAN_FILE, Plan, PlanEntry, write_text
 from ..weights.adapters import AdapterState
 from .adapters import open_adapter
 
@@ -72,7 +72,7 @@ def _planned(given: Any, adapter_name: str | None) -> tuple[Plan, AdapterState |
     if isinstance(given, Plan):
         return given, None, None
     if isinstance(given, str | os.PathLike):
-        beside = Path(given) / "spectrum_plan.yaml"
+        beside = Path(given) / PLAN_FILE
         if not Path(given).is_dir():
             return Plan.load(given), None, None
         if beside.is_file() and not (Path(given) / "adapter_config.json").is_file():  # real weights, a plain checkpoint

@@ -7,7 +7,7 @@ the file's ending.
 
 from __future__ import annotations
 
-from .files import finite_only, parse_json, read_mapping
+from .files import PLAN_FILE, REPORT_FILE, RESULTS_FILE, finite_only, parse_json, read_mapping
 from .gradients import GradientReport, GradientStat, Similarity
 from .memory import MemoryReport
 from .plan import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry, count_trainable
@@ -17,7 +17,10 @@ from .whole import is_file, is_stream, mode_of, move_over, whole_folder, write_t
 
 __all__ = [
     "ADAPTER_ACTIONS",
+    "PLAN_FILE",
     "REAL_WEIGHT_ACTIONS",
+    "REPORT_FILE",
+    "RESULTS_FILE",
     "Fingerprint",
     "GradientReport",
     "GradientStat",

@@ -18,6 +18,8 @@ from .schema import checked, refuse_unknown
 from .whole import write_text
 
 SCHEMA_VERSION = 1
+# What a run leaves beside its weights.
+PLAN_FILE, REPORT_FILE, RESULTS_FILE = "spectrum_plan.yaml", "spectrum_report.json", "train_results.json"
 
 
 class Record:

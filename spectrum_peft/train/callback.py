@@ -23,7 +23,7 @@ from .. import names
 from ..devices import memory_is_measured, peak_memory
 from ..errors import MismatchError, OptionError, TrainingSetupError
 from ..plan import MODES, replan
-from ..records import ADAPTER_ACTIONS, Plan, SnrReport, write_text
+from ..records import ADAPTER_ACTIONS, PLAN_FILE, REPORT_FILE, Plan, SnrReport, write_text
 from ..scan import scan_weights
 from ..tuner import SpectrumModel, freeze_to_plan, plan_parameters, settle_plan, trainable_mismatch
 from ..tuner.config import SpectrumConfig
@@ -351,9 +351,9 @@ class SpectrumCallback(TrainerCallback, ExportableState):
     def write_records(self, folder: Path) -> None:
         """`spectrum_plan.yaml`, and `spectrum_report.json` where a report is at hand."""
         if self.plan is not None and folder.is_dir():
-            self.plan.save(folder / "spectrum_plan.yaml")
+            self.plan.save(folder / PLAN_FILE)
             if self.report is not None:
-                self.report.save(folder / "spectrum_report.json")
+                self.report.save(folder / REPORT_FILE)
             if self.history:
                 write_text(folder / "plan_history.json", json.dumps(self.history, indent=1) + "\n")
 
@@ -363,7 +363,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         """Leave optimizer and model as they were; say what the run took."""
         tuner = tuner_of(model)
         if tuner is not None:
-            best = Path(state.best_model_checkpoint or "", "spectrum_plan.yaml")
+            best = Path(state.best_model_checkpoint or "", PLAN_FILE)
             if args.load_best_model_at_end and self.history and best.is_file():  # its factors are loaded by now
                 tuner.restore_plan(tuner.active_adapters[0], _places(Plan.load(best)))
                 self._take_plan_of(tuner)

@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 from ..errors import OptionError
+from ..records import PLAN_FILE, REPORT_FILE, RESULTS_FILE
 
 # What a run leaves; a tokenizer is the same whatever was trained, and a user's own files stay.
 _RESULT = (
     "adapter_config.json", "adapter_model*", "model*.safetensors", "model.safetensors.index.json", "config.json",
-    "generation_config.json", "spectrum_plan.yaml", "spectrum_report.json", "plan_history.json", "train_results.json",
+    "generation_config.json", PLAN_FILE, REPORT_FILE, "plan_history.json", RESULTS_FILE,
     "history.csv", "loss.png", "training_args.bin",
 )  # fmt: skip
 _CHECKPOINTS = "checkpoint-*"

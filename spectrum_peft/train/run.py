@@ -23,7 +23,7 @@ from ..devices import peak_memory, reset_peak_memory
 from ..errors import CheckpointError, DataError, OptionError
 from ..plan import OPTIONS, check_options, needs_gradients
 from ..probe import DEFAULT_SAMPLES, calibration_batches
-from ..records import SnrReport, finite_only, write_text
+from ..records import RESULTS_FILE, SnrReport, finite_only, write_text
 from ..scan import scan_weights
 from ..tuner.config import SpectrumConfig
 from ..tuner.loading import load_model_with_peft, load_model_with_spectrum, load_tokenizer
@@ -37,8 +37,6 @@ from .tasks import build_trainer, encoded_rows, evaluate
 from .watch import FiniteLoss, RankLog, StepClock
 
 logger = logging.getLogger(__name__)
-
-RESULTS = "train_results.json"
 
 
 def train(
@@ -156,7 +154,7 @@ def train(
                 trainer.model.config.save_pretrained(output)
         if callback is not None:
             callback.write_records(output)
-        write_text(output / RESULTS, json.dumps(finite_only(results), indent=1) + "\n")
+        write_text(output / RESULTS_FILE, json.dumps(finite_only(results), indent=1) + "\n")
         write_history(trainer.state.log_history, output, run.name)
         write_card(output)
     return results

@@ -18,7 +18,7 @@ from ..arguments import Rest
 from ..data import label_names, read_rows
 from ..errors import CheckpointError
 from ..probe import DEFAULT_SAMPLES, calibration_batches, probe_gradients
-from ..records import GradientReport, checked, finite_only, is_file, read_mapping
+from ..records import RESULTS_FILE, GradientReport, checked, finite_only, is_file, read_mapping
 from ..records.schema import Name
 from ..scan import scan_weights
 from ..tuner.config import SpectrumConfig
@@ -34,7 +34,7 @@ from .arguments import (
     task_named,
     trainer_arguments,
 )
-from .run import RESULTS, remote_options
+from .run import remote_options
 from .settle import data_choices
 from .tasks import TASKS, Task, build_trainer, encoded_rows, evaluate, has_classifier, task_of
 
@@ -159,7 +159,7 @@ def open_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str] = (
     """
     folder = Path(options.model)
     adapter, config, task = _what_is_there(options)
-    stated = _stated(folder / RESULTS)
+    stated = _stated(folder / RESULTS_FILE)
     quantization = options.quantization or (stated.get("quantization") if adapter is not None else None)
     if options.dtype is None and stated.get("dtype") in DTYPES:
         dtype, why = getattr(torch, stated["dtype"]), f"{stated['dtype']} as in training"

@@ -11,8 +11,7 @@ import torch
 from transformers import TextStreamer, set_seed
 
 from ..errors import CheckpointError, DataError, OptionError
-from ..records import read_mapping
-from .run import RESULTS
+from ..records import RESULTS_FILE, read_mapping
 from .saved import Saved
 
 Message = dict[str, str]
@@ -108,7 +107,7 @@ def write(
 
 def base_of(source: str) -> str | None:
     """The model that a folder of trained weights was trained from, as its own record says it; None where it does not."""
-    path = Path(source) / RESULTS
+    path = Path(source) / RESULTS_FILE
     found = read_mapping(path).get("model") if path.is_file() else None
     return found if isinstance(found, str) else None
 
@@ -149,7 +148,7 @@ class Beside:
             name = base_of(source)
             if name is None:
                 raise CheckpointError(
-                    f"{source}: {RESULTS} does not say which model it was trained from, so none is beside it."
+                    f"{source}: {RESULTS_FILE} does not say which model it was trained from, so none is beside it."
                 )
             self._base = self._open(name)
         yield self._base
