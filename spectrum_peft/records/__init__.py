@@ -13,7 +13,7 @@ from .memory import MemoryReport
 from .plan import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry, count_trainable
 from .report import Fingerprint, MatrixStat, SnrReport
 from .schema import checked
-from .whole import is_file, is_stream, mode_of, move_over, whole_folder, write_text
+from .whole import clear_parts_in, is_file, is_stream, mode_of, move_over, whole_folder, write_text
 
 __all__ = [
     "ADAPTER_ACTIONS",
@@ -31,6 +31,7 @@ __all__ = [
     "Similarity",
     "SnrReport",
     "checked",
+    "clear_parts_in",
     "count_trainable",
     "finite_only",
     "is_file",

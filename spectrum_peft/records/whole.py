@@ -157,9 +157,22 @@ def _prefix(path: Path) -> str:
 
 def clear_parts(path: Path) -> None:
     """Remove what processes that are no more have left of this file or folder; what another machine writes is left alone."""
-    mine = re.compile(rf"{re.escape(f'.{path.name[:100]}.')}(\d+)-([0-9a-f]{{8}})\..*\.part", re.DOTALL)
+    _clear(path.parent, re.escape(path.name[:100]))
+
+
+def clear_parts_in(folder: Path) -> None:
+    """The same for every file that was being written into a folder."""
+    _clear(folder, ".+")
+
+
+def _clear(folder: Path, name: str) -> None:
+    """
+    Args:
+        name: a regex of what the file or folder was to be called.
+    """
+    mine = re.compile(rf"\.{name}\.(\d+)-([0-9a-f]{{8}})\..*\.part", re.DOTALL)
     try:
-        left = [(entry, match) for entry in os.scandir(path.parent) if (match := mine.fullmatch(entry.name))]
+        left = [(entry, match) for entry in os.scandir(folder) if (match := mine.fullmatch(entry.name))]
     except OSError:
         return
     for entry, match in left:

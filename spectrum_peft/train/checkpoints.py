@@ -52,7 +52,8 @@ def checkpoint_to_resume(value: str | None, output_dir: str) -> str | None:
         whole = _newest_whole(found)
         if whole is None:
             raise CheckpointError(
-                f"{found[0]}: cannot be resumed, {problem_of(found[0])}; no other in {output_dir} can."
+                f"{found[0]}: cannot be resumed, {problem_of(found[0])}; no other in {output_dir} can. "
+                "--overwrite-output-dir starts anew."
             )
         for folder in found[: found.index(whole)]:
             logger.warning("%s: its saving was cut off (%s); going on from %s", folder, problem_of(folder), whole.name)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import OptionError
-from ..records import PLAN_FILE, REPORT_FILE, RESULTS_FILE
+from ..records import PLAN_FILE, REPORT_FILE, RESULTS_FILE, clear_parts_in
 
 # What a run leaves; a tokenizer is the same whatever was trained, and a user's own files stay.
 _RESULT = (
@@ -34,6 +34,12 @@ def check_output(folder: Path, *, overwrite: bool, resumed: bool) -> None:
             f"{folder}: holds another run's {found[0].name}. Name another --output-dir; --overwrite-output-dir removes that "
             "run's files first, --resume-from-checkpoint goes on with it."
         )
+
+
+def clear_killed(folder: Path) -> None:
+    """Remove what a run that was killed was writing into the folder and its checkpoints."""
+    for place in (folder, *folder.glob(_CHECKPOINTS)):
+        clear_parts_in(place)
 
 
 def clear_output(folder: Path, *, checkpoints: bool) -> None:

@@ -31,7 +31,7 @@ from .arguments import given_fields, quiet_progress
 from .callback import SpectrumCallback, slower_by
 from .checkpoints import saving
 from .history import write_history
-from .output import check_output, clear_output
+from .output import check_output, clear_killed, clear_output
 from .settle import Run, settle
 from .tasks import build_trainer, encoded_rows, evaluate
 from .watch import FiniteLoss, RankLog, StepClock
@@ -59,6 +59,7 @@ def train(
     args, task = run.args, run.task.name
     output = Path(args.output_dir)
     check_output(output, overwrite=bool(options.overwrite_output_dir), resumed=run.resume is not None)
+    clear_killed(output)
     method = f"PEFT's {run.name}" if run.mode is None else f"mode {run.name}"
     usual = "that of mode 'lora'" if run.mode is None else f"the default of mode {run.name!r}"
     slower = slower_by(type(args))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from spectrum_peft.errors import CheckpointError, OptionError
+from spectrum_peft.records.whole import _node
 from spectrum_peft.train.checkpoints import checkpoint_to_resume, problem_of, saving
+from spectrum_peft.train.output import clear_killed
 
 
 @pytest.fixture
@@ -58,6 +63,20 @@ def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
         checkpoint_to_resume("true", str(tmp_path))
     with pytest.raises(OptionError, match="wanted a checkpoint folder or true"):
         checkpoint_to_resume(str(tmp_path / "none"), str(tmp_path))
+
+
+def test_what_a_killed_run_was_writing_goes_from_the_folder_and_its_checkpoints(run_folder: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = [
+        folder / f".spectrum_plan.yaml.{ended.pid}-{_node()}.x.part"
+        for folder in (run_folder, run_folder / "checkpoint-4")
+    ]
+    others = run_folder / "checkpoint-4" / f".spectrum_plan.yaml.{os.getpid()}-{_node()}.x.part"
+    for path in (*left, others):
+        path.write_text("half")
+    clear_killed(run_folder)
+    assert [path.exists() for path in (*left, others)] == [False, False, True]
 
 
 def test_a_full_disk_is_an_error_of_one_line_and_other_faults_are_not_hidden() -> None:
