@@ -3,7 +3,7 @@
 Exit code 0: done; 2: an input is wrong (one line on standard error, no traceback); 1: a failure of ours (a traceback).
 A library that refuses a value, or a device whose memory is full, is an input that is wrong: `--debug` shows its traceback.
 The verbs that only read weights and plans import neither transformers nor peft; what a verb needs, it imports itself.
-A new verb is a file of this folder with a `VERB`, and its name in the tuple below.
+A new verb is a file of this folder with a `VERB`, and its name in the import and in the tuple below.
 """
 
 from __future__ import annotations

@@ -8,10 +8,11 @@ import json
 import math
 import os
 import re
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Annotated, Any, BinaryIO, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from ..errors import CheckpointError, one_line, quoted
 from .schema import checked, refuse_unknown
@@ -80,7 +81,7 @@ class Record:
         fields = {key: value for key, value in data.items() if key not in {"record", "schema_version", *also}}
         refuse_unknown(cls, [fields], source)
         _refuse_nan(fields, f"{source}: {cls._kind}")
-        return checked(revived(fields), cls, source)
+        return checked(revived(fields, cls), cls, source)
 
 
 # --- plain data ------------------------------------------------------------------------------------------------------
@@ -113,12 +114,47 @@ def finite_only(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def revived(value: Any) -> Any:
+def revived(value: Any, kind: Any) -> Any:
+    """`as_plain` undone: lists are tuples, and "inf" is a number where the type wants one and no text.
+
+    Args:
+        kind: type that the value is to have; Any where none is stated, and there "inf" stays text.
+    """
+    kinds = _members(kind)
     if isinstance(value, Mapping):
-        return {k: revived(v) for k, v in value.items()}
+        fields = next((_fields(k) for k in kinds if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
+        within = _argument(kind, -1)
+        return {k: revived(v, within if fields is None else fields.get(k, Any)) for k, v in value.items()}
     if isinstance(value, list):
-        return tuple(revived(v) for v in value)
-    return {"inf": math.inf, "-inf": -math.inf}.get(value, value) if isinstance(value, str) else value
+        within = _argument(kind, 0)
+        return tuple(revived(v, within) for v in value)
+    if isinstance(value, str) and float in kinds and str not in kinds:
+        return {"inf": math.inf, "-inf": -math.inf}.get(value, value)
+    return value
+
+
+@cache
+def _fields(cls: type[Any]) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+@cache
+def _members(kind: Any) -> tuple[Any, ...]:
+    """What a union may be, without annotations; of any other type itself."""
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        return tuple(member for part in get_args(kind) for member in _members(part))
+    return (kind,)
+
+
+@cache
+def _argument(kind: Any, place: int) -> Any:
+    """Type of what a list, tuple or mapping holds."""
+    for member in _members(kind):
+        if arguments := [a for a in get_args(member) if a is not Ellipsis]:
+            return arguments[place]
+    return Any
 
 
 def _refuse_nan(value: Any, where: str) -> None:

@@ -61,7 +61,8 @@ class Criterion:
         needs_data: the score comes from gradients on data, not from a matrix.
         tolerance: relative error that a score may have against one from float64 singular values of the same matrix, if the
             values that it divides by lie above the resolution of `singular_values`; `n_signal` has none.
-        smallest: the smallest singular value decides, so it is wanted to full precision.
+        smallest: every value is wanted to full precision, the smallest too: float64 from the start. The safe choice where no
+            `sensitivity` is known.
         edge: where signal ends in a spectrum; None for criteria that split nothing.
         sensitivity: what an error of the values does to the score; needed where float32 may serve.
         of_values: ((k,) float64 descending, (n, m)) -> (score, number of signal values or None).

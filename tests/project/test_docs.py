@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from spectrum_peft.plan import MODES
+from spectrum_peft.plan.options import CRITERIA
 
 ROOT = Path(__file__).resolve().parents[2]
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -80,6 +81,12 @@ def test_every_mode_has_a_page() -> None:
     listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     missing = [page.name for page in (ROOT / "docs").glob("*.md") if page.name not in listed]
     assert not missing, f"{missing} stand in docs/ and not in the navigation of mkdocs.yml"
+
+
+def test_every_criterion_has_its_row() -> None:
+    rows = (ROOT / "docs" / "criteria.md").read_text(encoding="utf-8").splitlines()
+    named = {name for row in rows if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == set(CRITERIA)
 
 
 @pytest.mark.slow

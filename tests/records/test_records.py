@@ -47,7 +47,9 @@ def odd_report(llama_report):
     first, second, *rest = report.stats
     odd = MatrixStat('norm\'s: "weight" # x', "norm", None, 0, "unknown", -math.inf, None, None, "norm")
     stats = (replace(first, score=math.inf, s_max=1e300), replace(second, power_law=2.5), odd, *rest)
-    return replace(report, stats=stats, notes=("yes", "null", "1e3"), tied=(("a", "b", "c"),), revision=None)
+    return replace(
+        report, stats=stats, notes=("yes", "null", "1e3", "inf", "-inf"), tied=(("a", "b", "c"),), revision=None
+    )
 
 
 # --- saving and loading ----------------------------------------------------------------------------------------------
