@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import OptionError
+from .errors import OptionError, quoted
 from .records import read_mapping
+from .records.schema import REAL, SCALAR, TRUTH, WHOLE, Wanted, listed
 
 # Flags of `train` that go to LoraConfig as they are, beside the options of a plan.
 LORA_FIELDS = (
@@ -100,29 +101,40 @@ def set_defaults_from(parser: argparse.ArgumentParser, source: str, config: Mapp
     return unknown
 
 
+# What a flag's type asks of a config file; other types read the value's text.
+_KINDS: dict[Any, Wanted[Any]] = {float: REAL, int: WHOLE, boolean: TRUTH}
+
+
 def checked_value(action: argparse.Action, key: str, value: Any, source: str) -> Any:
-    """The value of a config file as argparse would have made it of the flag.
+    """The value of a config file as argparse would have made it of the flag, held to types and limits.
 
     Raises:
         OptionError: names the key, the value and what was wanted.
     """
     if value is None:
         return None
+    where = f"{source}: {key}"
     many = action.nargs in ("+", "*") or isinstance(action.nargs, int)
     if many != isinstance(value, list) or isinstance(value, dict):
-        raise OptionError(f"{source}: {key} is {value!r}, wanted {'a list' if many else 'a single value'}.")
-    items = value if many else [value]
+        raise OptionError(f"{where} is {quoted(value)}, wanted {'a list' if many else 'a single value'}.")
+    items = [] if many and not value and action.nargs == "*" else listed(value, where)
     if isinstance(action.nargs, int) and len(items) != action.nargs:
-        raise OptionError(f"{source}: {key} has {len(items)} values, wanted {action.nargs}.")
-    read = action.type if callable(action.type) else str
-    checked = []
-    for item in items:
-        try:
-            checked.append(read(str(item)))
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            wanted = {"boolean": "true or false"}.get(name := getattr(action.type, "__name__", "a value"), name)
-            raise OptionError(f"{source}: {key} is {item!r}, wanted {wanted}.") from error
+        raise OptionError(f"{where} has {len(items)} values, wanted {action.nargs}.")
+    checked = [_one_value(action, where, item) for item in items]
     return checked if many else checked[0]
+
+
+def _one_value(action: argparse.Action, where: str, item: Any) -> Any:
+    if action.type in _KINDS:
+        return _KINDS[action.type](where, item)
+    read = action.type if callable(action.type) else str
+    try:
+        return read(str(SCALAR(where, item)))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        if isinstance(error, OptionError):
+            raise
+        wanted = getattr(action.type, "__name__", "a value")
+        raise OptionError(f"{where} is {quoted(item)}, wanted {wanted}.") from error
 
 
 def keys_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

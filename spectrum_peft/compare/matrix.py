@@ -12,14 +12,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from .. import names
 from ..arguments import LORA_FIELDS
-from ..errors import OptionError, near_matches
+from ..errors import OptionError, near_matches, quoted
 from ..plan import MODES, OPTIONS, Mode, get_mode
 from ..records import SnrReport
-from .settings import FILE_KEYS, KEYS, Comparison, number_within
+from ..records.schema import MOST_LISTED, SCALAR, WHOLE, Name, Wanted, number_within
+from .settings import FILE_KEYS, KEYS, Comparison
 
 # Keys of `train` on which all contestants must agree, or their figures say nothing of each other.
 _COMMON = (
@@ -178,9 +181,10 @@ def _mlp_only(comparison: Comparison, shapes: Shapes) -> list[Contestant]:
 def _adalora(comparison: Comparison, shapes: Shapes) -> list[Contestant]:
     """From half as many ranks again down to the common rank; a tenth of the steps before, three tenths after the cuts."""
     steps = _flag_value(comparison, "max_steps")
-    if steps is None or int(steps) < 1:
+    steps = None if steps is None else WHOLE(f"{comparison.source}: max_steps", steps)
+    if steps is None or steps < 1:
         raise OptionError("controls: adalora plans its ranks over the whole run: give max_steps.")
-    steps, r = int(steps), int(comparison.train.get("r") or OPTIONS["r"])
+    r = int(comparison.train.get("r") or OPTIONS["r"])
     peft = {
         "peft_type": "ADALORA", "target_modules": "all-linear", "target_r": r, "init_r": r + r // 2,
         "lora_alpha": comparison.train.get("lora_alpha") or 2 * r, "tinit": steps // 10,
@@ -214,6 +218,20 @@ CONTROLS: dict[str, Callable[[Comparison, Shapes], list[Contestant]]] = {
     "dora": _lora_with("dora", use_dora=True),
     "adalora": _adalora,
 }
+
+
+# What a file may say of a contestant; its other keys are flags of `train`, which are checked there.
+CONTESTANTS = Wanted[list[dict[str, Any]]](
+    Annotated[list[dict[str, Any]], Meta(max_length=MOST_LISTED)], "a list of mappings"
+)
+_NAME = Wanted[str](Name, "a name of at most 500 characters, none of them a control character")
+
+
+class _PeftFields(TypedDict):
+    peft_type: Name
+
+
+_PEFT = Wanted[Any](_PeftFields, "the fields of a PEFT config, peft_type among them")
 
 
 def _modes(comparison: Comparison) -> list[Mode]:
@@ -259,33 +277,32 @@ def _rated(
     ]
 
 
-def _given(comparison: Comparison, row: Any, number: int) -> list[Contestant]:
+def _given(comparison: Comparison, row: Mapping[str, Any], number: int) -> list[Contestant]:
     """A contestant that the config file spells out."""
     where = f"{comparison.source}: contestants, number {number}"
-    if not isinstance(row, Mapping) or not row.get("name"):
-        raise OptionError(f"{where} is {row!r}, wanted a mapping with a name.")
+    if not row.get("name"):
+        raise OptionError(f"{where} is {quoted(row)}, wanted a mapping with a name.")
+    name = _NAME(f"{where}: name", str(SCALAR(f"{where}: name", row["name"])))
     settings = {str(k).replace("-", "_"): v for k, v in row.items() if k not in ("name", "peft")}
     peft = row.get("peft")
     if "ratio" in settings:
         settings["spectrum_ratio"] = settings.pop("ratio")
     if (peft is None) == ("mode" not in settings):
-        raise OptionError(f"{where} ({row['name']}): wanted either mode or peft.")
+        raise OptionError(f"{where} ({name}): wanted either mode or peft.")
     if "seed" in settings:
-        raise OptionError(f"{where} ({row['name']}): seed is {settings['seed']!r}; seeds are those of the comparison.")
+        raise OptionError(f"{where} ({name}): seed is {quoted(settings['seed'])}; seeds are those of the comparison.")
     for key in settings:
         if key in _COMMON or key in KEYS or key.endswith("_column"):
             raise OptionError(
-                f"{where} ({row['name']}): {key} is {settings[key]!r}, but all contestants share it; give it for all."
+                f"{where} ({name}): {key} is {quoted(settings[key])}, but all contestants share it; give it for all."
             )
-    if peft is not None and (not isinstance(peft, Mapping) or not isinstance(peft.get("peft_type"), str)):
-        raise OptionError(
-            f"{where} ({row['name']}): peft is {peft!r}, wanted the fields of a PEFT config, peft_type among them."
-        )
+    if peft is not None:
+        _PEFT(f"{where} ({name}): peft", peft)
     mode = get_mode(settings["mode"]).name if peft is None else "lora"
     if "learning_rate" in settings:
         rate = number_within(0)(f"{where}: learning_rate", settings["learning_rate"])
-        return [Contestant(str(row["name"]), {**settings, "learning_rate": rate}, None, peft)]
-    return _rated(comparison, str(row["name"]), settings, mode, None, peft)
+        return [Contestant(name, {**settings, "learning_rate": rate}, None, peft)]
+    return _rated(comparison, name, settings, mode, None, peft)
 
 
 def contestants_of(comparison: Comparison, shapes: Shapes | None = None) -> list[Contestant]:
@@ -298,10 +315,7 @@ def contestants_of(comparison: Comparison, shapes: Shapes | None = None) -> list
     made = [c for mode in _modes(comparison) for c in _of_mode(comparison, mode, comparison.asked["criteria"])]
     for control in comparison.asked["controls"]:
         made += CONTROLS[control](comparison, shapes)
-    rows = comparison.asked["contestants"]
-    if not isinstance(rows, list):
-        raise OptionError(f"{comparison.source}: contestants is {rows!r}, wanted a list of mappings.")
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(comparison.asked["contestants"], 1):
         made += _given(comparison, row, number)
     rates = comparison.asked["learning_rates"]
     if isinstance(rates, Mapping):

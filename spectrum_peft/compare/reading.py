@@ -8,8 +8,9 @@ from typing import Any
 
 from ..errors import OptionError, near_matches, quoted
 from ..plan import CRITERIA, DEFAULT_RATIO, MODES, OPTIONS, get_mode
-from .matrix import CONTROLS
-from .settings import KEYS, METRICS, Comparison, number_within
+from ..records.schema import TRUTH, WORD, listed, number_within
+from .matrix import CONTESTANTS, CONTROLS
+from .settings import KEYS, METRICS, Comparison
 
 # Keys of `train` that the matrix sets itself.
 _MATRIX = {
@@ -19,45 +20,49 @@ _MATRIX = {
 }  # fmt: skip
 
 
+# Each is a folder and a process.
+_MOST_RUNS = 100_000
 _GENERATED = ("exact_match", "answered", "rouge_l")
 
 
-def _list(name: str, value: Any, check: Callable[[str, Any], Any]) -> list[Any]:
-    items = value if isinstance(value, list | tuple) else [value]
-    if not items:
-        raise OptionError(f"{name} is an empty list, wanted at least one value.")
-    checked = [check(name, item) for item in items]
-    for i, item in enumerate(checked):
-        if item in checked[:i]:
-            raise OptionError(f"{name} holds {item!r} twice.")
+Check = Callable[[str, Any], Any]
+_SHARE, _POSITIVE = number_within(0, 1), number_within(0)
+_COUNT = number_within(0, whole=True)
+_SEED = number_within(-1, at_most=2**32 - 1, whole=True)  # NumPy takes no larger one
+
+
+def _many(check: Check) -> Check:
+    """A list, or one value; none of them twice."""
+
+    def checked(name: str, value: Any) -> list[Any]:
+        found = [check(name, item) for item in listed(value, name)]
+        seen: set[Any] = set()
+        for item in found:
+            if item in seen:
+                raise OptionError(f"{name} holds {item!r} twice.")
+            seen.add(item)
+        return found
+
     return checked
 
 
-def _one_of(known: Mapping[str, Any] | Sequence[str]) -> Callable[[str, Any], str]:
+def _if_any(check: Check) -> Check:
+    return lambda name, value: check(name, value) if value not in (None, []) else value
+
+
+def _one_of(known: Mapping[str, Any] | Sequence[str]) -> Check:
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in known:
-            raise OptionError(f"{name}: {quoted(value)} is none." + near_matches(str(value), known))
+            raise OptionError(f"{name}: {quoted(value)} is none." + near_matches(str(value)[:100], known))
         return str(value)
 
     return check
 
 
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise OptionError(f"{name} is {value!r}, wanted true or false.")
-    return value
-
-
-def _word(name: str, value: Any) -> str | None:
-    if value is not None and (not isinstance(value, str) or not value):
-        raise OptionError(f"{name} is {value!r}, wanted a name.")
-    return value
-
-
 def _rates(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _list(f"{name}: {key}", rates, number_within(0)) for key, rates in value.items()}
-    return _list(name, value, number_within(0))
+        return {key: _many(_POSITIVE)(f"{name}: {key}", rates) for key, rates in value.items()}
+    return _many(_POSITIVE)(name, value)
 
 
 def read_comparison(
@@ -94,25 +99,25 @@ def read_comparison(
         "confidence": 0.95, "modes": None, "reference": None,
     }  # fmt: skip
     asked |= {key: value for key, value in given.items() if value is not None}
-    checks: dict[str, Callable[[str, Any], Any]] = {
-        "ratios": lambda n, v: _list(n, v, number_within(0, 1)),
-        "criteria": lambda n, v: _list(n, v, _one_of(CRITERIA)),
-        "seeds": lambda n, v: _list(
-            n, v, number_within(-1, at_most=2**32 - 1, whole=True)
-        ),  # NumPy takes no larger one
-        "learning_rates": lambda n, v: None if v is None else _rates(n, v),
-        "learning_rate_factors": lambda n, v: _list(n, v, number_within(0)),
-        "controls": lambda n, v: _list(n, v, _one_of(CONTROLS)) if v else [],
+    checks: dict[str, Check] = {
+        "modes": _if_any(_many(lambda _, v: get_mode(v).name)),
+        "ratios": _many(_SHARE),
+        "criteria": _many(_one_of(CRITERIA)),
+        "seeds": _many(_SEED),
+        "learning_rates": _if_any(_rates),
+        "learning_rate_factors": _many(_POSITIVE),
+        "controls": _if_any(_many(_one_of(CONTROLS))),
+        "contestants": CONTESTANTS,
         "metric": _one_of(known),
-        "generate": lambda n, v: _list(n, v, _one_of(("exact_match", "rouge_l"))) if v else [],
-        "generate_rows": number_within(0, whole=True),
-        "max_new_tokens": number_within(0, whole=True),
-        "generation_speed": _flag,
-        "keep_models": _flag,
+        "generate": _if_any(_many(_one_of(("exact_match", "rouge_l")))),
+        "generate_rows": _COUNT,
+        "max_new_tokens": _COUNT,
+        "generation_speed": TRUTH,
+        "keep_models": TRUTH,
         "confidence": number_within(0, 0.9999),
-        "reference": _word,
-        "general_text": _word,
-        "general_split": _word,
+        "reference": _if_any(WORD),
+        "general_text": _if_any(WORD),
+        "general_split": WORD,
     }
     for name, check in checks.items():
         asked[name] = check(f"{source}: {name}", asked[name])
@@ -123,11 +128,17 @@ def read_comparison(
         asked["modes"] = modes
         if len(modes) < len(MODES):
             notes.append("modes that train every weight are left out: the base is quantized")
-    elif asked["modes"] != []:
-        asked["modes"] = _list(f"{source}: modes", asked["modes"], lambda _, v: get_mode(v).name)
     if labelled and (asked["generate"] or asked["general_text"] or asked["generation_speed"]):
         name = next(n for n in ("generate", "general_text", "generation_speed") if asked[n])
         raise OptionError(f"{source}: {name} is for models that write text, and the task is classification.")
     if asked["metric"] in _GENERATED and asked["metric"] not in asked["generate"]:
         raise OptionError(f"{source}: metric is {asked['metric']!r}, which is not in generate: {asked['generate']}.")
+    rates = asked["learning_rates"]
+    most = max(map(len, rates.values()), default=1) if isinstance(rates, Mapping) else len(rates or [0])
+    by_mode = len(asked["modes"]) * len(asked["ratios"]) * len(asked["criteria"])
+    runs = (by_mode + len(asked["contestants"])) * most * len(asked["learning_rate_factors"]) * len(asked["seeds"])
+    if runs > _MOST_RUNS:
+        raise OptionError(
+            f"{source}: modes, ratios, criteria, rates and seeds ask for {runs:,} runs, wanted at most {_MOST_RUNS:,}."
+        )
     return Comparison(dict(train), tuple(arguments), asked, task, output, source, tuple(notes))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from ..errors import OptionError
 
 # What `compare` reads itself; every other key goes to the verb `train` and to the trainer's own arguments.
 KEYS: dict[str, str] = {
@@ -85,20 +82,3 @@ class Comparison:
     @property
     def metric(self) -> str:
         return str(self.asked["metric"])
-
-
-def number_within(above: float, at_most: float | None = None, whole: bool = False) -> Callable[[str, Any], Any]:
-    wanted = f"a{' whole' if whole else ''} number above {above:g}" + (f", at most {at_most:g}" if at_most else "")
-
-    def check(name: str, value: Any) -> Any:
-        try:
-            number = int(str(value)) if whole else float(value)
-        except (TypeError, ValueError):
-            number = None
-        if isinstance(value, bool) or number is None or not math.isfinite(number):
-            number = None
-        if number is None or not above < number <= (at_most or math.inf):
-            raise OptionError(f"{name} is {value!r}, wanted {wanted}.")
-        return number
-
-    return check

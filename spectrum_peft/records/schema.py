@@ -6,16 +6,18 @@ msgspec checks plain data against the annotations of our dataclasses; docs/decis
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from ..errors import CheckpointError, SpectrumError, quoted
+from ..errors import CheckpointError, OptionError, SpectrumError, quoted
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 # msgspec 0.22 frees the regex of a text once too often where a list or a mapping may stand in its place: `Name | list[Name]` ends
 # the process. `Name` may stand inside of collections, and beside numbers and None.
@@ -61,6 +63,63 @@ def checked(data: Any, kind: type[T], source: object, error: type[SpectrumError]
         if isinstance(problem.__cause__, SpectrumError):
             raise error(f"{source}: {problem.__cause__}") from None
         raise error(f"{source}: {_in_words(str(problem), data)}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted(Generic[V]):
+    """One value of a config file, or a keyword: its type with limits, and how a message says them.
+
+    Text is read where a number or a truth is wanted: YAML takes 1e-4 for text.
+    """
+
+    kind: Any
+    words: str
+
+    def __call__(self, name: str, value: Any) -> V:
+        """
+        Raises:
+            OptionError: the value is of another type, outside the limits, or NaN.
+        """
+        try:
+            found: V = msgspec.convert(value, self.kind, strict=False)
+        except msgspec.ValidationError:
+            found = math.nan  # type: ignore[assignment]
+        if found != found:
+            raise OptionError(f"{name} is {quoted(value)}, wanted {self.words}.")
+        return found
+
+
+# What stands in a config file where a flag takes one value; numbers may be infinite (`max_grad_norm`).
+REAL = Wanted[float](float, "a number")
+WHOLE = Wanted[int](Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)], "int")
+TRUTH = Wanted[bool](bool, "true or false")
+SCALAR = Wanted[Any](
+    Annotated[str, Meta(max_length=10_000)] | int | float | bool, "a single value of at most 10,000 characters"
+)
+WORD = Wanted[str](Annotated[str, Meta(min_length=1, max_length=4096)], "a name")
+MOST_LISTED = 10_000
+
+
+def number_within(above: float, at_most: float | None = None, whole: bool = False) -> Wanted[Any]:
+    """A number above one bound and at most another; whole ones may be asked for."""
+    words = f"a{' whole' if whole else ''} number above {above:g}" + (f", at most {at_most:g}" if at_most else "")
+    most = at_most or ((1 << 63) - 1 if whole else _MOST)
+    return Wanted(Annotated[int if whole else float, Meta(gt=above, le=most)], words)
+
+
+def listed(value: Any, name: str) -> list[Any]:
+    """A list, or a single value as a list of one.
+
+    Raises:
+        OptionError: it is empty, or too long.
+    """
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    if not 0 < len(items) <= MOST_LISTED:
+        seen = "an empty list" if not items else f"a list of {len(items):,} values"
+        raise OptionError(
+            f"{name} is {seen}, wanted at least one value{f', at most {MOST_LISTED:,}' if items else ''}."
+        )
+    return items
 
 
 def _in_words(said: str, data: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import typing
@@ -21,6 +22,7 @@ from ..data import COLUMNS
 from ..devices import default_device, fast_dtype
 from ..errors import CheckpointError, OptionError, near_matches, one_line
 from ..records import is_file, mode_of
+from ..records.schema import Wanted
 from ..tuner.loading import check_config
 from .tasks import TASKS, Task, task_of
 
@@ -69,12 +71,14 @@ def trainer_arguments(
     for action in parser._actions:
         if action.dest != "help":
             actions.setdefault(action.dest, action)  # a switch that is on by default has a second action, `--no-...`
-    types = {name: str(hint) for name, hint in typing.get_type_hints(arguments_class).items()}
+    types = typing.get_type_hints(arguments_class)
     for key, value in (rest.config or {}).items():
         if key not in actions:
             choices = [*actions, *(flag.removeprefix("--").replace("-", "_") for flag in known)]
             raise OptionError(f"{rest.source}: unknown key {key!r}." + near_matches(key, choices))
-        if not any(isinstance(value, kind) and kind.__name__ in types[key] for kind in (dict, list)):
+        if isinstance(value, dict | list) and type(value).__name__ in str(types[key]):
+            _check_collection(f"{rest.source}: {key}", value, types[key])
+        else:
             value = checked_value(actions[key], key, value, rest.source)
         parser.set_defaults(**{key: value})
     try:
@@ -90,6 +94,16 @@ def trainer_arguments(
         dashes = [flag for flag in flags if "_" not in flag]  # each flag has a form with underscores too
         raise OptionError(f"unknown argument {unknown[0]!r}." + near_matches(unknown[0], dashes))
     return args
+
+
+def _check_collection(where: str, value: Any, hint: Any) -> None:
+    """
+    Raises:
+        OptionError: a list or a mapping that the argument's own annotation does not allow.
+    """
+    # Some annotations (a text or an enumeration, two kinds of lists) are none that msgspec can check.
+    with contextlib.suppress(TypeError):
+        Wanted(hint, str(hint).replace("typing.", ""))(where, value)
 
 
 def given_fields(rest: Rest) -> set[str]:

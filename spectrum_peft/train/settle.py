@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ def settle(
     rate = MODES["lora"].default_lr if mode is None else mode.default_lr
     rate /= slower_by(task.arguments_class())
     args = trainer_arguments(task.name, rest, default_arguments(options, task, rate, dtype), flags)
-    if args.learning_rate < 0:
+    if not 0 <= args.learning_rate < math.inf:
         raise OptionError(f"learning_rate is {args.learning_rate:g}, wanted a rate of at least 0.")
     if plan is not None:
         _refuse_other_options(plan, plan_options, options.plan)

@@ -18,6 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from campaign import campaign, fault_of, one
 from readers import READERS
 
+from spectrum_peft.arguments import keys_of, set_defaults_from
+from spectrum_peft.cli.train import VERB as TRAIN
+from spectrum_peft.compare.matrix import contestants_of
+from spectrum_peft.compare.reading import read_comparison
+from spectrum_peft.compare.settings import KEYS
 from spectrum_peft.errors import CheckpointError, SpectrumError
 from spectrum_peft.records import GradientReport, MemoryReport, Plan, SnrReport, read_mapping
 
@@ -71,6 +76,7 @@ _SCALARS = (
     | st.text(max_size=8)
     | st.sampled_from(["inf", "-inf", "lora"])
 )
+_PARSER = TRAIN.parser()
 _DATA = st.recursive(
     _SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -100,6 +106,27 @@ def test_a_record_with_any_value_in_any_field_is_read_or_refused(data: st.DataOb
         fault = fault_of(error)
     else:
         fault = _not_the_same(record)
+    assert fault is None
+
+
+@settings(max_examples=75, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_config_with_any_value_at_any_key_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
+    kind = data.draw(st.sampled_from(["train", "compare"]))
+    keys = sorted({*keys_of(_PARSER), *(KEYS if kind == "compare" else ())})
+    config = {data.draw(st.sampled_from(keys) | st.text(max_size=5)): data.draw(_DATA) for _ in range(2)}
+    try:
+        if kind == "train":
+            set_defaults_from(_PARSER, "x", config)
+        else:
+            asked, train = ({k: v for k, v in config.items() if (k in KEYS) == mine} for mine in (True, False))
+            contestants_of(
+                read_comparison(asked, train=train, arguments=(), task="causal_lm", output=tmp_path, source="x")
+            )
+    except SpectrumError as error:
+        fault = fault_of(error)
+    else:
+        fault = None
     assert fault is None
 
 
