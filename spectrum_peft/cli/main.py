@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import OptionError, SpectrumError, near_matches, one_line, printable
+from ..errors import OptionError, SpectrumError, near_matches, one_line
 from . import (
     cache,
     chat,
@@ -38,6 +38,7 @@ from . import (
     scan,
     train,
 )
+from .terminal import shown
 from .verb import PROG, Verb
 
 # In the order of the overview: that of the work.
@@ -64,19 +65,15 @@ VERBS: dict[str, Verb] = {
 VERBS["completion"] = completion.verb_over(VERBS)
 
 
-class _Printable(logging.Formatter):
-    """Names and values come from files, and a terminal obeys what it is sent."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code (a failure that is not an input error raises)."""
+    with shown():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     argv, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Printable("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # For developers of the libraries below; a user of the command can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     for noisy, level in {
@@ -99,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SpectrumError as error:
         if debug:
             traceback.print_exception(error)
-        print(f"{PROG}: error: {printable(one_line(error))}", file=sys.stderr)
+        print(f"{PROG}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
@@ -113,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exception(error)
-        print(f"{PROG}: error: {printable(said)} (--debug shows where)", file=sys.stderr)
+        print(f"{PROG}: error: {said} (--debug shows where)", file=sys.stderr)
         return 2
     return 0
 

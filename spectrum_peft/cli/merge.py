@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from ..arguments import Rest, switch
-from ..errors import printable
 from .options import required
 from .verb import Verb
 
@@ -33,7 +32,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         force=options.force,
         quantization=options.quantization,
     )
-    print(printable(str(report)))
+    print(report)
 
 
 VERB = Verb(

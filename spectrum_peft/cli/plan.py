@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..arguments import Rest
-from ..errors import OptionError, printable
+from ..errors import OptionError
 from ..records import Plan, SnrReport
 from .options import add_plan_options, check_writable, given_plan_options, required, write_record
 from .verb import Verb
@@ -24,7 +24,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     from ..plan import check_options, diff_plans, explain, make_plan, needs_gradients
 
     if options.diff:
-        print(printable(str(diff_plans(*(Plan.load(path) for path in options.diff)))))
+        print(diff_plans(*(Plan.load(path) for path in options.diff)))
         return
     report = SnrReport.load(required(options, "report", "REPORT"))
     check_writable(options.output)
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
             "--gradients gradients.json gives them."
         )
     plan = make_plan(report, gradients=options.gradients, **given)
-    print(printable(explain(plan, report)))
+    print(explain(plan, report))
     write_record(plan, options.output)
 
 

@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from ..arguments import Rest
-from ..errors import printable
 from ..records import GradientReport
 from .options import add_data_options, add_load_options, check_writable, required, write_record
 from .verb import Verb
@@ -38,7 +37,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     required(options, "dataset", "--dataset")
     check_writable(options.output)
     report = probe(options)
-    print(printable(describe_gradients(report)))
+    print(describe_gradients(report))
     write_record(report, options.output)
 
 

@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from ..arguments import Rest, switch
-from ..errors import printable
 from ..records import SnrReport
 from .options import check_writable, required, write_record
 from .verb import Verb
@@ -42,7 +41,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         revision=options.revision,
         seed=options.seed,
     )
-    print(printable(describe_report(report)))
+    print(describe_report(report))
     write_record(report, options.output)
 
 
