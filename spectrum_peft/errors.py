@@ -70,6 +70,10 @@ class CheckpointError(SpectrumError, ValueError):
     """A checkpoint or record file is missing, truncated, of another format, or holds a value that cannot be used."""
 
 
+class HubError(CheckpointError):
+    """The hub cannot be reached, refuses, or answers something else than was asked for."""
+
+
 class MismatchError(SpectrumError, ValueError):
     """Two things that must belong together do not: plan and model, report and checkpoint, adapter file and plan."""
 

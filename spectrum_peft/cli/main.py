@@ -78,6 +78,7 @@ def _main(argv: Sequence[str] | None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for noisy, level in {
         "httpx": "WARNING",
+        "httpx2": "WARNING",
         "datasets": "WARNING",
         "filelock": "WARNING",
         "bitsandbytes": "ERROR",

@@ -21,7 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--score", nargs="+", default=["linear"], metavar="ROLE", help="which tensors to score; default linear")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
     add("--jobs", type=int, metavar="N", help="matrices at a time; default: one for each core")
-    add("--revision", help="of a hub model")
+    add("--revision", help="branch, tag or commit of a hub model; the report says the commit")
+    add("--kinds", metavar="KINDS", help="score only these kinds, q_proj,down_proj; of a hub model only these are read")
+    add("--layers", metavar="LAYERS", help="score only these layers, 0-15 or 0,4,8-11")
+    switch(
+        parser, "--download", default=False, help="store a hub model in the hub's cache instead of reading it piecewise"
+    )
     add("--seed", type=int, default=0, help="of the criterion `random`")
     switch(parser, "--cache", default=False, help="use a finished scan of the same weights")
 
@@ -40,6 +45,9 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         cache=options.cache,
         revision=options.revision,
         seed=options.seed,
+        kinds=options.kinds,
+        layers=options.layers,
+        download=options.download,
     )
     print(describe_report(report))
     write_record(report, options.output)
@@ -68,7 +76,7 @@ def describe_report(report: SnrReport) -> str:
 VERB = Verb(
     "scan",
     "scan MODEL [-o FILE] [flags]",
-    "score every matrix of a checkpoint; streams the files, loads no model",
+    "score every matrix of a checkpoint, a folder's or the hub's; reads what it scores, loads and stores no model",
     "scan HuggingFaceTB/SmolLM2-135M-Instruct -o report.json",
     add_arguments,
     run,

@@ -111,7 +111,9 @@ class Shapes:
         if self._report is None:
             from ..scan import scan_weights
 
-            self._report = scan_weights(self._train["model"], "last", revision=self._train.get("revision"))
+            self._report = scan_weights(
+                self._train["model"], "last", revision=self._train.get("revision"), download=True
+            )
         return self._report
 
     def trainable(self, settings: Mapping[str, Any]) -> int:

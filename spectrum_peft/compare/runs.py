@@ -252,7 +252,9 @@ def scans_for(comparison: Comparison, cells: Sequence[Cell], announce: Callable[
         if not path.is_file():
             announce(f"scanning {comparison.train['model']} by {name}")
             began = time.perf_counter()
-            report = scan_weights(comparison.train["model"], name, revision=comparison.train.get("revision"))
+            report = scan_weights(
+                comparison.train["model"], name, revision=comparison.train.get("revision"), download=True
+            )
             seconds = time.perf_counter() - began
             write_text(path.with_suffix(".seconds.json"), json.dumps({"seconds": seconds}) + "\n")
             report.save(path)

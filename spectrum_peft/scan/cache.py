@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +19,7 @@ from ..errors import CheckpointError, OptionError, near_matches, one_line
 from ..records import SnrReport
 from ..weights import WeightSource
 from .criteria import Criterion, MatrixScore
+from .only import Only
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +58,33 @@ def clear_cache(kinds: Iterable[str] = ()) -> None:
 
 def result_key(source: WeightSource, row: Criterion, device: torch.device) -> str:
     """sha256 over all that a matrix's result depends on."""
-    return hashlib.sha256(json.dumps([_CACHE_VERSION, source.identity(), row.name, device.type]).encode()).hexdigest()
+    return key_of(source.identity(), row, device)
+
+
+def key_of(identity: str, row: Criterion, device: torch.device) -> str:
+    return hashlib.sha256(json.dumps([_CACHE_VERSION, identity, row.name, device.type]).encode()).hexdigest()
 
 
 # --- finished scans --------------------------------------------------------------------------------------------------
 
 
-def kept_results(path: Path, criterion: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, MatrixScore] | None:
-    """The results in a kept report, if it has one for each matrix that is wanted and nothing else.
+def kept_file(key: str, roles: Sequence[str], limits: Only) -> Path:
+    """Where a finished scan is kept."""
+    part = "" if not limits else "-" + hashlib.sha256(str(limits).encode()).hexdigest()[:12]
+    return cache_folder() / "reports" / f"{key}-{'-'.join(roles) or 'none'}{part}.json"
+
+
+def keep(report: SnrReport, path: Path) -> None:
+    try:
+        report.save(path)
+    except CheckpointError as error:
+        logger.warning("the finished scan could not be kept: %s", error)
+
+
+def kept_results(
+    path: Path, criterion: str, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, MatrixScore], str | None] | None:
+    """The results in a kept report, if it has one for each matrix that is wanted and nothing else; its fingerprint's content.
 
     Only what a scan computes is taken; names, shapes and the rest are the checkpoint's to say.
 
@@ -99,7 +119,7 @@ def kept_results(path: Path, criterion: str, shapes: Mapping[str, tuple[int, ...
     if problem:
         logger.warning("the kept scan is not used: %s: %s", path, problem)
         return None
-    return found
+    return found, report.fingerprint.content
 
 
 def is_plausible(result: MatrixScore, shape: tuple[int, ...]) -> bool:

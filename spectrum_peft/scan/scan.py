@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -17,18 +18,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import names
 from ..devices import device_named
 from ..errors import CheckpointError, OptionError, near_matches, one_line
 from ..machine import cores
-from ..records import MatrixStat, SnrReport
+from ..records import Fingerprint, MatrixStat, SnrReport
 from ..weights import TensorInfo, WeightSource, open_weights
+from ..weights.source import structure_of
 from ..weights.threads import one_torch_thread
 from . import criteria
-from .cache import PartialResults, cache_folder, kept_results, result_key
+from .ahead import Ahead
+from .cache import PartialResults, cache_folder, keep, kept_file, kept_results, key_of, result_key
 from .criteria import Criterion, MatrixScore
 from .gram import one_openblas_thread
+from .only import Only, only
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +42,9 @@ _MOST_JOBS = 16
 # The longest side of a matrix that is scored: 16 times the largest vocabulary of an open model.
 _MOST_ROWS = 1 << 22
 _LARGE = 1 << 30  # bytes, above which the free memory is asked for first
+_AHEAD = 256 << 20  # bytes of matrices that are fetched over the network before they are scored
+
+Read = Callable[[str], Tensor]
 
 
 def scan_weights(
@@ -48,11 +56,17 @@ def scan_weights(
     cache: bool = False,
     revision: str | None = None,
     seed: int = 0,
+    kinds: str | Iterable[str] | None = None,
+    layers: str | Iterable[int] | None = None,
+    download: bool = False,
 ) -> SnrReport:
     """List every tensor of a checkpoint and score its matrices.
 
     Results are stored as they come, under the weights' identity in `cache_folder()`; a scan that was killed takes them
     up again. They are removed when the scan completes.
+
+    Of a hub id only the headers and the matrices that are scored are read, by HTTP ranges, the next ones while others are
+    scored, and none of them is stored. Its revision is resolved to a commit first; all is read from that one.
 
     Args:
         model_or_path: whatever `open_weights` opens: a model, folder, file, adapter folder or hub id.
@@ -63,8 +77,12 @@ def scan_weights(
         cache: keep the finished report under the weights' identity, and return a kept one without scanning.
         revision: of a hub id.
         seed: of the criterion `random`.
+        kinds: score only matrices of these kinds, `"q_proj,down_proj"` or a list; None for all.
+        layers: score only matrices in these blocks, `"0-15"`, `"0,4,8-11"` or numbers; None for all.
+        download: fetch the files of a hub id into the hub's cache first, and read them there.
     Raises:
-        OptionError: unknown criterion, role or device; jobs below 1; the criterion needs data.
+        OptionError: unknown criterion, role, device, kind or layer; jobs below 1; the criterion needs data.
+        HubError: the hub cannot be reached or refuses; a file changed while it was read.
         CheckpointError: the weights cannot be read, or hold NaN or Inf (by name).
     """
     row = criteria.criterion_named(criterion)
@@ -76,25 +94,37 @@ def scan_weights(
     roles = _checked_roles(score)
     jobs = _checked_jobs(jobs)
     where = device_named(device)
-    source = open_weights(model_or_path, revision)
+    limits = only(kinds, layers)
+    source = open_weights(model_or_path, revision, download)
     tensors = source.tensors()
-    wanted = [(name, info) for info in tensors if _scorable(info, roles) for name in _units(info)]
+    meant = limits.of(tensors) if limits else tensors
+    wanted = [(name, info) for info in meant if _scorable(info, roles) for name in _units(info)]
+    if limits and not wanted:
+        raise OptionError(f"no tensor of the roles {roles} is {limits}; nothing to score.")
+
+    def report_of(found: dict[str, MatrixScore], content: str | None = None) -> SnrReport:
+        # The ends of every tensor make the content; a scan of a part reads over the network only what it scores.
+        if source.received is None or (content is None and row.needs_weights and "linear" in roles and not limits):
+            fingerprint = source.fingerprint()
+        else:
+            fingerprint = Fingerprint(structure_of(tensors), content, source.kind)
+        return _report(source, tensors, row, found, limits, fingerprint)
 
     if not row.needs_weights:
-        found = {name: criteria.score(None, criterion, name=name, seed=seed) for name, _ in wanted}
-        return _report(source, tensors, row, found)
+        return report_of({name: criteria.score(None, criterion, name=name, seed=seed) for name, _ in wanted})
 
     key = result_key(source, row, where)
     shapes = {name: info.shape if info.experts is None else info.shape[1:] for name, info in wanted}
-    kept = cache_folder() / "reports" / f"{key}-{'-'.join(roles) or 'none'}.json"
-    results = kept_results(kept, row.name, shapes) if cache else None
-    if results is not None:
+    kept = kept_file(key, roles, limits)
+    before = kept_results(kept, row.name, shapes) if cache else None
+    if before is not None:
         logger.info("taking the finished scan of the same weights from %s", kept)
-        return _report(source, tensors, row, results)
+        return report_of(*before)
+    for name, shape in shapes.items():
+        _refuse_giants(name, shape)
 
-    def one(name: str, info: TensorInfo) -> MatrixScore:
-        _refuse_giants(name, shapes[name])
-        matrix = source.read(name).to(where)
+    def one(read: Read, name: str, info: TensorInfo) -> MatrixScore:
+        matrix = read(name).to(where)
         try:
             return criteria.score(matrix.T if info.transposed else matrix, criterion, name=name, seed=seed)
         except CheckpointError as error:
@@ -112,14 +142,17 @@ def scan_weights(
             logger.info(
                 "going on with a stopped scan: %d of %d matrices are done", len(wanted) - len(rest), len(wanted)
             )
-        for name, result in _side_by_side(one, rest, jobs, done=len(wanted) - len(rest)):
+        began = time.monotonic()
+        for name, result in _side_by_side(one, source, wanted, rest, jobs):
             partial.add(name, result)
-        report = _report(source, tensors, row, {name: partial.results[name] for name, _ in wanted})
+        report = report_of({name: partial.results[name] for name, _ in wanted})
+        if source.received is not None:
+            logger.info("%s", _traffic(source.received, tensors, time.monotonic() - began))
         if cache:
-            try:
-                report.save(kept)
-            except CheckpointError as error:
-                logger.warning("the finished scan could not be kept: %s", error)
+            keep(report, kept)
+            content = report.fingerprint.content
+            if source.received is not None and content is not None:  # found again when the files lie here
+                keep(report, kept_file(key_of(content, row, where), roles, limits))
         partial.completed()
     return report
 
@@ -171,7 +204,12 @@ def _units(info: TensorInfo) -> list[str]:
 
 
 def _report(
-    source: WeightSource, tensors: list[TensorInfo], row: Criterion, found: dict[str, MatrixScore]
+    source: WeightSource,
+    tensors: list[TensorInfo],
+    row: Criterion,
+    found: dict[str, MatrixScore],
+    limits: Only,
+    fingerprint: Fingerprint,
 ) -> SnrReport:
     kinds = names.kinds([t.name for t in tensors])
     stats = []
@@ -194,34 +232,90 @@ def _report(
                     transposed=info.transposed,
                 )
             )
-    fingerprint = source.fingerprint()
+    notes = (*source.notes, f"only matrices {limits} were scored") if limits else source.notes
     return SnrReport(
-        tuple(stats), row.name, fingerprint, source.model_id, source.revision, tied=source.tied, notes=source.notes
+        tuple(stats), row.name, fingerprint, source.model_id, source.revision, tied=source.tied, notes=notes
     )
 
 
 def _side_by_side(
-    one: Callable[[str, TensorInfo], MatrixScore], todo: list[tuple[str, TensorInfo]], jobs: int, done: int
+    one: Callable[[Read, str, TensorInfo], MatrixScore],
+    source: WeightSource,
+    wanted: list[tuple[str, TensorInfo]],
+    todo: list[tuple[str, TensorInfo]],
+    jobs: int,
 ) -> Iterator[tuple[str, MatrixScore]]:
     """Results as they come; the first error stops the rest and is raised."""
-    with _progress(len(todo) + done, done) as advance, ThreadPoolExecutor(jobs, thread_name_prefix="scan") as pool:
-        running: dict[Future[MatrixScore], str] = {pool.submit(one, name, info): name for name, info in todo}
+    far = source.received is not None
+    with (
+        _progress(wanted, todo, far) as (fetched, scored),
+        ThreadPoolExecutor(jobs, thread_name_prefix="scan") as pool,
+        _reader(source, todo, fetched) as read,
+    ):
+        running: dict[Future[MatrixScore], str] = {pool.submit(one, read, name, info): name for name, info in todo}
         try:
             for future in as_completed(running):
                 yield running[future], future.result()
-                advance()
+                scored()
         finally:
             for future in running:
                 future.cancel()
 
 
 @contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[], Any]]:
-    """A bar on standard error where that is a terminal."""
+def _reader(
+    source: WeightSource, todo: list[tuple[str, TensorInfo]], fetched: Callable[[int], object]
+) -> Iterator[Read]:
+    """How a job gets its matrix: read when it is its turn, or taken from those that were fetched before."""
+    if source.received is None:
+        yield source.read
+        return
+    names_, sizes = [name for name, _ in todo], [_bytes(info) for _, info in todo]
+    with Ahead(source.read, names_, sizes, _AHEAD, fetched) as ahead:
+        yield ahead.take
+
+
+def _bytes(info: TensorInfo) -> int:
+    """Stored bytes of what is scored at once."""
+    return info.stored_bytes // (info.experts or 1)
+
+
+@contextmanager
+def _progress(
+    wanted: list[tuple[str, TensorInfo]], todo: list[tuple[str, TensorInfo]], far: bool
+) -> Iterator[tuple[Callable[[int], object], Callable[[], object]]]:
+    """A bar on standard error where that is a terminal: of matrices, or of bytes where those are what takes the time.
+
+    Yields:
+        what to call with the bytes that came, and what to call when a matrix is scored.
+    """
     if not sys.stderr.isatty():
-        yield lambda: None
+        yield lambda _: None, lambda: None
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, initial=done, unit="matrix", desc="scan", file=sys.stderr) as bar:
-        yield bar.update
+    if not far:
+        done = len(wanted) - len(todo)
+        with tqdm(total=len(wanted), initial=done, unit="matrix", desc="scan", file=sys.stderr) as bar:
+            yield lambda _: None, bar.update
+        return
+    total, rest = (sum(_bytes(info) for _, info in some) for some in (wanted, todo))
+    count = len(wanted) - len(todo)
+    with tqdm(
+        total=total, initial=total - rest, unit="B", unit_scale=True, unit_divisor=1024, desc="scan", file=sys.stderr
+    ) as bar:
+
+        def scored() -> None:
+            nonlocal count
+            count += 1
+            bar.set_postfix_str(f"{count}/{len(wanted)} matrices scored", refresh=False)
+
+        yield bar.update, scored
+
+
+def _traffic(received: int, tensors: list[TensorInfo], seconds: float) -> str:
+    stored = sum(t.stored_bytes for t in tensors)
+    return (
+        f"read {received / 1e6:,.1f} MB of {stored / 1e6:,.1f} MB from the hub in {seconds:.0f} s "
+        f"({received / 1e6 / max(seconds, 1e-3):.1f} MB/s); none of it was stored"
+    )

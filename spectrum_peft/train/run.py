@@ -317,6 +317,7 @@ def _report(options: argparse.Namespace, plan_options: Mapping[str, Any], scored
         cache=True,
         revision=options.revision,
         seed=plan_options.get("seed", OPTIONS["seed"]),
+        download=True,  # the model is loaded next
     )
 
 

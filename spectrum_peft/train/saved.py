@@ -173,7 +173,7 @@ def open_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str] = (
         kwargs |= {"num_labels": config.num_labels, "id2label": config.id2label, "label2id": config.label2id}
     kwargs |= remote_options(options)
     if adapter is None and quantization not in (None, "none"):
-        report = scan_weights(options.model, "last", revision=options.revision)
+        report = scan_weights(options.model, "last", revision=options.revision, download=True)
         untrained = SpectrumConfig(mode="lora", r=1, report=report, task_type=task.task_type)
         model, tokenizer = load_model_with_spectrum(options.model, untrained, **kwargs)
     else:

@@ -329,7 +329,13 @@ def _plan_before_loading(model_name: str, config: SpectrumConfig, **revision: An
     if report is None:
         criterion = OPTIONS["criterion"] if by_data else options["criterion"]
         report = scan_weights(
-            model_name, criterion, score=() if by_data else ("linear",), cache=not by_data, seed=config.seed, **revision
+            model_name,
+            criterion,
+            score=() if by_data else ("linear",),
+            cache=not by_data,
+            seed=config.seed,
+            download=True,
+            **revision,
         )
     return make_plan(report, gradients=gradients, candidates=candidates_of(config, report), **options)
 

@@ -8,7 +8,7 @@ tensor per expert where transformers fuses them are presented fused, `model.laye
 from __future__ import annotations
 
 from .adapted import AdaptedWeights, seen_as_trained
-from .files import FileWeights, Place, as_matrix, places, read_bytes, read_stored
+from .files import FileWeights, Place, as_matrix, places, read_stored
 from .fresh import new_parameters
 from .gguf import GgufWeights
 from .headers import Span, find_shards, read_config, read_header, read_index
@@ -23,6 +23,7 @@ from .quantized import (
     through_quantization,
 )
 from .roles import output_embeddings, output_head, role_of
+from .shards import read_bytes
 from .source import DTYPES, TensorInfo, WeightSource, split_expert
 from .uncalled import without_adapters
 

@@ -75,6 +75,10 @@ class AdaptedWeights:
         if new:
             self.notes += (f"the adapter brings {len(new)} tensors that its base lacks, not listed here: {new[0]} ...",)
 
+    @property
+    def received(self) -> int | None:
+        return self._base.received
+
     def tensors(self) -> list[TensorInfo]:
         return list(self._infos.values())
 

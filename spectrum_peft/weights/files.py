@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from .headers import Span, find_shards, read_config, read_header, read_index
 from .layouts import Layout, Recipe, layout_of, must_ask, skeleton_in
 from .parameters import by_layout, by_names
 from .quantized import dequantize_4bit, int8_values
+from .shards import LocalShards, Shards, ends_of, read_bytes
 from .source import DTYPES, SAMPLE, TensorInfo, split_found, structure_of
 
 _BLOCK_SIZES = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
@@ -55,6 +55,7 @@ class FileWeights:
         folder: that the files make up, None for a file that was given alone.
         skeleton: the model, without values, whose names and shapes are wanted (`layouts.skeleton_like`); None for the
             class that config.json names.
+        shards: who reads the files; None where they are files of this machine.
     Attributes:
         layout: what the model class makes of the stored tensors; None where nobody had to, or could, be asked.
     """
@@ -68,13 +69,15 @@ class FileWeights:
         revision: str | None = None,
         folder: Path | None = None,
         skeleton: nn.Module | None = None,
+        shards: Shards | None = None,
     ) -> None:
+        self.shards: Shards = LocalShards() if shards is None else shards
         self.model_id, self.revision, self.folder = model_id, revision, folder
         self.files = tuple(files)
         self.notes: tuple[str, ...] = ()
         self._spans: dict[str, tuple[Path, Span]] = {}
-        for path in self.files:
-            for name, span in read_header(path).items():
+        for path, header in zip(self.files, self.shards.headers(self.files), strict=True):
+            for name, span in header.items():
                 if name in self._spans:
                     raise CheckpointError(
                         f"{path}: tensor {name!r} is also in {self._spans[name][0].name}, wanted it once."
@@ -110,7 +113,7 @@ class FileWeights:
         """The same checkpoint under the names of another class; None for the names that it has."""
         if skeleton is None:
             return self
-        return FileWeights(self.files, self.model_id, self.revision, self.folder, skeleton)
+        return FileWeights(self.files, self.model_id, self.revision, self.folder, skeleton, self.shards)
 
     # -- what is there
 
@@ -218,6 +221,9 @@ class FileWeights:
     def _equal(self, group: Sequence[str]) -> bool:
         """Whether tensors that a class ties hold the same values where several are stored; transformers ties them then."""
         first, *others = group
+        if self.received is not None:  # their ends tell two tables apart, and a gigabyte need not come twice
+            ends = [torch.cat(self.ends(name, SAMPLE)) for name in group]
+            return all(torch.equal(ends[0], end) for end in ends[1:])
         return all(
             self._logical[first].info.shape == self._logical[other].info.shape
             and torch.equal(self.read(first), self.read(other))
@@ -304,7 +310,7 @@ class FileWeights:
         if slab is not None:
             size = (end - begin) // shape[0]
             begin, end, shape = begin + slab * size, begin + (slab + 1) * size, shape[1:]
-        return read_bytes(path, begin, end).view(DTYPES[span.dtype]).reshape(shape)
+        return self.shards.read(path, begin, end).view(DTYPES[span.dtype]).reshape(shape)
 
     def place_of(self, stored: str) -> tuple[Path, Span]:
         """The file and the byte range of a stored tensor, by its name in the file."""
@@ -322,23 +328,30 @@ class FileWeights:
             return values[:count], values[-count:]
         path, span = self._spans[self._logical[name].parts[0][0]]
         dtype = DTYPES[span.dtype]
-        head = read_bytes(path, span.begin, min(span.end, span.begin + size))
-        tail = read_bytes(path, max(span.begin, span.end - size), span.end)
+        head = self.shards.read(path, span.begin, min(span.end, span.begin + size))
+        tail = self.shards.read(path, max(span.begin, span.end - size), span.end)
         return head.view(dtype), tail.view(dtype)
 
     def fingerprint(self) -> Fingerprint:
         return Fingerprint(structure_of(self.tensors()), self._content, "file")
 
     def identity(self) -> str:
-        return self._content
+        return self.shards.identity(self.files) or self._content
+
+    @property
+    def received(self) -> int | None:
+        return self.shards.received
 
     @cached_property
     def _content(self) -> str:
         digest = hashlib.sha256()
-        for name in sorted(self._spans):
-            path, span = self._spans[name]
+        spans = sorted(self._spans.items())
+        ends = {name: list(ends_of(span.begin, span.end)) for name, (_, span) in spans}
+        parts = self.shards.read_many([(path, *end) for name, (path, _) in spans for end in ends[name]])
+        for name, (_, span) in spans:
             digest.update(json.dumps([name, span.dtype, list(span.shape)]).encode())
-            sample_file(digest, path, span.begin, span.end)
+            for _ in ends[name]:
+                digest.update(next(parts).numpy().data)
         return digest.hexdigest()
 
 
@@ -353,40 +366,6 @@ def read_stored(folder: Path, name: str) -> Tensor:
         if span is not None:
             return read_bytes(path, span.begin, span.end).view(DTYPES[span.dtype]).reshape(span.shape)
     raise CheckpointError(f"{folder}: no tensor {name!r} any more.")
-
-
-def read_bytes(path: str | os.PathLike[str], begin: int, end: int, out: Tensor | None = None) -> Tensor:
-    """(end - begin,) uint8: that range of a file, in fresh memory, or in `out`, which has that shape and dtype.
-
-    Raises:
-        CheckpointError: the file cannot be read, or ends before `end`.
-    """
-    buffer = torch.empty(end - begin, dtype=torch.uint8) if out is None else out
-    if begin == end:
-        return buffer
-    view = buffer.numpy().data
-    try:
-        with Path(path).open("rb", buffering=0) as file:
-            done = 0
-            while done < len(view):  # one call reads at most 2 GiB
-                file.seek(begin + done)
-                got = file.readinto(view[done:])
-                if not got:
-                    raise CheckpointError(
-                        f"{path}: ends at byte {begin + done}, wanted bytes up to {end}: it is truncated."
-                    )
-                done += got
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    return buffer
-
-
-def sample_file(digest: Any, path: Path, begin: int, end: int) -> None:
-    if end - begin <= 2 * SAMPLE:
-        digest.update(read_bytes(path, begin, end).numpy().data)
-    else:
-        digest.update(read_bytes(path, begin, begin + SAMPLE).numpy().data)
-        digest.update(read_bytes(path, end - SAMPLE, end).numpy().data)
 
 
 @dataclass(frozen=True)

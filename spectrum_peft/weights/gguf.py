@@ -18,8 +18,8 @@ from .. import names
 from ..errors import CheckpointError, quoted
 from ..records import Fingerprint, checked
 from ..records.schema import Count, Name
-from .files import read_bytes, sample_file
 from .parameters import Logical
+from .shards import ends_of, read_bytes
 from .source import TensorInfo, split_found, structure_of
 
 # gguf architectures whose transformers twin has Llama's module names. Source: gguf.constants.MODEL_TENSORS and the
@@ -83,6 +83,7 @@ class GgufWeights:
     """
 
     kind: Literal["gguf"] = "gguf"
+    received: int | None = None
     revision: str | None = None
     folder: Path | None = None
 
@@ -195,7 +196,8 @@ class GgufWeights:
         digest = hashlib.sha256()
         for name, span in self._spans.items():
             digest.update(json.dumps([name, span.kind, list(span.shape)]).encode())
-            sample_file(digest, self.path, span.begin, span.end)
+            for begin, end in ends_of(span.begin, span.end):
+                digest.update(read_bytes(self.path, begin, end).numpy().data)
         return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from ..records.schema import Count, Name, Shape
 from .source import DTYPES
 
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = (
     " Convert them: from_pretrained(folder) of the class that config.json names under architectures (AutoModel has no head), "
@@ -116,7 +118,43 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Span]:
     Source: https://github.com/huggingface/safetensors#format
     """
     path = Path(path)
-    header, data_start, size = _raw_header(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = header_length(file.read(8), size, path)
+            return header_spans(file.read(length), size, path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+
+def header_length(start: bytes, size: int, path: object) -> int:
+    """How long the header is.
+
+    Args:
+        start: the first 8 bytes of the file. size: of the file, bytes. path: for messages.
+    Raises:
+        CheckpointError: empty, truncated, or not safetensors.
+    """
+    if size == 0:
+        raise CheckpointError(f"{path}: the file is empty, wanted safetensors.")
+    length = int.from_bytes(start, "little")
+    if size < 8 or length > _HEADER_LIMIT or length > size - 8:
+        raise CheckpointError(
+            f"{path}: not a safetensors file, or truncated: its first 8 bytes ask for a header of {length}"
+            f" bytes, the file has {size}."
+        )
+    return length
+
+
+def header_spans(text: bytes, size: int, path: object) -> dict[str, Span]:
+    """`read_header` of what stands after the first 8 bytes.
+
+    Args:
+        text: the header. size: of the file, bytes. path: for messages.
+    """
+    header, data_start = _header_mapping(text, path), 8 + len(text)
     checked(header.pop("__metadata__", {}), dict[str, str], f"{path}: __metadata__")
     spans = []
     checked(list(header), list[Name], f"{path}: names of tensors")
@@ -155,24 +193,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Span]:
     return dict(spans)
 
 
-def _raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """(header, first byte of the data, size of the file)."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
-                raise CheckpointError(f"{path}: the file is empty, wanted safetensors.")
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > _HEADER_LIMIT or length > size - 8:
-                raise CheckpointError(
-                    f"{path}: not a safetensors file, or truncated: its first 8 bytes ask for a header of {length}"
-                    f" bytes, the file has {size}."
-                )
-            text = file.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
+def _header_mapping(text: bytes, path: object) -> dict[str, Any]:
     try:
         header = parse_json(text.decode("utf-8"), f"{path}: not a safetensors file: its header")
     except UnicodeDecodeError as error:
@@ -181,7 +202,7 @@ def _raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
         raise CheckpointError(
             f"{path}: not a safetensors file: its header is a {type(header).__name__}, wanted a mapping."
         )
-    return header, 8 + length, size
+    return header
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -194,38 +215,47 @@ def find_shards(folder: Path) -> list[Path]:
         CheckpointError: none (pickle or GGUF files are named), or a shard that the index or the numbering names is
             missing.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        mapping = read_index(index)
-        files = []
+    chosen = choose_shards(folder, [p.name for p in folder.iterdir() if p.is_file()], read_index)
+    return [folder / name for name in chosen]
+
+
+def choose_shards(folder: object, names: Iterable[str], index_at: Callable[[Path], Mapping[str, str]]) -> list[str]:
+    """`find_shards` among the names of the files that a folder, or a repository, has at its top.
+
+    Args:
+        folder: for messages, and where the index is looked for.
+        index_at: reads the index at a path.
+    """
+    present = set(names)
+    if "model.safetensors" in present:
+        return ["model.safetensors"]
+    if INDEX in present:
+        mapping = index_at(Path(str(folder)) / INDEX)
         for name in dict.fromkeys(mapping.values()):
-            if not (folder / name).is_file():
+            if name not in present:
                 first = next(tensor for tensor, where in mapping.items() if where == name)
-                raise CheckpointError(f"{folder / name}: no such file, but {index.name} names it (for {first!r}).")
-            files.append(folder / name)
-        return sorted(files)
-    found = sorted(folder.glob("*.safetensors"))
-    numbered = {path: re.fullmatch(r".*-(\d{1,6})-of-(\d{1,6})\.safetensors", path.name) for path in found}
-    shards = [path for path, match in numbered.items() if match]
+                raise CheckpointError(f"{folder}/{name}: no such file, but {INDEX} names it (for {first!r}).")
+        return sorted(set(mapping.values()))
+    found = sorted(name for name in present if name.endswith(".safetensors"))
+    numbered = {name: re.fullmatch(r".*-(\d{1,6})-of-(\d{1,6})\.safetensors", name) for name in found}
+    shards = [name for name, match in numbered.items() if match]
     if shards:
         match = numbered[shards[0]]
         assert match is not None
         total = int(match[2])
-        present = {int(m[1]) for m in numbered.values() if m}
-        missing = sorted(set(range(1, total + 1)) - present)
+        there = {int(m[1]) for m in numbered.values() if m}
+        missing = sorted(set(range(1, total + 1)) - there)
         if missing:
-            raise CheckpointError(
-                f"{folder}: of {total} shards number {missing[0]} is missing (have {sorted(present)})."
-            )
+            raise CheckpointError(f"{folder}: of {total} shards number {missing[0]} is missing (have {sorted(there)}).")
         return shards
     if found:
         return found
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    others = sorted(name for name in present if name.endswith(PICKLES))
     if others:
-        raise CheckpointError(f"{folder}: holds only pickle files ({others[0]}), which are not read.{CONVERT}")
-    ggufs = sorted(p for p in folder.iterdir() if p.suffix == ".gguf")
+        raise CheckpointError(
+            f"{folder}: holds only pickle files ({others[0]}), which are not read: opening one runs the code it holds.{CONVERT}"
+        )
+    ggufs = sorted(name for name in present if name.endswith(".gguf"))
     if ggufs:
-        raise CheckpointError(f"{folder}: no safetensors file; give the GGUF file itself: {ggufs[0]}")
+        raise CheckpointError(f"{folder}: no safetensors file; give the GGUF file itself: {folder}/{ggufs[0]}")
     raise CheckpointError(f"{folder}: no safetensors file, wanted model.safetensors or shards of it.")

@@ -105,6 +105,7 @@ class LiveWeights:
     """
 
     kind: Literal["live"] = "live"
+    received: int | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = base_module(model)

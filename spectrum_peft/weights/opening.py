@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..errors import CheckpointError, one_line, quoted
+from .. import hub
+from ..errors import CheckpointError
 from ..records import mode_of
 from .adapted import AdaptedWeights
 from .adapters import AdapterState
 from .files import FileWeights
 from .gguf import GgufWeights
-from .headers import CONVERT, PICKLES, find_shards
+from .headers import CONVERT, INDEX, PICKLES, choose_shards, find_shards, read_index
 from .live import LiveWeights
+from .remote import HubShards
 from .source import WeightSource
 
 
-def open_weights(model_or_path: Any, revision: str | None = None) -> WeightSource:
+def open_weights(model_or_path: Any, revision: str | None = None, download: bool = True) -> WeightSource:
     """Open whatever holds weights, reading headers only.
 
     Args:
@@ -28,14 +31,20 @@ def open_weights(model_or_path: Any, revision: str | None = None) -> WeightSourc
             files, one such file, a `.gguf` file; the folder of a trained adapter (its base with the adapter applied);
             or a hub id, of which safetensors and json files are fetched.
         revision: branch, tag or commit of a hub id.
+        download: of a hub id; False reads each tensor over the network when it is asked for and stores none of them, unless
+            the hub's cache holds the commit already or HF_HUB_OFFLINE is set.
     Raises:
         CheckpointError: not there; empty, truncated or not safetensors; a shard missing; only pickle files; a
             quantization that cannot be undone here; an adapter without a base, or on another adapter.
+        HubError: the hub cannot be reached, or refuses.
         MismatchError: an adapter does not fit its base.
     """
     if isinstance(model_or_path, nn.Module):
         return LiveWeights(model_or_path)
-    path, model_id, found = locate(model_or_path, revision)
+    snapshot = None if download else _listed(model_or_path, revision)
+    if snapshot is not None and not _is_adapter(snapshot.files):
+        return _remote(snapshot)
+    path, model_id, found = locate(model_or_path, revision if snapshot is None else snapshot.commit)
     if not (path.is_dir() and holds_adapter(path)):
         return _checkpoint(path, model_id, found)
     adapter = AdapterState.from_folder(path)
@@ -43,8 +52,39 @@ def open_weights(model_or_path: Any, revision: str | None = None) -> WeightSourc
         raise CheckpointError(
             f"{path / 'adapter_config.json'}: base_model_name_or_path is empty, wanted the base's folder or hub id."
         )
-    base = _checkpoint(*locate(adapter.base, adapter.config.get("revision")))
+    revision = adapter.config.get("revision")
+    listed = None if download else _listed(adapter.base, revision)
+    base = _checkpoint(*locate(adapter.base, revision)) if listed is None else _remote(listed)
     return AdaptedWeights(adapter, base, folder=path, model_id=model_id, revision=found)
+
+
+def _listed(model_or_path: Any, revision: str | None) -> hub.Snapshot | None:
+    """The commit that a hub id stands for now; None for what lies here, and where the hub must not be asked."""
+    if not isinstance(model_or_path, str | os.PathLike) or hub.offline() or not _may_be_hub_id(model_or_path):
+        return None
+    return hub.resolve(os.fspath(model_or_path), revision)
+
+
+def _is_adapter(files: Iterable[str]) -> bool:
+    """`holds_adapter` of the files of a repository."""
+    return "adapter_config.json" in files and not any(re.fullmatch(r"model[^/]*\.safetensors", name) for name in files)
+
+
+def _remote(snapshot: hub.Snapshot) -> WeightSource:
+    """A repository's checkpoint: its small files through the hub's cache, its tensors over the network."""
+    if _is_adapter(snapshot.files):
+        raise CheckpointError(
+            f"{snapshot.repo_id}: holds an adapter, wanted a model; adapter_config.json names its base."
+        )
+    top = [name for name in snapshot.files if "/" not in name and not name.startswith("consolidated")]
+    chosen = choose_shards(snapshot.repo_id, top, lambda path: read_index(hub.small_file(snapshot, path.name)))
+    cached = [hub.cached_file(snapshot.repo_id, name, snapshot.commit) for name in chosen]
+    small = [hub.small_file(snapshot, name) for name in ("config.json", INDEX) if name in top]
+    folder = small[0].parent if small else Path(snapshot.repo_id)
+    if small and all(path is not None for path in cached):
+        return FileWeights([folder / name for name in chosen], snapshot.repo_id, snapshot.commit, folder)
+    files = [folder / name for name in chosen]
+    return FileWeights(files, snapshot.repo_id, snapshot.commit, folder, shards=HubShards(snapshot))
 
 
 def locate(model_or_path: str | os.PathLike[str], revision: str | None = None) -> tuple[Path, str, str | None]:
@@ -60,11 +100,18 @@ def locate(model_or_path: str | os.PathLike[str], revision: str | None = None) -
     if mode_of(path):  # a name that is too long, or holds a NUL, is none that exists
         return path, str(path), None
     text = os.fspath(model_or_path)
-    if text.count("/") > 1 or text.startswith((".", "~", "/")) or path.suffix in {".gguf", ".safetensors", *PICKLES}:
+    if not _may_be_hub_id(text):
         raise CheckpointError(f"{path}: no such file or folder.")
     folder = fetch(text, revision)
     # A snapshot of the hub's cache lies in a folder named by its commit.
     return folder, text, folder.name if folder.parent.name == "snapshots" else revision
+
+
+def _may_be_hub_id(model_or_path: str | os.PathLike[str]) -> bool:
+    """Whether nothing of this name lies here, and the hub may have it."""
+    text, path = os.fspath(model_or_path), _expanded(model_or_path)
+    here = text.startswith((".", "~", "/")) or path.suffix in {".gguf", ".safetensors", *PICKLES}
+    return text.count("/") <= 1 and not here and not mode_of(path)
 
 
 def _expanded(path: str | os.PathLike[str]) -> Path:
@@ -95,28 +142,18 @@ def fetch(model_id: str, revision: str | None, patterns: Sequence[str] = ("*.saf
     """The local snapshot of a hub repository, with the files of its top folder that match the patterns.
 
     Raises:
-        CheckpointError: no such repository, or it is not in the cache and the hub cannot be reached.
+        HubError: no such repository, no access, or it is not in the cache and the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    with hub.asked(model_id, revision):
         return Path(
-            snapshot_download(
-                model_id,
-                revision=revision,
-                allow_patterns=list(patterns),
-                ignore_patterns=["*/*", "consolidated*.safetensors"],
+            hub.patiently(
+                lambda: snapshot_download(
+                    model_id,
+                    revision=revision,
+                    allow_patterns=list(patterns),
+                    ignore_patterns=["*/*", "consolidated*.safetensors"],
+                )
             )
         )
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"{quoted(model_id)} is neither a file, a folder nor a hub id: {one_line(error)}"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{model_id!r}: no such file or folder here, not in the hub's cache, and the hub cannot be reached."
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        at = f" at revision {revision!r}" if revision else ""
-        raise CheckpointError(f"{model_id!r}{at} cannot be fetched from the hub: {one_line(error)}") from error

@@ -75,6 +75,14 @@ class TensorInfo:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def stored_bytes(self) -> int:
+        """As stored; of 4 bit without the scales."""
+        if self.dtype in {"nf4", "fp4"}:
+            return (self.numel + 1) // 2
+        dtype = getattr(torch, self.dtype, None)
+        return self.numel * (dtype.itemsize if isinstance(dtype, torch.dtype) else 1)
+
 
 @runtime_checkable
 class WeightSource(Protocol):
@@ -85,6 +93,7 @@ class WeightSource(Protocol):
         revision: commit of the hub, where known.
         folder: local folder of the checkpoint, None without one.
         kind: `file`, `live` or `gguf`.
+        received: bytes that came over a network so far; None where all lies on this machine.
         notes: what the reader of a report must know.
         tied: groups of names that are one tensor, (kept name, other names...).
     """
@@ -97,6 +106,8 @@ class WeightSource(Protocol):
     def folder(self) -> Path | None: ...
     @property
     def kind(self) -> Literal["file", "live", "gguf"]: ...
+    @property
+    def received(self) -> int | None: ...
     @property
     def notes(self) -> tuple[str, ...]: ...
     @property

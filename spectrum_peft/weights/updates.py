@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import names
-from .files import read_bytes
 from .headers import Span
+from .shards import read_bytes
 from .source import DTYPES, TensorInfo
 
 WRAPPERS = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module|modules_to_save)(?=\.|$)")
