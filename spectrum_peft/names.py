@@ -7,7 +7,7 @@ import model code to ask. Names are full parameter names in the base model, `mod
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 # Words that name a list of blocks. Before a number they carry no meaning of their own (T5: `block.0.layer.1.`).
@@ -39,6 +39,18 @@ ROLES: tuple[Role, ...] = get_args(Role)
 def module_name(name: str) -> str:
     """`a.b.weight` -> `a.b`; a fused expert parameter `mlp.experts.down_proj` -> `mlp.experts`."""
     return name.rpartition(".")[0]
+
+
+def parents(name: str) -> Iterator[str]:
+    """The module of a parameter, and the modules that this lies in."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def lies_in(name: str, modules: Iterable[str] | None) -> bool:
+    """Whether a parameter belongs to one of the modules, or to a part of one; modules as `modules_to_save` names them."""
+    return any(part.endswith(wanted) for part in parents(name) for wanted in modules or ())
 
 
 def _is_number(part: str) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from ..arguments import Rest, flags_of, switch
+from ..records import EXPORTED
 from .options import (
     add_data_options,
     add_load_options,
@@ -33,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     switch(parser, "--force", default=False, help="use a report or plan although its fingerprint differs")
     switch(parser, "--help-trainer", default=False, help="list the flags of the task's own training arguments")
     add_data_options(parser)
+    add(
+        "--export",
+        metavar="FORM",
+        help="at the end, write the adapter to a folder inside the output folder: lora for plain peft, merged into the base",
+    )
     add("--show-rows", type=int, metavar="N", help="print the first N rows token by token with what carries loss; stop")
     add("--eval-dataset", metavar="D", help="judge on these rows before and after training")
     add("--eval-split", metavar="S", help="judge on this split of --dataset (or of --eval-dataset)")
@@ -69,6 +76,15 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     check_writable(Path(options.output_dir) / "model.safetensors")
     results = train(options, rest, given_plan_options(options), flags_of(VERB.parser()))
     print(describe_training(results))
+    if options.export and not int(os.environ.get("RANK") or 0):
+        from ..export import export_lora, merge_into_base
+
+        written = Path(options.output_dir, EXPORTED[options.export])
+        if options.export == "lora":
+            export_lora(options.output_dir, written)
+        else:
+            merge_into_base(options.output_dir, out=written)
+        print(f"wrote {written}")
 
 
 VERB = Verb(

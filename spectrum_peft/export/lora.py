@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .. import names
 from ..card import write_card
 from ..errors import OptionError
 from ..records import whole_folder, write_text
@@ -128,6 +129,8 @@ def _as_lora(
         )
     tensors: dict[str, Tensor] = {}
     saved = list(state.config.get("modules_to_save") or ())
+    # Of a folder that is a plain LoRA already, what trains beside the adapters is stored under its own name.
+    held = set(state.config.get("target_modules") or ()) - {u.module for u in low}
     for update in updates:
         if isinstance(update, LowRank):
             tensors |= _peft_tensors(update, padding)
@@ -137,6 +140,8 @@ def _as_lora(
             saved.append(module)
         else:
             tensors[update.key] = update.stored.whole()
+            if isinstance(update, Value) and names.module_name(update.name) in held:
+                saved.append(names.module_name(update.name))
     config = {
         **{key: state.config[key] for key in _KEPT_FIELDS if key in state.config},
         **({"use_rslora": False} if padding else {}),

@@ -7,7 +7,7 @@ the file's ending.
 
 from __future__ import annotations
 
-from .files import PLAN_FILE, REPORT_FILE, RESULTS_FILE, finite_only, parse_json, read_mapping
+from .files import BESIDE_FILE, EXPORTED, PLAN_FILE, REPORT_FILE, RESULTS_FILE, finite_only, parse_json, read_mapping
 from .gradients import GradientReport, GradientStat, Similarity
 from .memory import MemoryReport
 from .plan import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry, count_trainable
@@ -17,6 +17,8 @@ from .whole import clear_parts_in, is_file, is_stream, mode_of, move_over, whole
 
 __all__ = [
     "ADAPTER_ACTIONS",
+    "BESIDE_FILE",
+    "EXPORTED",
     "PLAN_FILE",
     "REAL_WEIGHT_ACTIONS",
     "REPORT_FILE",

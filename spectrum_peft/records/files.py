@@ -21,6 +21,10 @@ from .whole import write_text
 SCHEMA_VERSION = 1
 # What a run leaves beside its weights.
 PLAN_FILE, REPORT_FILE, RESULTS_FILE = "spectrum_plan.yaml", "spectrum_report.json", "train_results.json"
+# What only this package reads of an adapter that is a plain LoRA, beside its adapter_config.json.
+BESIDE_FILE = "spectrum_adapter.json"
+# The folders, inside that of a run, of what `train --export` makes of its adapter.
+EXPORTED = {"lora": "exported_lora", "merged": "exported_merged"}
 
 
 class Record:

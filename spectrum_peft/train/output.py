@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 from ..errors import OptionError
-from ..records import PLAN_FILE, REPORT_FILE, RESULTS_FILE, clear_parts_in
+from ..records import BESIDE_FILE, EXPORTED, PLAN_FILE, REPORT_FILE, RESULTS_FILE, clear_parts_in
 
 # What a run leaves; a tokenizer is the same whatever was trained, and a user's own files stay.
 _RESULT = (
     "adapter_config.json", "adapter_model*", "model*.safetensors", "model.safetensors.index.json", "config.json",
-    "generation_config.json", PLAN_FILE, REPORT_FILE, "plan_history.json", RESULTS_FILE,
-    "history.csv", "loss.png", "training_args.bin",
+    "generation_config.json", BESIDE_FILE, PLAN_FILE, REPORT_FILE, "plan_history.json", RESULTS_FILE,
+    "history.csv", "loss.png", "training_args.bin", *EXPORTED.values(),
 )  # fmt: skip
 _CHECKPOINTS = "checkpoint-*"
 

@@ -14,9 +14,9 @@ from transformers import TrainingArguments
 
 from ..arguments import LORA_FIELDS, Rest
 from ..data import check_loss_on, label_ids, label_names, read_rows
-from ..errors import DataError, OptionError
+from ..errors import DataError, OptionError, near_matches
 from ..plan import MODES, Mode, check_options, checked_plan, get_mode
-from ..records import Plan, read_mapping
+from ..records import EXPORTED, Plan, read_mapping
 from ..tuner.loading import check_quantizable, checked_peft_config
 from .arguments import config_of, default_arguments, dtype_of, renamed_columns, task_named, trainer_arguments
 from .callback import slower_by
@@ -78,6 +78,7 @@ def settle(
     checked = check_options(**plan_options)
     mode = None if own else get_mode(plan.mode if plan else checked["mode"])
     name = own["peft_type"] if own else mode.name
+    _check_export(vars(options).get("export"), mode, own, options.quantization)
     config = config_of(options.model, options)
     task = task_named(options.task or task_of(config, options.model))
     if mode is not None and options.quantization not in (None, "none"):
@@ -115,6 +116,29 @@ def settle(
             _check_labels(eval_rows, labels, eval_source)
     new_head = bool(head) and not has_classifier(config)
     return Run(name, mode, own, plan, task, dtype, why, args, resume, train_rows, eval_rows, head, new_head, data)
+
+
+def _check_export(
+    wanted: str | None, mode: Mode | None, own: Mapping[str, Any] | None, quantization: str | None
+) -> None:
+    """
+    Raises:
+        OptionError: the run will have no result of the form that `--export` asks for.
+    """
+    if wanted is None:
+        return
+    if wanted not in EXPORTED:
+        raise OptionError(f"--export is {wanted!r}." + near_matches(wanted, EXPORTED))
+    if own is not None and own["peft_type"] != "LORA":
+        raise OptionError(
+            f"--export {wanted}: the result of PEFT's {own['peft_type']} is no product of two factors; leave it out."
+        )
+    if mode is None or mode.action != "train":
+        return
+    if wanted == "lora":
+        raise OptionError(f"--export lora: mode {mode.name!r} trains real weights, of which there is no LoRA.")
+    if quantization in (None, "none"):
+        raise OptionError(f"--export merged: mode {mode.name!r} writes a plain checkpoint already; leave it out.")
 
 
 def _check_labels(rows: Any, labels: Sequence[str], source: str) -> None:

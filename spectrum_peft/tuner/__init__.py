@@ -20,9 +20,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from .apply import base_parameters, freeze_to_plan, plan_parameters, settle_plan, trainable_mismatch
 from .layers import SpectrumLayer
 from .model import SpectrumModel
+from .plain_lora import find_plans
 
 if PeftType[PEFT_TYPE] not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="spectrum", config_cls=SpectrumConfig, model_cls=SpectrumModel, prefix="lora_")
+find_plans()
 
 __all__ = [
     "SpectrumLayer",

@@ -218,7 +218,9 @@ def _settled(model: nn.Module, config: SpectrumConfig, layers: bool) -> Plan:
 def _with_saved(model: nn.Module, config: SpectrumConfig, plan: Plan, present: dict[str, Any]) -> Plan:
     """The plan with what trains in whole modules: what it trains anyway inside of them, and what the config adds."""
     inside = [
-        dataclasses.replace(e, action="save") if e.action == "train" and lies_in(e.name, config.modules_to_save) else e
+        dataclasses.replace(e, action="save")
+        if e.action == "train" and names.lies_in(e.name, config.modules_to_save)
+        else e
         for e in plan.entries
     ]
     head = output_head(base_of(model))
@@ -229,7 +231,7 @@ def _with_saved(model: nn.Module, config: SpectrumConfig, plan: Plan, present: d
             entry.action in REAL_WEIGHT_ACTIONS
             and entry.trains
             and whole
-            and not lies_in(entry.name, config.modules_to_save)
+            and not names.lies_in(entry.name, config.modules_to_save)
         ):
             if names.role(entry.name, entry.shape) == "linear":
                 config.modules_to_save = [*(config.modules_to_save or ()), names.module_name(entry.name)]
@@ -266,11 +268,6 @@ def _is_excluded(module: str, excluded: Any) -> bool:
     if isinstance(excluded, str):
         return re.fullmatch(excluded, module) is not None
     return any(f".{module}".endswith(f".{name}") for name in excluded or ())
-
-
-def lies_in(name: str, modules: Iterable[str] | None) -> bool:
-    """Whether a parameter belongs to one of the modules, or to a part of one; modules as `modules_to_save` names them."""
-    return any(part.endswith(wanted) for part in _parents(name) for wanted in modules or ())
 
 
 def _gradients(
@@ -507,15 +504,15 @@ def _saved_entries(
 
     asked = [m for m in config.modules_to_save or () if m not in ("classifier", "score")]
     for wanted in asked:
-        if not any(lies_in(name, [wanted]) for name in present):
-            modules = {part.rpartition(".")[2] for name in present for part in _parents(name)}
+        if not any(names.lies_in(name, [wanted]) for name in present):
+            modules = {part.rpartition(".")[2] for name in present for part in names.parents(name)}
             raise OptionError(
                 f"modules_to_save: {wanted!r} matches no module of the model." + near_matches(wanted, modules)
             )
     heads = head_modules(model, present) if config.task_type in (None, *_TASKS_WITH_A_NEW_HEAD) else []
     for name in present:
         if name not in known and (
-            lies_in(name, config.modules_to_save) or names.module_name(name) in heads or name in set(new)
+            names.lies_in(name, config.modules_to_save) or names.module_name(name) in heads or name in set(new)
         ):
             yield entry(name)
     layers = token_layers(model, config, present)
@@ -531,13 +528,6 @@ def _saved_entries(
                 and (config.bias == "all" or names.module_name(name) in adapted)
             ):
                 yield entry(name)
-
-
-def _parents(name: str) -> Iterator[str]:
-    """The module of a parameter, and the modules that this lies in."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def _input_embedding(model: nn.Module, present: dict[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import LoraConfig, PeftType
@@ -21,6 +22,7 @@ from ..plan import MODES, OPTIONS, check_options, checked_plan, columns_of_rank,
 from ..records import ADAPTER_ACTIONS, GradientReport, Plan, SnrReport
 from ..records.schema import MOST_RANK
 from .lora_fields import check_lora_fields
+from .plain_lora import write_plain
 
 # Actions whose size the user sets by a rank, module by module.
 _BY_RANK = ("lora", "columns")
@@ -131,6 +133,8 @@ class SpectrumConfig(LoraConfig):
     row_modules = frozenset[str]()
     # Set by the tuner: {module: the module that trains whole and whose tensor it shares}, the input embeddings' ties left out.
     twins: ClassVar[Mapping[str, str]] = {}
+    # Set by the tuner: the planned modules that plain PEFT takes for something else in a model of this type.
+    retargeted = frozenset[str]()
     # The plan came inside an adapter_config.json, so the adapter's tensors are in a file beside it.
     plan_from_file = False
 
@@ -252,6 +256,11 @@ class SpectrumConfig(LoraConfig):
         data: dict[str, Any] = LoraConfig.to_dict(bare)  # type: ignore[no-untyped-call]
         data["plan"] = None if self.plan is None else self.plan.to_dict()
         return data
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; the config of what is a plain LoRA is written as one, with `spectrum_adapter.json` beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_plain(self, Path(save_directory))
 
 
 class UnknownField(OptionError, TypeError):

@@ -53,7 +53,7 @@ _PLAIN = "a plain LoraConfig"
 _REWRITES = "rewrites the base weights, so that the adapter would belong to no checkpoint that is on disk"
 FIELDS: dict[str, Row] = {
     "task_type": Row("as in PEFT"),
-    "peft_type": Row("set here", "always SPECTRUM"),
+    "peft_type": Row("set here", "SPECTRUM in memory; a plain LoRA is saved as LORA"),
     "auto_mapping": Row("as in PEFT"),
     "peft_version": Row("as in PEFT"),
     "base_model_name_or_path": Row("as in PEFT"),

@@ -27,7 +27,6 @@ from ..weights import output_embeddings, settle_quantized
 from .adapter_files import checked_tensors, follow_layers, live_tensors
 from .apply import (
     input_embedding,
-    lies_in,
     modules_tied_to_embedding,
     plan_parameters,
     settle_plan,
@@ -55,7 +54,9 @@ from .places import (
     patterns_of,
     scale_of,
 )
+from .plain_lora import held_as_saved, saved_as_held
 from .ranks import RankChange, allocate, live_rank, moments, set_rank, set_scaling
+from .retargeting import retargeted
 from .shared import refuse_unshareable, share_factors
 from .weighted import OF_FACTORS, check_summands, concatenated, fill, sum_config, sum_plan
 
@@ -130,6 +131,8 @@ class SpectrumModel(LoraModel):
                 f"{config.target_parameters[0]} is a candidate. Leave them out with exclude_modules, or rescore_every."
             )
         config.rank_pattern, config.alpha_pattern = patterns_of(adapters, config, allocated)
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        config.retargeted = frozenset(retargeted(model_type, (names.module_name(e.name) for e in adapters)))
         self._save_whole_modules(config, model, [e for e in plan.entries if is_saved(e, config)])
 
     def _save_whole_modules(self, config: SpectrumConfig, model: nn.Module, entries: list[PlanEntry]) -> None:
@@ -139,7 +142,7 @@ class SpectrumModel(LoraModel):
             return
         already = config.modules_to_save or []
         modules = dict.fromkeys(names.module_name(e.name) for e in entries)
-        new = [m for m in modules if not lies_in(f"{m}.weight", already)]
+        new = [m for m in modules if not names.lies_in(f"{m}.weight", already)]
         config.modules_to_save = [*already, *new] or None
         embedding = input_embedding(model)
         if any(model.get_submodule(m) is embedding for m in modules) and self._get_module_names_tied_with_embedding():
@@ -608,7 +611,7 @@ class SpectrumModel(LoraModel):
         for _, basis in singular_layers(model, adapter_name):
             basis.settle()
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return live_tensors(model, adapter_name, selected)
+        return held_as_saved(live_tensors(model, adapter_name, selected), config, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -620,7 +623,7 @@ class SpectrumModel(LoraModel):
             MismatchError: a tensor is missing, unknown, or of another shape.
         """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return checked_tensors(model, config, adapter_name, mapped)
+        return checked_tensors(model, config, adapter_name, saved_as_held(mapped, config, adapter_name))
 
 
 class _Exact(list[tuple[nn.Parameter, Tensor]]):

@@ -6,18 +6,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from .. import names
 from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry
-from .apply import lies_in
-from .config import SpectrumConfig
+
+if TYPE_CHECKING:
+    from .config import SpectrumConfig
 
 
 def is_saved(entry: PlanEntry, config: SpectrumConfig) -> bool:
     """Trains as a whole module through PEFT's `modules_to_save`: embeddings, output heads, and what the user lists there."""
     if not entry.trains or entry.action != "save":
         return False
-    listed = lies_in(entry.name, config.modules_to_save)
+    listed = names.lies_in(entry.name, config.modules_to_save)
     return listed or names.in_head(entry.name) or names.role(entry.name, entry.shape) == "embedding"
 
 

@@ -1,19 +1,31 @@
-"""adapter_config.json of a folder: the fields that are read here, with their types and limits."""
+"""adapter_config.json of a folder: the fields that are read here, with their types and limits; and what lies beside it.
+
+An adapter that is a plain LoRA says so to everybody in `adapter_config.json`. What only this package reads of it, the plan first
+of all, is in `spectrum_adapter.json`; the two together are the config that was trained.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from ..errors import CheckpointError, quoted
-from ..records import checked, read_mapping
+from ..errors import CheckpointError, MismatchError, quoted
+from ..records import BESIDE_FILE, checked, is_file, read_mapping
 from ..records.schema import Count, Name, Place, Rank, Scale
 
 MOST_REPEATS = 3
+_DIGEST = "belongs_to"
+_FUNCTION = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora",
+    "use_dora", "lora_bias",
+)  # fmt: skip
 # Without a `pattern`: msgspec 0.22 frees the regex of a text once too often where a list or a mapping is allowed beside it.
 Pattern = Annotated[str, Meta(max_length=20_000)]
 
@@ -80,11 +92,37 @@ def _check_pattern(pattern: str) -> None:
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
-    """The fields of an adapter_config.json.
+    """The fields of an adapter_config.json; where `spectrum_adapter.json` lies beside that of a plain LoRA, the fields of both.
 
     Raises:
         CheckpointError: not there, a field of a wrong type or beyond its limits, a regex that cannot be matched.
+        MismatchError: what lies beside it belongs to another adapter.
     """
     config = read_mapping(path)
     checked(config, _AdapterConfig, path)
+    beside = path.parent / BESIDE_FILE
+    if config["peft_type"] != "LORA" or not is_file(beside):
+        return config
+    ours = read_mapping(beside)
+    if ours.pop(_DIGEST, None) != function_digest(config):
+        raise MismatchError(
+            f"{beside}: belongs to another adapter than {path.name} beside it, which differs from it in rank, scale or targets. "
+            f"Remove {beside.name} to open the folder as a plain LoRA, without a plan."
+        )
+    config |= ours
+    checked(config, _AdapterConfig, beside)
     return config
+
+
+def fields_beside(trained: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What `spectrum_adapter.json` holds: every field of the config that was trained that its plain form lacks or has another
+    value of, and which plain form it goes with."""
+    ours = {key: value for key, value in trained.items() if key not in plain or plain[key] != value}
+    return {**ours, _DIGEST: function_digest(plain)}
+
+
+def function_digest(config: Mapping[str, Any]) -> str:
+    """sha256 of the fields of a plain LoRA that say what it computes; in lists the order does not matter."""
+    fields = {name: config.get(name) or None for name in _FUNCTION}
+    fields |= {name: sorted(value) for name, value in fields.items() if isinstance(value, list)}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -39,6 +39,39 @@ def train(tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> Callab
     return command
 
 
+# --- what --export cannot give ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ("--mode lora --export gguf", "--export is 'gguf'"),
+        (
+            "--mode spectrum --export lora",
+            "--export lora: mode 'spectrum' trains real weights, of which there is no LoRA",
+        ),
+        ("--mode full --export merged", "--export merged: mode 'full' writes a plain checkpoint already"),
+    ],
+)
+def test_an_export_that_the_run_cannot_have_is_refused_at_once(
+    train: Callable[[str], tuple[int, str]], flags: str, error: str
+) -> None:
+    code, err = train(f"{flags} --output-dir out")
+    assert code == 2 and error in err and not Path("out").exists()
+
+
+def test_export_writes_the_plain_form_at_the_end(
+    train: Callable[[str], tuple[int, str]], tiny_llama_folder: Path
+) -> None:
+    assert train("--mode columns --output-dir out --export lora")[0] == 0
+    assert json.loads(Path("out/adapter_config.json").read_text())["peft_type"] == "SPECTRUM"
+    assert json.loads(Path("out/exported_lora/adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert train("--mode lora --output-dir out --export merged --overwrite-output-dir")[0] == 0
+    assert json.loads(Path("out/adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert not Path("out/exported_lora").exists()
+    assert {path.name for path in Path("out/exported_merged").glob("*.safetensors")} == {"model.safetensors"}
+
+
 # --- a folder holds one result ---------------------------------------------------------------------------------------
 
 
