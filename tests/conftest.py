@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ import pytest  # noqa: E402 - the environment comes first
 
 if TYPE_CHECKING:
     import torch
+    from stand_in_hub import StandIn
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from spectrum_peft.records import GradientReport, SnrReport
@@ -75,6 +76,27 @@ def seeded() -> torch.Generator:
     import torch
 
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """A running stand-in for the hub, empty; huggingface_hub asks it, with a cache of its own and no token."""
+    from huggingface_hub import close_session, constants
+    from stand_in_hub import StandIn
+
+    with StandIn() as server:
+        # What variables of the environment set when huggingface_hub is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        where = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", where)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setenv("SPECTRUM_PEFT_CACHE", str(tmp_path / "scans"))
+        yield server
+        close_session()
 
 
 # --- tiny models -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stand_in import Blob, StandIn
+from stand_in_hub import Blob, StandIn
 
 from spectrum_peft import scan_weights
 from spectrum_peft.errors import CheckpointError, HubError, OptionError
