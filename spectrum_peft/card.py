@@ -17,14 +17,14 @@ from .machine import versions
 from .records import PLAN_FILE, REPORT_FILE, RESULTS_FILE, Plan, SnrReport, read_mapping, write_text
 
 CARD, PICTURE = "README.md", "spectrum_plan.png"
-_PIPELINES = {
-    "causal_lm": "text-generation",
-    "seq2seq": "text2text-generation",
-    "classification": "text-classification",
+_WRITING, _CLASSIFYING = ("text-generation", "ForCausalLM"), ("text-classification", "ForSequenceClassification")
+# Task -> the hub's name of it, ending of the class that loads a model for it.
+_TASKS = {
+    **dict.fromkeys(("causal_lm", "dpo", "kto", "grpo"), _WRITING),
+    **dict.fromkeys(("classification", "multi_label", "regression", "reward"), _CLASSIFYING),
+    "seq2seq": ("text2text-generation", "ForSeq2SeqLM"),
+    "token_classification": ("token-classification", "ForTokenClassification"),
 }
-_CLASSES = {
-    "causal_lm": "ForCausalLM", "seq2seq": "ForSeq2SeqLM", "classification": "ForSequenceClassification",
-}  # fmt: skip
 
 
 def write_card(
@@ -123,7 +123,7 @@ def _metadata(adapter: Mapping[str, Any], base: str | None, results: Mapping[str
     data = ModelCardData(
         base_model=named,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag=_PIPELINES.get(str(results.get("task"))),
+        pipeline_tag=_TASKS.get(str(results.get("task")), (None, ""))[0],
         datasets=[dataset]
         if dataset and not Path(str(dataset)).exists() and "." not in Path(str(dataset)).suffix
         else None,
@@ -185,8 +185,9 @@ def _snippet(
 ) -> str:
     """Code that loads this folder, with what is installed beside transformers in its first lines."""
     name = json.dumps(folder)
-    suffix = _CLASSES.get(str(task)) or next(
-        (s for s in _CLASSES.values() for a in config.get("architectures") or () if a.endswith(s)), "ForCausalLM"
+    endings = [ending for _, ending in _TASKS.values()]
+    suffix = _TASKS.get(str(task), (None, ""))[1] or next(
+        (s for s in endings for a in config.get("architectures") or () if a.endswith(s)), "ForCausalLM"
     )
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name})"
     if not adapter:
@@ -196,7 +197,7 @@ def _snippet(
     where = "" if base and not Path(base).exists() else "  # its base is looked for where it was trained from"
     labels = (
         f", num_labels={len(config['id2label'])}"
-        if suffix == "ForSequenceClassification" and "id2label" in config
+        if suffix in ("ForSequenceClassification", "ForTokenClassification") and "id2label" in config
         else ""
     )
     load = f"model = AutoPeftModel{suffix}.from_pretrained({name}{labels}){where}"

@@ -52,7 +52,7 @@ def opened(options: argparse.Namespace, model: str) -> Any:
     asked = copy.copy(options)
     asked.model = model
     saved = open_saved(asked, Rest())
-    if saved.task.labelled:
+    if saved.task.head is not None:
         raise OptionError(f"{model}: its task is {saved.task.name}, which writes no text; `evaluate` judges it.")
     return saved
 

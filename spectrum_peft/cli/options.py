@@ -68,7 +68,15 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--dataset", metavar="D", help="hub id, local .jsonl, .csv, .parquet or .txt; several with weights: A,B=2")
     add("--dataset-split", metavar="S", help="split of a hub dataset")
-    add("--task", help="causal_lm, dpo, seq2seq or classification; default: what the checkpoint's architecture says")
+    add(
+        "--task",
+        help="causal_lm (or sft), dpo, kto, reward, grpo, seq2seq, classification, multi_label, regression or "
+        "token_classification; default: what the checkpoint's architecture says",
+    )
+    add(
+        "--reward-function", nargs="+", metavar="F",
+        help="grpo: file.py:function or module:function, which runs as it is, or the folder of a reward model",
+    )  # fmt: skip
     for name in COLUMNS:
         add(f"--{name}-column", metavar="NAME", help=f"the column that holds {name}; default {name}")
     add("--max-length", type=int, metavar="TOKENS", help="longer examples are cut")

@@ -63,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, rest: Rest) -> None:
     from ..train.arguments import trainer_help
-    from ..train.run import describe_training, shown_rows, train
+    from ..train.preview import shown_rows
+    from ..train.run import describe_training, train
 
     if options.help_trainer:
         print(trainer_help(options.task or "causal_lm"))

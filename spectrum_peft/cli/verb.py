@@ -44,9 +44,9 @@ class Verb:
         epilog = f"example:\n  {PROG} {self.example}"
         if self.passes_on:
             epilog += (
-                "\n\nEvery other flag goes to the trainer's own arguments: TRL's SFTConfig (causal_lm) or DPOConfig (dpo), "
-                "transformers' "
-                "Seq2SeqTrainingArguments\n(seq2seq) or TrainingArguments (classification). --help-trainer lists them."
+                "\n\nEvery other flag goes to the trainer's own arguments: TRL's SFTConfig (causal_lm), DPOConfig, KTOConfig, "
+                "RewardConfig, GRPOConfig,\ntransformers' Seq2SeqTrainingArguments (seq2seq) or TrainingArguments (the others). "
+                "--help-trainer with --task lists them."
             )
         parser = Parser(
             prog=f"{PROG} {self.name}", usage=f"{PROG} {self.usage}", description=self.summary, epilog=epilog

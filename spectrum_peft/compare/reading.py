@@ -10,7 +10,7 @@ from ..errors import OptionError, near_matches, quoted
 from ..plan import CRITERIA, DEFAULT_RATIO, MODES, OPTIONS, get_mode
 from ..records.schema import TRUTH, WORD, listed, number_within
 from .matrix import CONTESTANTS, CONTROLS
-from .settings import KEYS, METRICS, Comparison
+from .settings import HEADED, KEYS, METRICS, TEXT, Comparison
 
 # Keys of `train` that the matrix sets itself.
 _MATRIX = {
@@ -89,12 +89,16 @@ def read_comparison(
         if train.get(key) is not None or any(a.partition("=")[0] == f"--{key.replace('_', '-')}" for a in arguments):
             hint = f"use {instead}" if instead else "leave it out"
             raise OptionError(f"{source}: {key} is one run's, and compare makes many: {hint}.")
-    labelled = task == "classification"
+    labelled = task in HEADED
+    if not labelled and task not in TEXT:
+        raise OptionError(
+            f"{source}: task is {task!r}, and compare judges " + ", ".join(sorted({*TEXT, *HEADED})) + " only."
+        )
     known = [name for name, m in METRICS.items() if m.tasks is None or task in m.tasks]
     asked: dict[str, Any] = {
         "ratios": [DEFAULT_RATIO], "criteria": [OPTIONS["criterion"]], "seeds": [0], "learning_rates": None,
         "learning_rate_factors": [1.0], "controls": ["random", "last"], "contestants": [],
-        "metric": "accuracy" if labelled else "loss", "generate": [], "generate_rows": 100, "max_new_tokens": 256,
+        "metric": HEADED.get(task, "loss"), "generate": [], "generate_rows": 100, "max_new_tokens": 256,
         "general_text": None, "general_split": "train", "generation_speed": False, "keep_models": False,
         "confidence": 0.95, "modes": None, "reference": None,
     }  # fmt: skip
@@ -130,7 +134,7 @@ def read_comparison(
             notes.append("modes that train every weight are left out: the base is quantized")
     if labelled and (asked["generate"] or asked["general_text"] or asked["generation_speed"]):
         name = next(n for n in ("generate", "general_text", "generation_speed") if asked[n])
-        raise OptionError(f"{source}: {name} is for models that write text, and the task is classification.")
+        raise OptionError(f"{source}: {name} is for models that write text, and the task is {task}.")
     if asked["metric"] in _GENERATED and asked["metric"] not in asked["generate"]:
         raise OptionError(f"{source}: metric is {asked['metric']!r}, which is not in generate: {asked['generate']}.")
     rates = asked["learning_rates"]

@@ -157,7 +157,7 @@ def check_measures(comparison: Comparison, run: Any) -> None:
 
     plots.require_matplotlib()
     asked = comparison.asked
-    if run.task.labelled:
+    if run.task.head is not None:
         require_scikit_learn()
     if asked["general_text"]:
         rows = read_dataset(asked["general_text"], asked["general_split"])

@@ -17,7 +17,7 @@ KEYS: dict[str, str] = {
     "learning_rate_factors": "multiply the rates by each of these; default 1",
     "controls": "what the claim must beat; default random, last",
     "contestants": "more of them: mappings of name, mode (or peft: a PEFT config) and flags of train",
-    "metric": "what the report ranks by; default accuracy for classification, else loss",
+    "metric": "what the report ranks by; default accuracy for classes, micro_f1 for several labels, macro_f1 for tags, else loss",
     "reference": "name of a contestant: the others are held against it, seed by seed",
     "generate": "metrics of completed prompts: exact_match, rouge_l",
     "generate_rows": "how many prompts of the evaluation set are completed; default 100",
@@ -47,13 +47,24 @@ class Metric:
     tasks: frozenset[str] | None
 
 
-_TEXT = frozenset({"causal_lm", "seq2seq"})
+TEXT = frozenset({"causal_lm", "seq2seq"})
+# Tasks with a head -> what their reports rank by unless told otherwise.
+HEADED = {
+    "classification": "accuracy",
+    "multi_label": "micro_f1",
+    "regression": "loss",
+    "token_classification": "macro_f1",
+}
 METRICS: dict[str, Metric] = {
-    "loss": Metric("held-out loss", False, _TEXT | {"classification"}),
-    "perplexity": Metric("perplexity", False, _TEXT),
-    "token_accuracy": Metric("token accuracy", True, _TEXT),
-    "accuracy": Metric("accuracy", True, frozenset({"classification"})),
-    "macro_f1": Metric("macro-F1", True, frozenset({"classification"})),
+    "loss": Metric("held-out loss", False, TEXT | frozenset(HEADED)),
+    "perplexity": Metric("perplexity", False, TEXT),
+    "token_accuracy": Metric("token accuracy", True, TEXT),
+    "accuracy": Metric("accuracy", True, frozenset({"classification", "token_classification"})),
+    "macro_f1": Metric("macro-F1", True, frozenset({"classification", "multi_label", "token_classification"})),
+    "micro_f1": Metric("micro-F1", True, frozenset({"multi_label"})),
+    "exact_sets": Metric("sets of labels met", True, frozenset({"multi_label"})),
+    "mean_absolute_error": Metric("mean absolute error", False, frozenset({"regression"})),
+    "r2": Metric("R2", True, frozenset({"regression"})),
     "exact_match": Metric("exact match", True, None),
     "rouge_l": Metric("ROUGE-L", True, None),
 }

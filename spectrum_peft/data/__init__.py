@@ -6,7 +6,7 @@ datasets is imported inside functions: `--help` reads the names of columns witho
 from __future__ import annotations
 
 from .chat import IGNORED, LOSS_ON, check_loss_on, encode_row
-from .counts import RowCounts, count_rows, show_rows, without_silent
+from .counts import Cut, Piece, RowCounts, count_rows, pieces_of, show_rows, without_silent
 from .labels import label_ids, label_names
 from .mixing import from_anywhere, read_rows, sources_of
 from .rows import COLUMNS, read_dataset, select_columns
@@ -15,6 +15,8 @@ __all__ = [
     "COLUMNS",
     "IGNORED",
     "LOSS_ON",
+    "Cut",
+    "Piece",
     "RowCounts",
     "check_loss_on",
     "count_rows",
@@ -22,6 +24,7 @@ __all__ = [
     "from_anywhere",
     "label_ids",
     "label_names",
+    "pieces_of",
     "read_dataset",
     "read_rows",
     "select_columns",

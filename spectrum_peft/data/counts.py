@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,29 +13,70 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Tokens that a model sees in one piece; a row holds one of them, a pair of answers two.
+
+    Attributes:
+        title: which of a row's pieces it is; empty where there is one.
+        ids: of the tokens.
+        labels: `IGNORED` where a token carries no loss; None where the loss is on the piece as a whole.
+        target: what is learnt about the whole piece, for the reader.
+    """
+
+    title: str
+    ids: Sequence[int]
+    labels: Sequence[int] | None = None
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a trainer does with rows that are long.
+
+    Attributes:
+        limit: longest piece, in tokens; None: nothing is cut. from_end: of a longer one the end is kept.
+        drops: `filled`: a row in whose pieces none of the tokens within the limit carries loss goes. `long`: a row with a piece
+            above the limit goes. None: every row stays.
+    """
+
+    limit: int | None
+    from_end: bool = False
+    drops: str | None = "filled"
+
+    def within(self, values: Sequence[int]) -> Sequence[int]:
+        if self.limit is None:
+            return values
+        return values[-self.limit :] if self.from_end else values[: self.limit]
+
+
+@dataclass(frozen=True)
 class RowCounts:
-    """Rows of language modelling, counted.
+    """Rows, counted.
 
     Attributes:
         read: all rows.
         silent: of them, those in which no token carries loss: no turn of the assistant, or an empty one.
-        filled: those in which none does within the limit: the prompt alone fills it. Both kinds are dropped.
+        filled: those in which none does within the limit: the prompt alone fills it.
+        long: those that a trainer does not cut. All three kinds are dropped.
         cut: rows that stay and are longer than the limit.
-        tokens, learned: of the rows that stay, within the limit; and those that carry loss.
+        tokens: of the rows that stay, within the limit. learned: those that carry loss; None where the loss is on whole pieces.
+        longest: tokens of the longest piece that stays, within the limit.
         limit: in tokens; None: nothing is cut.
     """
 
     read: int
     silent: int
     filled: int
+    long: int
     cut: int
     tokens: int
-    learned: int
+    learned: int | None
+    longest: int
     limit: int | None
 
     @property
     def left(self) -> int:
-        return self.read - self.silent - self.filled
+        return self.read - self.silent - self.filled - self.long
 
     def __str__(self) -> str:
         parts = [f"{self.read:,} rows read"]
@@ -43,29 +84,42 @@ class RowCounts:
             parts.append(f"{self.silent:,} dropped, in which no token carries loss")
         if self.filled:
             parts.append(f"{self.filled:,} dropped, whose prompt alone fills the {self.limit:,} tokens of max_length")
+        if self.long:
+            parts.append(f"{self.long:,} dropped, which are longer than the {self.limit:,} tokens of max_length")
         if self.cut:
             parts.append(f"{self.cut:,} cut at {self.limit:,} tokens")
-        return f"{', '.join(parts)}; {self.tokens:,} tokens, of which {self.learned:,} carry loss"
+        learned = "" if self.learned is None else f", of which {self.learned:,} carry loss"
+        return f"{', '.join(parts)}; {self.tokens:,} tokens{learned}"
 
 
-def count_rows(encoded: Dataset, limit: int | None, *, from_end: bool = False) -> RowCounts:
-    """
-    Args:
-        encoded: with `input_ids` and `labels`.
-        limit: longest row, in tokens. from_end: of a longer row the end is kept.
-    """
-    silent = filled = cut = tokens = learned = 0
-    for labels in encoded["labels"]:
-        kept = _within(labels, limit, from_end)
-        if all(label == IGNORED for label in labels):
+def pieces_of(encoded: Dataset) -> Iterable[list[Piece]]:
+    """Rows of `input_ids` and `labels`, a piece each."""
+    for ids, labels in zip(encoded["input_ids"], encoded["labels"], strict=True):
+        yield [Piece("", ids, labels)]
+
+
+def count_rows(rows: Iterable[list[Piece]], cut: Cut) -> RowCounts:
+    read = silent = filled = long = shortened = tokens = learned = longest = 0
+    masked = True
+    for row in rows:
+        read += 1
+        kept = [cut.within(piece.ids) for piece in row]
+        is_cut = any(len(ids) < len(piece.ids) for ids, piece in zip(kept, row, strict=True))
+        labels = [label for piece in row for label in piece.labels or ()]
+        masked = masked and all(piece.labels is not None for piece in row)
+        seen = [label for piece in row for label in cut.within(piece.labels or ())]
+        if masked and all(label == IGNORED for label in labels):
             silent += 1
-        elif all(label == IGNORED for label in kept):
+        elif masked and cut.drops == "filled" and all(label == IGNORED for label in seen):
             filled += 1
+        elif cut.drops == "long" and is_cut:
+            long += 1
         else:
-            cut += len(kept) < len(labels)
-            tokens += len(kept)
-            learned += sum(label != IGNORED for label in kept)
-    return RowCounts(len(encoded), silent, filled, cut, tokens, learned, limit)
+            shortened += is_cut
+            tokens += sum(map(len, kept))
+            longest = max(longest, *map(len, kept))
+            learned += sum(label != IGNORED for label in seen)
+    return RowCounts(read, silent, filled, long, shortened, tokens, learned if masked else None, longest, cut.limit)
 
 
 def without_silent(encoded: Dataset) -> Dataset:
@@ -73,20 +127,18 @@ def without_silent(encoded: Dataset) -> Dataset:
     return encoded.filter(lambda row: any(label != IGNORED for label in row["labels"]))
 
 
-def _within(values: Sequence[int], limit: int | None, from_end: bool) -> Sequence[int]:
-    if limit is None:
-        return values
-    return values[-limit:] if from_end else values[:limit]
-
-
-def show_rows(encoded: Dataset, tokenizer: Any, n: int, limit: int | None, *, from_end: bool = False) -> str:
-    """The first `n` rows token by token; a `*` before each token that carries loss."""
+def show_rows(rows: Iterable[list[Piece]], tokenizer: Any, cut: Cut) -> str:
+    """Rows token by token; a `*` before each token that carries loss."""
     lines = []
-    for i, row in enumerate(encoded.select(range(min(n, len(encoded)))), 1):
-        ids, labels = (_within(row[name], limit, from_end) for name in ("input_ids", "labels"))
-        learned = sum(label != IGNORED for label in labels)
-        more = len(row["input_ids"]) - len(ids)
-        lines.append(f"row {i}: {len(ids)} tokens, {learned} carry loss (*)" + (f", {more} cut off" if more else ""))
-        for token, label in zip(ids, labels, strict=True):
-            lines.append(f"  {'*' if label != IGNORED else ' '} {token:>7}  {tokenizer.decode([token])!r}")
+    for i, row in enumerate(rows, 1):
+        for piece in row:
+            ids = cut.within(piece.ids)
+            labels = cut.within(piece.labels) if piece.labels is not None else [IGNORED] * len(ids)
+            title = f"row {i}, {piece.title}" if piece.title else f"row {i}"
+            marked = f", {sum(label != IGNORED for label in labels)} carry loss (*)" if piece.labels is not None else ""
+            target = f"; learnt: {piece.target}" if piece.target else ""
+            more = len(piece.ids) - len(ids)
+            lines.append(f"{title}: {len(ids)} tokens{marked}{target}" + (f", {more} cut off" if more else ""))
+            for token, label in zip(ids, labels, strict=True):
+                lines.append(f"  {'*' if label != IGNORED else ' '} {token:>7}  {tokenizer.decode([token])!r}")
     return "\n".join(lines)

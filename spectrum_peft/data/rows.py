@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # The standard names of columns; each can be renamed by a flag of the command line (`--text-column body`).
-COLUMNS = ("text", "prompt", "completion", "messages", "label", "chosen", "rejected")
+COLUMNS = ("text", "prompt", "completion", "messages", "label", "chosen", "rejected", "tokens", "tags")
 # Columns of other projects' layouts, which `formats.converted` brings into standard ones.
 _FOREIGN = ("conversations", "instruction", "output")
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -30,11 +30,19 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("text",),
     ),
     "dpo": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "kto": (("prompt", "completion", "label"), ("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "reward": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "grpo": (("prompt",),),
     "seq2seq": (("prompt", "completion"),),
     "classification": (("text", "label"),),
+    "multi_label": (("text", "label"),),
+    "regression": (("text", "label"),),
+    "token_classification": (("tokens", "tags"),),
 }
+# Tasks whose other columns go along: reward functions read them.
+_KEEPS_ALL = frozenset({"grpo"})
 # Columns without which there is nothing to learn from or to judge; prompts may be empty.
-_LEARNED = ("text", "completion", "messages", "chosen")
+_LEARNED = ("text", "completion", "messages", "chosen", "tokens")
 
 
 def read_dataset(source: str, split: str = "train") -> Dataset:
@@ -141,31 +149,33 @@ def select_columns(dataset: Dataset, task: str, source: str, renamed: Mapping[st
     if not usable:
         wanted = " or ".join("/".join(f) for f in FORMATS[task])
         raise DataError(
-            f"{source}: no usable column for task {task!r}: it has {present}, wanted {wanted}; "
-            "name yours with --text-column, --prompt-column, --completion-column, --messages-column, --label-column."
+            f"{source}: no usable column for task {task!r}: it has {present}, wanted {wanted}; name yours with "
+            + ", ".join(f"--{name}-column" for name in COLUMNS if any(name in f for f in FORMATS[task]))
+            + "."
         )
     chosen = max(usable, key=lambda f: sum(name in renamed for name in f))  # the first of the best
     kept = [found[name] for name in chosen]
-    kept += [name for name in EXTRAS.get(chosen, ()) if name in present and name not in kept]
+    extras = present if task in _KEEPS_ALL else EXTRAS.get(chosen, ())
+    kept += [name for name in extras if name in present and name not in kept]
     dataset = dataset.select_columns(kept)
     dataset = dataset.rename_columns({found[standard]: standard for standard in chosen})
     for name in set(chosen) & set(_FOREIGN):
-        _check_column(dataset, name, source)
+        _check_column(dataset, name, source, task)
     dataset, chosen = converted(dataset, chosen, source)
     for standard in chosen:
-        _check_column(dataset, standard, source)
+        _check_column(dataset, standard, source, task)
         if standard in _LEARNED and len(dataset) and not any(map(_says_something, dataset[standard])):
             raise DataError(f"{source}: column {standard!r} holds no text in any of {len(dataset)} rows.")
     return dataset
 
 
-def _says_something(value: str | list[dict[str, object]]) -> bool:
-    """Whether a text, or one of the messages of a chat, has more than white space."""
-    parts = [value] if isinstance(value, str) else [message.get("content") for message in value]
+def _says_something(value: str | list[Any]) -> bool:
+    """Whether a text, one of the messages of a chat, or one of several words has more than white space."""
+    parts = [value] if isinstance(value, str) else [m.get("content") if isinstance(m, Mapping) else m for m in value]
     return any(part.strip() if isinstance(part, str) else part for part in parts)
 
 
-def _check_column(dataset: Dataset, name: str, source: str) -> None:
+def _check_column(dataset: Dataset, name: str, source: str, task: str) -> None:
     import datasets
 
     column = dataset.with_format("arrow")[name]
@@ -186,15 +196,40 @@ def _check_column(dataset: Dataset, name: str, source: str) -> None:
         "conversations": is_chat,
         "instruction": dtype in {"string", "large_string"},
         "output": dtype in {"string", "large_string"},
-        "label": isinstance(feature, datasets.ClassLabel) or str(dtype).removeprefix("large_") in _LABEL_DTYPES,
+        "label": _fits_label(feature, task),
+        "tokens": is_chat and getattr(_inner(feature), "dtype", None) in {"string", "large_string"},
+        "tags": is_chat and _is_label(_inner(feature)),
     }
     if not fits[name]:
-        raise DataError(f"{source}: column {name!r} holds {quoted(feature)}, wanted {_WANTED[name]}.")
-    if isinstance(feature, datasets.List | list) and name != "conversations":
+        wanted = _WANTED_LABELS.get(task, _WANTED[name]) if name == "label" else _WANTED[name]
+        raise DataError(f"{source}: column {name!r} holds {quoted(feature)}, wanted {wanted}.")
+    if is_chat and name not in (*_CHATS, "conversations"):
+        for i, values in enumerate(dataset[name], 1):
+            if None in values:
+                raise DataError(f"{source}: column {name!r}, row {i}: holds a null, wanted {_inner(feature).dtype}.")
+    if is_chat and name in _CHATS:
         for i, chat in enumerate(dataset[name], 1):
             problem = _problem_of_chat(chat)
             if problem:
                 raise DataError(f"{source}: column {name!r}, row {i}: {problem}, wanted {_WANTED['messages']}.")
+
+
+def _fits_label(feature: Any, task: str) -> bool:
+    if task == "multi_label":
+        return hasattr(feature, "feature") and _is_label(_inner(feature))
+    dtype = str(getattr(feature, "dtype", None))
+    if task == "regression":
+        return dtype.startswith(("int", "uint", "float"))
+    return dtype == "bool" if task == "kto" else _is_label(feature)
+
+
+def _inner(feature: Any) -> Any:
+    """What a list holds."""
+    return feature.feature if hasattr(feature, "feature") else feature[0]
+
+
+def _is_label(feature: Any) -> bool:
+    return hasattr(feature, "int2str") or str(getattr(feature, "dtype", None)).removeprefix("large_") in _LABEL_DTYPES
 
 
 def _problem_of_chat(chat: Sequence[Any]) -> str | None:
@@ -209,6 +244,7 @@ def _problem_of_chat(chat: Sequence[Any]) -> str | None:
     return None
 
 
+_CHATS = ("prompt", "completion", "messages", "chosen", "rejected")
 _LABEL_DTYPES = {"string", "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 _WANTED = {
     "text": "strings",
@@ -220,5 +256,12 @@ _WANTED = {
     "conversations": "lists of turns with from and value",
     "instruction": "strings",
     "output": "strings",
-    "label": "strings or integers (regression is not among the tasks)",
+    "label": "strings or integers (--task regression learns numbers, --task multi_label lists of labels)",
+    "tokens": "lists of strings, a word each",
+    "tags": "lists of strings or integers, one for each word",
+}
+_WANTED_LABELS = {
+    "multi_label": "lists of strings or integers",
+    "regression": "numbers",
+    "kto": "true or false: whether the completion is wanted",
 }

@@ -55,7 +55,9 @@ class Ahead:
 
     def _next(self) -> tuple[str, int] | None:
         with self._changed:
-            while not self._stop.is_set() and self._todo and self._held and self._held + self._todo[-1][1] > self._budget:
+            while (
+                not self._stop.is_set() and self._todo and self._held and self._held + self._todo[-1][1] > self._budget
+            ):
                 self._changed.wait()
             if self._stop.is_set() or not self._todo:
                 return None

@@ -24,7 +24,7 @@ from ..errors import CheckpointError, OptionError, near_matches, one_line
 from ..records import is_file, mode_of
 from ..records.schema import Wanted
 from ..tuner.loading import check_config
-from .tasks import TASKS, Task, task_of
+from .tasks import Task, task_named, task_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,12 +41,6 @@ class _TrainerParser(TrlParser):
 
 def _trainer_parser(task: str) -> _TrainerParser:
     return _TrainerParser([task_named(task).arguments_class()], allow_abbrev=False, prog="spectrum-peft train")
-
-
-def task_named(name: str) -> Task:
-    if name not in TASKS:
-        raise OptionError(f"task is {name!r}." + near_matches(name, TASKS))
-    return TASKS[name]
 
 
 def trainer_help(task: str) -> str:
@@ -163,6 +157,11 @@ def dtype_of(options: argparse.Namespace) -> tuple[torch.dtype, str]:
     return getattr(torch, options.dtype), f"{options.dtype} on {device}"
 
 
+def remote_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Which version of a hub model to load, and whether to run its code, as `from_pretrained` wants it."""
+    return {name: value for name in ("revision", "trust_remote_code") if (value := getattr(options, name))}
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
@@ -177,7 +176,7 @@ def default_arguments(options: argparse.Namespace, row: Task, rate: float, dtype
     defaults: dict[str, Any] = {
         "output_dir": options.output_dir,
         "learning_rate": rate,
-        "include_num_input_tokens_seen": True,
+        "include_num_input_tokens_seen": not row.rewarded,  # a trainer that writes its own inputs has nothing to count before
         "logging_nan_inf_filter": False,  # it logs a NaN as 0
         "disable_tqdm": not sys.stderr.isatty(),
         "bf16": dtype == torch.bfloat16,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import statistics
@@ -18,7 +17,6 @@ from transformers import TrainerCallback
 
 from ..arguments import LORA_FIELDS, Rest
 from ..card import write_card
-from ..data import count_rows, show_rows, without_silent
 from ..devices import peak_memory, reset_peak_memory
 from ..errors import CheckpointError, DataError, OptionError
 from ..plan import OPTIONS, check_options, needs_gradients
@@ -27,13 +25,15 @@ from ..records import RESULTS_FILE, SnrReport, finite_only, write_text
 from ..scan import scan_weights
 from ..tuner.config import SpectrumConfig
 from ..tuner.loading import load_model_with_peft, load_model_with_spectrum, load_tokenizer
-from .arguments import given_fields, quiet_progress
+from .arguments import given_fields, quiet_progress, remote_options
+from .calibration import calibration_rows
 from .callback import SpectrumCallback, slower_by
 from .checkpoints import saving
 from .history import write_history
 from .output import check_output, clear_killed, clear_output
+from .preview import encoded_run
 from .settle import Run, settle
-from .tasks import build_trainer, encoded_rows, evaluate
+from .tasks import build_trainer, evaluate
 from .watch import FiniteLoss, RankLog, StepClock
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def train(
     print(f"{method}, task {task}, {run.why}")
     print(f"learning rate {args.learning_rate:g} ({source})")
 
-    run = _encoded(run, options)
+    run = encoded_run(run, options)
     transformers.set_seed(args.seed)  # a new head and new adapters are random
     memory_before = peak_memory()
     model, tokenizer, report, setup = _load(run, options, plan_options)
@@ -96,6 +96,7 @@ def train(
         max_length=options.max_length,
         callbacks=callbacks,
         data=run.data,
+        rewards=run.rewards,
     )
     if not len(trainer.train_dataset):
         raise DataError(
@@ -161,58 +162,6 @@ def train(
     return results
 
 
-def _encoded(run: Run, options: argparse.Namespace) -> Run:
-    """The run with rows of language modelling as tokens, so that what is wrong with them shows before the model is loaded;
-    says what became of them. Where the chat template comes from another model, TRL does this, after it has loaded that."""
-    template = getattr(run.args, "chat_template_path", None)
-    if run.task.name != "causal_lm" or (template is not None and not Path(template).is_file()):
-        return run
-    tokenizer = load_tokenizer(options.model, **remote_options(options))
-    if tokenizer is None:
-        raise CheckpointError(f"{options.model}: has no tokenizer, which training on text needs.")
-    if template is not None:
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
-    limit, from_end = run.args.max_length, run.args.truncation_mode == "keep_end"
-    both: list[Any] = []
-    sources = (options.dataset, options.eval_dataset or options.dataset)
-    for name, source, rows in zip(("training", "evaluation"), sources, (run.train_rows, run.eval_rows), strict=True):
-        if rows is None:
-            both.append(None)
-            continue
-        try:
-            rows = encoded_rows(rows, tokenizer, run.data)
-        except DataError as error:
-            raise DataError(f"{source}: {error}") from error
-        counts = count_rows(rows, limit if not run.args.packing else None, from_end=from_end)
-        print(f"{name}: {counts}")
-        if counts.read and not counts.left:
-            what = f"in each the prompt alone fills the {limit} tokens of max_length" if counts.filled else _SILENT
-            raise DataError(f"{source}: none of its {counts.read} rows is left to train on: {what}.")
-        both.append(without_silent(rows) if counts.silent else rows)
-    return dataclasses.replace(run, train_rows=both[0], eval_rows=both[1])
-
-
-_SILENT = "no token carries loss (--loss-on says which do)"
-
-
-def shown_rows(options: argparse.Namespace, rest: Rest, plan_options: dict[str, Any], flags: Sequence[str] = ()) -> str:
-    """The first training rows token by token, as `--show-rows` prints them; loads no model.
-
-    Raises:
-        OptionError: another task than language modelling, or fewer than one row asked for.
-    """
-    if options.show_rows < 1:
-        raise OptionError(f"--show-rows is {options.show_rows}, wanted at least 1.")
-    quiet_progress()
-    run = settle(options, rest, plan_options, flags)
-    if run.task.name != "causal_lm":
-        raise OptionError(f"--show-rows is for rows of language modelling, and the task is {run.task.name!r}.")
-    run = _encoded(run, options)
-    tokenizer = load_tokenizer(options.model, **remote_options(options))
-    cut = run.args.max_length if not run.args.packing else None
-    return show_rows(run.train_rows, tokenizer, options.show_rows, cut, from_end=run.args.truncation_mode == "keep_end")
-
-
 def _load(
     run: Run, options: argparse.Namespace, plan_options: Mapping[str, Any]
 ) -> tuple[Any, Any, SnrReport | None, dict[str, float]]:
@@ -256,27 +205,25 @@ def _calibration(
     samples = DEFAULT_SAMPLES if options.calibration_samples is None else options.calibration_samples
     if samples < 1:
         raise OptionError(f"--calibration-samples is {samples}, wanted at least 1.")
-    rows, task = run.train_rows.select(range(min(samples, len(run.train_rows)))), run.task.name
-    if "chosen" in rows.column_names:  # of a pair the chosen answer says what is to be learnt
-        rows = rows.remove_columns("rejected")
-        rows = rows.rename_column("chosen", "completion" if "prompt" in rows.column_names else "messages")
-        task = "causal_lm"
+    rows = run.train_rows.select(range(min(samples, len(run.train_rows))))
+    tokenizer = load_tokenizer(options.model, **remote_options(options))
+    labels = list(run.head.get("label2id", ()))
+    rows, task = calibration_rows(run.task, rows, tokenizer, options.max_length, labels, run.data)
+    if not len(rows):
+        raise DataError(
+            f"{options.dataset}: none of its first {samples} rows is wanted, so that there is nothing to probe."
+        )
     print(f"probing gradients on the first {len(rows)} training rows (--gradients gives a report of `probe` instead)")
     limit = options.max_length or getattr(run.args, "max_length", None)
     return calibration_batches(
         rows,
         n=len(rows),
-        tokenizer=load_tokenizer(options.model, **remote_options(options)),
+        tokenizer=tokenizer,
         task=task,
         batch_size=min(run.args.per_device_train_batch_size, len(rows)),
-        labels=list(run.head["label2id"]) if run.head else None,
+        labels=labels or None,
         **({} if limit is None else {"max_length": limit}),
     )
-
-
-def remote_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Which version of a hub model to load, and whether to run its code, as `from_pretrained` wants it."""
-    return {name: value for name in ("revision", "trust_remote_code") if (value := getattr(options, name))}
 
 
 def _kept_in_float32(trainer: Any) -> list[tuple[torch.nn.Parameter, torch.dtype]]:

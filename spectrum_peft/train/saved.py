@@ -15,8 +15,8 @@ import torch
 import transformers
 
 from ..arguments import Rest
-from ..data import label_names, read_rows
-from ..errors import CheckpointError
+from ..data import read_rows
+from ..errors import CheckpointError, OptionError
 from ..probe import DEFAULT_SAMPLES, calibration_batches, probe_gradients
 from ..records import RESULTS_FILE, GradientReport, checked, finite_only, is_file, read_mapping
 from ..records.schema import Name
@@ -30,13 +30,15 @@ from .arguments import (
     default_arguments,
     dtype_of,
     quiet_progress,
+    remote_options,
     renamed_columns,
-    task_named,
     trainer_arguments,
 )
-from .run import remote_options
-from .settle import data_choices
-from .tasks import TASKS, Task, build_trainer, encoded_rows, evaluate, has_classifier, task_of
+from .calibration import calibration_rows
+from .encoding import encoded_rows
+from .heads import has_head, head_of, keywords_of
+from .settle import data_choices, rewards_of
+from .tasks import TASKS, Task, build_trainer, evaluate, task_named, task_of, task_of_head
 
 # --- probe -----------------------------------------------------------------------------------------------------------
 
@@ -53,13 +55,24 @@ def _what_is_there(options: argparse.Namespace) -> tuple[dict[str, Any] | None, 
     adapter = read_adapter_config(config_file) if is_file(config_file) else None
     described, name = options.model, options.task
     if adapter is not None:
-        name = name or next((t.name for t in TASKS.values() if t.task_type == adapter.get("task_type")), None)
         if not (folder / "config.json").is_file():
             described = adapter.get("base_model_name_or_path")
             if not described:
                 raise CheckpointError(f"{config_file}: base_model_name_or_path is empty, wanted the base.")
     config = config_of(described, options)
-    return adapter, config, task_named(name or task_of(config, described))
+    return adapter, config, task_named(name or _task_there(folder, adapter, config, described))
+
+
+def _task_there(folder: Path, adapter: dict[str, Any] | None, config: Any, described: str) -> str:
+    """The task that a head was trained for as its run wrote it down, else the one of PEFT's task type or of the architecture."""
+    stated = TASKS.get(str(_stated(folder / RESULTS_FILE).get("task")))
+    if stated is not None and stated.head is not None:
+        return stated.name
+    kind = adapter.get("task_type") if adapter is not None else None
+    if kind == "SEQ_CLS":
+        return task_of_head(config.to_dict())
+    found = next((t.name for t in TASKS.values() if t.task_type == kind), None)
+    return found or task_of(config, described)
 
 
 def probe(options: argparse.Namespace) -> GradientReport:
@@ -69,13 +82,13 @@ def probe(options: argparse.Namespace) -> GradientReport:
     dtype, why = dtype_of(options)
     print(f"task {task.name}, {why}", file=sys.stderr)
     rows = read_rows(options.dataset, options.dataset_split or "train", task.name, renamed_columns(options))
-    kwargs, labels = remote_options(options), None
+    kwargs, labels = remote_options(options), []
     if options.attn_implementation:
         kwargs["attn_implementation"] = options.attn_implementation
-    if task.labelled:
-        has_head = adapter is not None or has_classifier(config)
-        labels = label_names(rows, config if has_head else None, options.dataset)
-        kwargs["num_labels"] = len(labels)
+    if task.head is not None:
+        known = adapter is not None or has_head(config, task.head)
+        kwargs |= head_of(task.head, rows, config, options.dataset, options.model, known=known)
+        labels = list(kwargs.get("label2id", ()))
     transformers.set_seed(options.seed)  # a new head is random
     model_class = getattr(transformers, task.auto_class)
     model, tokenizer = load_trained(
@@ -83,11 +96,13 @@ def probe(options: argparse.Namespace) -> GradientReport:
     )
     if tokenizer is None:
         raise CheckpointError(f"{options.model}: has no tokenizer, which a probe on text needs.")
-    if task.name == "causal_lm":
-        rows = encoded_rows(rows, tokenizer, data_choices(options, None))
+    choices = data_choices(options, None)
+    rows, name = calibration_rows(task, rows, tokenizer, options.max_length, labels, choices)
+    if name == "causal_lm":
+        rows = encoded_rows(rows, tokenizer, choices)
     given = {name: value for name in ("batch_size", "max_length") if (value := getattr(options, name)) is not None}
     samples = DEFAULT_SAMPLES if options.samples is None else options.samples
-    batches = calibration_batches(rows, tokenizer, samples, options.seed, task=task.name, labels=labels, **given)
+    batches = calibration_batches(rows, tokenizer, samples, options.seed, task=name, labels=labels or None, **given)
     asked = {
         name: value for name in ("directions", "svd_rank", "columns") if (value := getattr(options, name)) is not None
     }
@@ -133,6 +148,7 @@ class Saved:
                 train_dataset=rows,
                 max_length=options.max_length,
                 data=data_choices(options, args),
+                rewards=rewards_of(options, self.task, rows),
             )
             return evaluate(self.task.name, trainer, trainer.train_dataset)
 
@@ -143,6 +159,7 @@ class _Stated:
 
     dtype: Name | None = None
     quantization: Name | None = None
+    task: Name | None = None
 
 
 def _stated(path: Path) -> dict[str, Any]:
@@ -169,8 +186,8 @@ def open_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str] = (
     print(f"task {task.name}, {why}{on}", file=sys.stderr)
     kwargs: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
     kwargs["model_class"] = getattr(transformers, task.auto_class)
-    if task.labelled:
-        kwargs |= {"num_labels": config.num_labels, "id2label": config.id2label, "label2id": config.label2id}
+    if task.head is not None:
+        kwargs |= keywords_of(task.head, config)
     kwargs |= remote_options(options)
     if adapter is None and quantization not in (None, "none"):
         report = scan_weights(options.model, "last", revision=options.revision, download=True)
@@ -193,9 +210,14 @@ def evaluate_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str]
     for name in options.generate or ():
         generation.check_metric(name)
     saved = open_saved(options, rest, flags)
+    if saved.task.relative:
+        raise OptionError(
+            f"task is {saved.task.name!r}, which is judged beside the model as it was before training: --eval-dataset of `train` "
+            "does it. A saved model is judged as causal_lm."
+        )
     rows = saved.rows(options.dataset, options.dataset_split)
-    if saved.task.labelled:
-        label_names(rows, saved.config, options.dataset)
+    if saved.task.head is not None:
+        head_of(saved.task.head, rows, saved.config, options.dataset, options.model, known=True)
     metrics = saved.metrics(rows)
     if options.generate:
         metrics |= generation.judge(

@@ -13,16 +13,19 @@ import torch
 from transformers import TrainingArguments
 
 from ..arguments import LORA_FIELDS, Rest
-from ..data import check_loss_on, label_ids, label_names, read_rows
-from ..errors import DataError, OptionError, near_matches
+from ..data import check_loss_on, read_rows
+from ..errors import OptionError, near_matches
 from ..plan import MODES, Mode, check_options, checked_plan, get_mode
 from ..records import EXPORTED, Plan, read_mapping
 from ..tuner.loading import check_quantizable, checked_peft_config
-from .arguments import config_of, default_arguments, dtype_of, renamed_columns, task_named, trainer_arguments
+from .arguments import config_of, default_arguments, dtype_of, renamed_columns, trainer_arguments
 from .callback import slower_by
 from .checkpoints import checkpoint_to_resume
+from .encoding import DataChoices
+from .heads import check_labels, has_head, head_of
 from .needs import check_needs
-from .tasks import DataChoices, Task, has_classifier, task_of
+from .rewards import FLAG, reward_functions
+from .tasks import Task, task_named, task_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +38,10 @@ class Run:
         peft: fields of a PEFT config, `peft_type` among them; None for our modes.
         why: one line on the dtype.
         train_rows, eval_rows: with the task's standard columns; no evaluation rows where no set was named.
-        head: keywords of the loader that size and name a classification head.
+        head: keywords of the loader that size and name a head; none where the task has none.
         new_head: the checkpoint has none, so that it begins at random.
         data: what of the rows is shown and learnt.
+        rewards: functions and folders of models that judge what is written, for tasks that take them.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Run:
     head: dict[str, Any]
     new_head: bool
     data: DataChoices
+    rewards: tuple[Any, ...] = ()
 
 
 Rows = tuple[datasets.Dataset, datasets.Dataset | None]
@@ -108,14 +113,15 @@ def settle(
     if data.loss_on in ("assistant", "completion") and "text" in train_rows.column_names:
         raise OptionError(f"--loss-on is {data.loss_on!r}, and {options.dataset} holds text, which has no turns.")
     head: dict[str, Any] = {}
-    if "label" in train_rows.column_names:
-        labels = label_names(train_rows, config if has_classifier(config) else None, options.dataset)
-        ids = {name: i for i, name in enumerate(labels)}
-        head = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": ids}
+    if task.head is not None:
+        head = head_of(task.head, train_rows, config, options.dataset, options.model)
         if eval_rows is not None:
-            _check_labels(eval_rows, labels, eval_source)
-    new_head = bool(head) and not has_classifier(config)
-    return Run(name, mode, own, plan, task, dtype, why, args, resume, train_rows, eval_rows, head, new_head, data)
+            check_labels(task.head, eval_rows, list(head.get("label2id", ())), eval_source)
+    new_head = bool(head) and not has_head(config, task.head)
+    rewards = rewards_of(options, task, train_rows)
+    return Run(
+        name, mode, own, plan, task, dtype, why, args, resume, train_rows, eval_rows, head, new_head, data, rewards
+    )
 
 
 def _check_export(
@@ -141,15 +147,19 @@ def _check_export(
         raise OptionError(f"--export merged: mode {mode.name!r} writes a plain checkpoint already; leave it out.")
 
 
-def _check_labels(rows: Any, labels: Sequence[str], source: str) -> None:
+def rewards_of(options: argparse.Namespace, task: Task, rows: datasets.Dataset) -> tuple[Any, ...]:
     """
     Raises:
-        DataError: evaluation rows hold a label that is none of the model's.
+        OptionError: a task that takes reward functions has none, or another has some; what `reward_functions` refuses.
     """
-    try:
-        label_ids(rows, labels)
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from error
+    given = options.reward_function
+    if not task.rewarded:
+        if given:
+            raise OptionError(f"{FLAG} is for task 'grpo', and the task is {task.name!r}.")
+        return ()
+    if not given:
+        raise OptionError(f"{FLAG} is missing: task {task.name!r} learns from what it returns (file.py:function).")
+    return tuple(reward_functions(given, strings=isinstance(rows[0]["prompt"], str)))
 
 
 def data_choices(options: argparse.Namespace, args: Any) -> DataChoices:

@@ -1,7 +1,7 @@
 """Training tasks: how rows become batches, which trainer runs them, how the result is judged.
 
-A task is a row of `TASKS`. Everything that differs between language modelling, sequence-to-sequence and classification
-stands in its row or in the three small functions that the row names; the command line has no `if task ==` of its own.
+A task is a row of `TASKS`. Everything that differs between language modelling, preferences, sequence-to-sequence and heads
+stands in its row or in the small functions that the row names; the command line has no `if task ==` of its own.
 torch, transformers and trl are imported inside functions: `--help` reads the table without them.
 """
 
@@ -10,11 +10,31 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..data import encode_row, label_ids
-from ..errors import DataError, OptionError, one_line
-from .judge import classification_scores, judge_causal_lm, judge_classification, judge_seq2seq, require_scikit_learn
+from ..data import Piece
+from ..errors import DataError, OptionError, near_matches, one_line
+from . import answers
+from .encoding import (
+    Collate,
+    DataChoices,
+    Encode,
+    both_sides,
+    by_trainer,
+    collate_seq2seq,
+    collator_of_heads,
+    encode_causal_lm,
+    encode_classes,
+    encode_number,
+    encode_seq2seq,
+    encode_several,
+    encode_tags,
+    one_piece,
+    text_with_target,
+)
+from .heads import labels_of
+from .judge import judge_causal_lm, judge_head, judge_seq2seq
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,19 +45,6 @@ _MODEL_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "lab
 
 
 @dataclass(frozen=True)
-class DataChoices:
-    """What of a row is shown and learnt, as `data.encode_row` takes it; language modelling only.
-
-    Attributes:
-        loss_on: `all`, `assistant`, `completion`, or None for what the row's format means.
-        template: prompts and completions go through the tokenizer's chat template where it has one.
-    """
-
-    loss_on: str | None = None
-    template: bool = True
-
-
-@dataclass(frozen=True)
 class Task:
     """One row of `TASKS`.
 
@@ -45,9 +52,14 @@ class Task:
         task_type: PEFT's name of the task.
         auto_class: class of transformers that loads a model for it.
         arguments, trainer: (module, name) of the training arguments and of the trainer.
-        prepare: (trainer keywords so far, model, tokenizer, max_length, choices) -> trainer keywords; tokenizes and collates.
+        encode, collate: as `encoding` explains them.
         judge: (model, batches) -> metrics; None: the trainer's own evaluation judges.
-        labelled: it predicts one of the labels that the model's head names.
+        figures: {metric: key under which the trainer's evaluation logs it}, where `judge` is None.
+        pieces: (encoded row, tokenizer, names of the labels) -> what a model sees of it, uncut.
+        drops: rows that do not fit are dropped, as `data.Cut` names it.
+        head: kind of head, key of `heads.PROBLEMS`; None: the model's own.
+        relative: it is judged beside the model as it was before, so that a saved result alone cannot be.
+        rewarded: it takes reward functions.
     """
 
     name: str
@@ -55,15 +67,43 @@ class Task:
     auto_class: str
     arguments: tuple[str, str]
     trainer: tuple[str, str]
-    prepare: Callable[..., dict[str, Any]]
-    judge: Callable[[Any, Iterable[Mapping[str, Any]]], dict[str, float]] | None
-    labelled: bool = False
+    encode: Encode
+    collate: Collate = by_trainer
+    judge: Callable[[Any, Iterable[Mapping[str, Any]]], dict[str, float]] | None = None
+    figures: Mapping[str, str] | None = None
+    pieces: Callable[[Mapping[str, Any], Any, Sequence[str]], list[Piece]] = one_piece
+    drops: str | None = None
+    head: str | None = None
+    relative: bool = False
+    rewarded: bool = False
 
     def arguments_class(self) -> type[TrainingArguments]:
         return getattr(importlib.import_module(self.arguments[0]), self.arguments[1])
 
     def trainer_class(self) -> type[Trainer]:
         return getattr(importlib.import_module(self.trainer[0]), self.trainer[1])
+
+
+# What people call tasks elsewhere, and what TRL 1.16 has only under `trl.experimental`, with the names of its trainers.
+_ALIASES = {"sft": "causal_lm", "language_modelling": "causal_lm", "sequence_classification": "classification"}
+_EXPERIMENTAL = {"orpo": "ORPO", "cpo": "CPO", "gkd": "GKD", "online_dpo": "OnlineDPO"}
+
+
+def task_named(name: str) -> Task:
+    """
+    Raises:
+        OptionError: there is no such task, or TRL has it only as an experiment.
+    """
+    name = _ALIASES.get(name, name)
+    if name in _EXPERIMENTAL:
+        trainer = f"trl.experimental.{name}.{_EXPERIMENTAL[name]}Trainer"
+        raise OptionError(
+            f"task is {name!r}: TRL has it only as an experiment, whose names may change, so that no flag stands for it. From "
+            f"Python it works: {trainer}(..., peft_config=SpectrumConfig(...), callbacks=[SpectrumCallback()])."
+        )
+    if name not in TASKS:
+        raise OptionError(f"task is {name!r}." + near_matches(name, TASKS))
+    return TASKS[name]
 
 
 def task_of(config: PretrainedConfig | Mapping[str, Any], source: str) -> str:
@@ -79,7 +119,9 @@ def task_of(config: PretrainedConfig | Mapping[str, Any], source: str) -> str:
     architectures = data.get("architectures") or []
     for name in architectures:
         if name.endswith("ForSequenceClassification"):
-            return "classification"
+            return task_of_head(data)
+        if name.endswith("ForTokenClassification"):
+            return "token_classification"
         if data.get("is_encoder_decoder") and name.endswith(("ForConditionalGeneration", "WithLMHeadModel")):
             return "seq2seq"
         if name.endswith(("ForCausalLM", "LMHeadModel")):
@@ -89,99 +131,20 @@ def task_of(config: PretrainedConfig | Mapping[str, Any], source: str) -> str:
     )
 
 
-def has_classifier(config: PretrainedConfig) -> bool:
-    """Whether the checkpoint comes with a head for classes; without one a new one is drawn at random."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+def task_of_head(config: Mapping[str, Any]) -> str:
+    """Which of the tasks with a head for whole texts a config is of: by its problem_type, else by the number of outputs."""
+    problem, outputs = config.get("problem_type"), len(config.get("id2label") or ())
+    if problem == "multi_label_classification":
+        return "multi_label"
+    return "regression" if problem == "regression" or outputs == 1 else "classification"
 
 
-# --- from rows to batches --------------------------------------------------------------------------------------------
-# Each takes the trainer's keywords with `train_dataset` and `eval_dataset` as rows and gives them back as the trainer
-# wants them. `max_length` is in tokens; None: the task's default, within what the model can take.
+# --- trainers and figures --------------------------------------------------------------------------------------------
 
 
-def _limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
+def limit_of(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
+    """Longest row in tokens: what was asked for or the default, within what the model can take."""
     return min(max_length or _DEFAULT_MAX_LENGTH, tokenizer.model_max_length)
-
-
-def _tokenized(keywords: dict[str, Any], function: Callable[[Any, Any], Any]) -> dict[str, Any]:
-    for name in ("train_dataset", "eval_dataset"):
-        rows = keywords.get(name)
-        if rows is not None:
-            keywords[name] = rows.map(
-                lambda batch, rows=rows: function(batch, rows), batched=True, remove_columns=rows.column_names
-            )
-    return keywords
-
-
-def _prepare_causal_lm(
-    keywords: dict[str, Any], model: Any, tokenizer: Any, max_length: int | None, data: DataChoices
-) -> dict[str, Any]:
-    """SFTTrainer cuts, drops what is left without loss, and packs; `max_length` is a field of its arguments."""
-    for name in ("train_dataset", "eval_dataset"):
-        rows = keywords.get(name)
-        if rows is not None and "input_ids" not in rows.column_names:
-            keywords[name] = encoded_rows(rows, tokenizer, data)
-    return keywords
-
-
-def encoded_rows(rows: Dataset, tokenizer: Any, data: DataChoices) -> Dataset:
-    """Rows of language modelling as `input_ids` and `labels`.
-
-    Raises:
-        DataError: names the row.
-    """
-
-    def encode(row: Any, i: int) -> Any:
-        try:
-            return encode_row(row, tokenizer, data.loss_on, template=data.template)
-        except DataError as error:
-            raise DataError(f"row {i + 1}: {error}") from error
-
-    return rows.map(encode, with_indices=True, remove_columns=rows.column_names)
-
-
-def _prepare_by_trainer(
-    keywords: dict[str, Any], model: Any, tokenizer: Any, max_length: int | None, data: DataChoices
-) -> dict[str, Any]:
-    """The trainer applies the chat template, tokenizes and collates."""
-    return keywords
-
-
-def _prepare_seq2seq(
-    keywords: dict[str, Any], model: Any, tokenizer: Any, max_length: int | None, data: DataChoices
-) -> dict[str, Any]:
-    from transformers import DataCollatorForSeq2Seq
-
-    limit = _limit(tokenizer, max_length)
-
-    def encode(batch: Any, rows: Any) -> Any:
-        return tokenizer(batch["prompt"], text_target=batch["completion"], truncation=True, max_length=limit)
-
-    return _tokenized(keywords, encode) | {"data_collator": DataCollatorForSeq2Seq(tokenizer, model=model)}
-
-
-def _prepare_classification(
-    keywords: dict[str, Any], model: Any, tokenizer: Any, max_length: int | None, data: DataChoices
-) -> dict[str, Any]:
-    from transformers import DataCollatorWithPadding
-
-    require_scikit_learn()
-    if tokenizer.pad_token is None:  # decoders: the model looks for the last token that is not padding
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    limit = _limit(tokenizer, max_length)
-
-    def encode(batch: Any, rows: Any) -> Any:
-        ids = label_ids(rows, names)
-        labels = [ids(value) for value in batch["label"]]
-        return {**tokenizer(batch["text"], truncation=True, max_length=limit), "labels": labels}
-
-    return _tokenized(keywords, encode) | {
-        "data_collator": DataCollatorWithPadding(tokenizer),
-        "compute_metrics": lambda p: classification_scores(p.predictions.argmax(-1), p.label_ids),
-    }
 
 
 def build_trainer(
@@ -195,30 +158,32 @@ def build_trainer(
     max_length: int | None = None,
     callbacks: Sequence[Any] = (),
     data: DataChoices | None = None,
+    rewards: Sequence[Any] = (),
 ) -> Trainer:
     """The trainer of a task on rows with the task's standard columns (`select_columns`).
 
     Args:
-        model: plain or a PeftModel; for classification its config has the label map.
+        model: plain or a PeftModel; with a head its config has the label map.
         args: an instance of the task's `arguments_class()`.
         max_length: in tokens, for the tasks whose arguments have no such field.
+        rewards: functions, for tasks that take them.
     """
-    keywords: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     from jinja2 import TemplateError
 
-    keywords = TASKS[task].prepare(keywords, model, tokenizer, max_length, data or DataChoices())
+    row, given = TASKS[task], {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    labels = labels_of(model.config) if row.head is not None else []
+    keywords: dict[str, Any] = {"reward_funcs": list(rewards)} if row.rewarded else {}
+    for name, rows in given.items():
+        if rows is not None and "input_ids" not in rows.column_names:
+            rows = row.encode(rows, tokenizer, limit_of(tokenizer, max_length), labels, data or DataChoices())
+        keywords[name] = rows
+    keywords |= row.collate(model, tokenizer)
     try:
-        return TASKS[task].trainer_class()(
+        return row.trainer_class()(
             model=model, args=args, processing_class=tokenizer, callbacks=list(callbacks), **keywords
         )
     except TemplateError as error:  # roles in an order that it does not take, for one
         raise DataError(f"the chat template of the tokenizer refuses the rows: {one_line(error)}.") from error
-
-
-# Names of a trainer's own figures, and the keys under which TRL 1.16 logs them.
-_OWN_FIGURES = {
-    "loss": "eval_loss", "reward_accuracy": "eval_rewards/accuracies", "reward_margin": "eval_rewards/margins",
-}  # fmt: skip
 
 
 def evaluate(task: str, trainer: Trainer, dataset: Dataset) -> dict[str, float]:
@@ -230,14 +195,18 @@ def evaluate(task: str, trainer: Trainer, dataset: Dataset) -> dict[str, float]:
     Args:
         dataset: `trainer.train_dataset` or `trainer.eval_dataset`.
     Returns:
-        causal_lm, seq2seq: loss (nats a token), perplexity, token_accuracy, tokens; classification: loss (nats an
-        example), accuracy, macro_f1, examples; dpo: loss, reward_accuracy (share of pairs whose chosen answer has the higher
-        reward), reward_margin.
+        causal_lm, seq2seq: loss (nats a token), perplexity, token_accuracy, tokens; tasks with a head: what `judge.judge_head`
+        says; preferences and rewards: the figures that the row of `TASKS` names, as the trainer has them.
     """
-    judge = TASKS[task].judge
-    if judge is None:
+    from transformers import PrinterCallback
+
+    row = TASKS[task]
+    if row.judge is None:
+        printer = trainer.pop_callback(PrinterCallback)  # the caller says the figures
         found = trainer.evaluate(dataset)
-        return {name: float(found[key]) for name, key in _OWN_FIGURES.items() if key in found}
+        if printer is not None:
+            trainer.add_callback(printer)
+        return {name: float(found[key]) for name, key in (row.figures or {}).items() if key in found}
     from torch.utils.data import DataLoader
 
     rows = dataset.select_columns([name for name in dataset.column_names if name in _MODEL_INPUTS])
@@ -247,50 +216,97 @@ def evaluate(task: str, trainer: Trainer, dataset: Dataset) -> dict[str, float]:
     training = model.training
     model.eval()
     try:
-        return judge(model, batches)
+        return row.judge(model, batches)
     finally:
         model.train(training)
+
+
+_PAIR_FIGURES = {
+    "loss": "eval_loss", "reward_accuracy": "eval_rewards/accuracies", "reward_margin": "eval_rewards/margins",
+}  # fmt: skip
+_DECODER = {"task_type": "CAUSAL_LM", "auto_class": "AutoModelForCausalLM"}
+_HEAD = {"task_type": "SEQ_CLS", "auto_class": "AutoModelForSequenceClassification"}
+_PLAIN = {"arguments": ("transformers", "TrainingArguments"), "trainer": ("transformers", "Trainer")}
+
+
+def _trl(name: str) -> dict[str, tuple[str, str]]:
+    return {"arguments": ("trl", f"{name}Config"), "trainer": ("trl", f"{name}Trainer")}
+
+
+def _judged(head: str) -> dict[str, Any]:
+    shown = one_piece if head == "tokens" else text_with_target
+    return {"head": head, "collate": collator_of_heads(head), "judge": partial(judge_head, head), "pieces": shown}
 
 
 TASKS: dict[str, Task] = {
     t.name: t
     for t in (
+        Task("causal_lm", **_DECODER, **_trl("SFT"), encode=encode_causal_lm, judge=judge_causal_lm, drops="filled"),
         Task(
-            name="causal_lm",
-            task_type="CAUSAL_LM",
-            auto_class="AutoModelForCausalLM",
-            arguments=("trl", "SFTConfig"),
-            trainer=("trl", "SFTTrainer"),
-            prepare=_prepare_causal_lm,
-            judge=judge_causal_lm,
+            "dpo",
+            **_DECODER,
+            **_trl("DPO"),
+            encode=answers.as_turns,
+            figures=_PAIR_FIGURES,
+            pieces=answers.pairs,
+            drops="filled",
+            relative=True,
         ),
         Task(
-            name="dpo",
-            task_type="CAUSAL_LM",
-            auto_class="AutoModelForCausalLM",
-            arguments=("trl", "DPOConfig"),
-            trainer=("trl", "DPOTrainer"),
-            prepare=_prepare_by_trainer,
-            judge=None,
+            "kto",
+            **_DECODER,
+            **_trl("KTO"),
+            encode=answers.as_turns,
+            figures={
+                "loss": "eval_loss",
+                "reward_wanted": "eval_rewards/chosen",
+                "reward_unwanted": "eval_rewards/rejected",
+                "reward_margin": "eval_rewards/margins",
+            },
+            pieces=answers.wanted_or_not,
+            drops="filled",
+            relative=True,
         ),
         Task(
-            name="seq2seq",
+            "reward",
+            **_HEAD,
+            **_trl("Reward"),
+            encode=answers.as_turns,
+            figures={"loss": "eval_loss", "reward_accuracy": "eval_accuracy", "reward_margin": "eval_margin"},
+            pieces=answers.whole_answers,
+            drops="long",
+            head="reward",
+        ),
+        Task(
+            "grpo",
+            **_DECODER,
+            **_trl("GRPO"),
+            encode=answers.as_turns,
+            figures={"reward": "eval_reward", "completion_tokens": "eval_completions/mean_length"},
+            pieces=answers.prompts,
+            rewarded=True,
+        ),
+        Task(
+            "seq2seq",
             task_type="SEQ_2_SEQ_LM",
             auto_class="AutoModelForSeq2SeqLM",
             arguments=("transformers", "Seq2SeqTrainingArguments"),
             trainer=("transformers", "Seq2SeqTrainer"),
-            prepare=_prepare_seq2seq,
+            encode=encode_seq2seq,
+            collate=collate_seq2seq,
             judge=judge_seq2seq,
+            pieces=both_sides,
         ),
+        Task("classification", **_HEAD, **_PLAIN, encode=encode_classes, **_judged("classes")),
+        Task("multi_label", **_HEAD, **_PLAIN, encode=encode_several, **_judged("several")),
+        Task("regression", **_HEAD, **_PLAIN, encode=encode_number, **_judged("number")),
         Task(
-            name="classification",
-            task_type="SEQ_CLS",
-            auto_class="AutoModelForSequenceClassification",
-            arguments=("transformers", "TrainingArguments"),
-            trainer=("transformers", "Trainer"),
-            prepare=_prepare_classification,
-            judge=judge_classification,
-            labelled=True,
+            "token_classification",
+            task_type="TOKEN_CLS",
+            auto_class="AutoModelForTokenClassification",
+            **_PLAIN,
+            encode=encode_tags,
+            **_judged("tokens"),
         ),
     )
 }

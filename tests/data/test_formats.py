@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from spectrum_peft.data import count_rows, read_rows, sources_of
+from spectrum_peft.data import Cut, Piece, count_rows, pieces_of, read_rows, sources_of
 from spectrum_peft.errors import DataError
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
@@ -114,13 +114,26 @@ def test_rows_are_counted_within_the_limit() -> None:
 
     labels = [[-100, -100, 5], [-100, 5], [-100, -100, -100], [5, 5, 5, 5]]
     rows = Dataset.from_dict({"input_ids": [[5] * len(row) for row in labels], "labels": labels})
-    counts = count_rows(rows, 2)
+    counts = count_rows(pieces_of(rows), Cut(2))
     assert (counts.read, counts.silent, counts.filled, counts.cut, counts.tokens, counts.learned) == (4, 1, 1, 1, 4, 3)
     assert counts.left == 2
     assert str(counts) == (
         "4 rows read, 1 dropped, in which no token carries loss, 1 dropped, whose prompt alone fills the 2 tokens of "
         "max_length, 1 cut at 2 tokens; 4 tokens, of which 3 carry loss"
     )
-    ends = count_rows(rows, 2, from_end=True)
+    ends = count_rows(pieces_of(rows), Cut(2, from_end=True))
     assert (ends.filled, ends.cut, ends.learned) == (0, 2, 4)
-    assert count_rows(rows, None).tokens == 9
+    assert count_rows(pieces_of(rows), Cut(None)).tokens == 9
+
+
+def test_pairs_are_dropped_whole_and_texts_never() -> None:
+    """As TRL's trainers and our encoders have it: a prompt that fills the limit, a piece above it, and neither."""
+    pairs = [[Piece("a", [1] * n, [-100] * 2 + [1] * (n - 2)), Piece("b", [1] * 3, [-100] * 2 + [1])] for n in (3, 5)]
+    assert count_rows(pairs, Cut(2)).filled == 2
+    assert (count_rows(pairs, Cut(4)).cut, count_rows(pairs, Cut(4)).tokens) == (1, 3 + 3 + 4 + 3)
+    long = count_rows(pairs, Cut(4, drops="long"))
+    assert (long.long, long.left, long.tokens) == (1, 1, 6)
+    assert "1 dropped, which are longer than the 4 tokens of max_length" in str(long)
+    texts = count_rows([[Piece("", [1] * 5, None, "a")]], Cut(2, drops=None))
+    assert (texts.left, texts.cut, texts.tokens, texts.learned) == (1, 1, 2, None)
+    assert str(texts).endswith("; 2 tokens")

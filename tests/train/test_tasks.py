@@ -13,8 +13,10 @@ from torch import nn
 
 from spectrum_peft.data import IGNORED, label_names, read_dataset, select_columns
 from spectrum_peft.errors import DataError, InstallError, OptionError
+from spectrum_peft.train.encoding import DataChoices
+from spectrum_peft.train.heads import labels_of
 from spectrum_peft.train.judge import classification_scores, require_scikit_learn
-from spectrum_peft.train.tasks import TASKS, DataChoices, task_of
+from spectrum_peft.train.tasks import TASKS, task_of
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -128,7 +130,12 @@ def test_a_renamed_column_may_swap_names_with_another() -> None:
         ({"prompt": ["p"], "completion": [" "]}, "seq2seq", {}, "column 'completion' holds no text in any of 1 rows"),
         ({"messages": [[{"role": "user", "content": ""}]]}, "causal_lm", {}, "column 'messages' holds no text"),
         ({"text": [3]}, "causal_lm", {}, r"column 'text' holds .*int64.*, wanted strings"),
-        ({"text": ["t"], "label": [0.5]}, "classification", {}, r"column 'label' holds .*float64.* \(regression"),
+        (
+            {"text": ["t"], "label": [0.5]},
+            "classification",
+            {},
+            r"column 'label' holds .*float64.* \(--task regression",
+        ),
     ],
 )
 def test_a_column_that_cannot_be_used_is_named(
@@ -187,15 +194,13 @@ def test_labels_that_do_not_fit_are_named(labels: list[Any], known: list[str] | 
 def test_labels_become_the_ids_of_the_models_names(tiny_tokenizer: Any) -> None:
     from transformers import BertConfig
 
-    class Model:
-        config = BertConfig(id2label={0: "z", 1: "a"}, pad_token_id=256)
-
     rows = dataset({"text": ["x", "y", "z"], "label": ["a", "z", "a"]})
-    keywords = TASKS["classification"].prepare({"train_dataset": rows}, Model, tiny_tokenizer, 8, DataChoices())
-    assert keywords["train_dataset"]["labels"][:] == [1, 0, 1]
-    unknown = {"train_dataset": dataset({"text": ["x"], "label": ["q"]})}
+    names = labels_of(BertConfig(id2label={0: "z", 1: "a"}))
+    encoded = TASKS["classification"].encode(rows, tiny_tokenizer, 8, names, DataChoices())
+    assert encoded["labels"][:] == [1, 0, 1]
+    unknown = dataset({"text": ["x"], "label": ["q"]})
     with pytest.raises(DataError, match="label 'q' is none of the 2"):
-        TASKS["classification"].prepare(unknown, Model, tiny_tokenizer, 8, DataChoices())
+        TASKS["classification"].encode(unknown, tiny_tokenizer, 8, names, DataChoices())
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
