@@ -20,30 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import names
-from ..errors import CheckpointError, quoted
-from ..records import Fingerprint, checked, parse_json
-from ..records.schema import Count
+from ..errors import CheckpointError
+from ..records import Fingerprint
+from .forms import forms_of, told
 from .headers import Span, find_shards, read_config, read_header, read_index
 from .layouts import Layout, Recipe, layout_of, must_ask, skeleton_in
 from .parameters import by_layout, by_names
-from .quantized import dequantize_4bit, int8_values
 from .shards import LocalShards, Shards, ends_of, read_bytes
 from .source import DTYPES, SAMPLE, TensorInfo, split_found, structure_of
-
-_BLOCK_SIZES = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
-
-
-@dataclass(frozen=True)
-class _QuantState:
-    """What bitsandbytes writes beside a 4-bit matrix. Source: bitsandbytes 0.50, functional.py, `QuantState.as_dict`."""
-
-    shape: tuple[Count, Count]
-    blocksize: _BLOCK_SIZES
-    quant_type: Literal["nf4", "fp4"]
-    dtype: Literal["float16", "bfloat16", "float32"]
-    nested_blocksize: _BLOCK_SIZES | None = None
-    nested_dtype: str | None = None
-    nested_offset: float | None = None
 
 
 class FileWeights:
@@ -57,6 +41,7 @@ class FileWeights:
             class that config.json names.
         shards: who reads the files; None where they are files of this machine.
     Attributes:
+        forms: {tensor: how it is stored} of all floating-point ones.
         layout: what the model class makes of the stored tensors; None where nobody had to, or could, be asked.
     """
 
@@ -90,17 +75,14 @@ class FileWeights:
                     raise CheckpointError(f"{index}: tensor {name!r} should be in {file}, and is not.")
         config = self.files[0].with_name("config.json")
         self.config = read_config(config)
-        self._quantization = self._quantization_method()
-        if self._quantization:
-            self.notes += (f"weights are stored {self._quantization}; they were dequantized one matrix at a time",)
         spans = {name: span for name, (_, span) in self._spans.items()}
+        self.forms = forms_of(spans, self.config, self._stored, self.files[0].parent if folder else self.files[0])
+        self.notes += told(self.forms)
         self.layout = self._layout(skeleton)
         self._logical = {
             item.info.name: item
             for item in (
-                by_names(spans, self.config, self._quantized, self._belongs_to_quantized)
-                if self.layout is None
-                else by_layout(self.layout, spans, self._quantized)
+                by_names(self.forms, self.config) if self.layout is None else by_layout(self.layout, self.forms)
             )
         }
         if not self._logical:
@@ -118,11 +100,10 @@ class FileWeights:
     # -- what is there
 
     def _layout(self, skeleton: nn.Module | None) -> Layout | None:
-        shapes = {}
-        for name, (_, span) in self._spans.items():
-            quantized = self._quantized(name)
-            if quantized or not self._belongs_to_quantized(name):
-                shapes[name] = quantized[0] if quantized else span.shape
+        parts = {part for form in self.forms.values() for part in form.parts}
+        shapes = {name: form.shape for name, form in self.forms.items()}
+        if parts == set(shapes):  # nothing is quantized: what is no float either is a name that the class may know
+            shapes = {name: span.shape for name, (_, span) in self._spans.items()}
         if skeleton is None and (self.folder is None or not must_ask(self.config, list(shapes))):
             return None
         try:
@@ -138,59 +119,6 @@ class FileWeights:
                 f"{len(layout.ignored)} stored tensors are not {type(skeleton).__name__}'s, first {layout.ignored[0]}",
             )
         return layout
-
-    def _quantization_method(self) -> str | None:
-        settings = self.config.get("quantization_config")
-        if not isinstance(settings, dict):
-            return None
-        method = settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else "unknown")
-        if method != "bitsandbytes":
-            raise CheckpointError(
-                f"{self.files[0].parent}: weights are quantized by {quoted(method)}, wanted float or bitsandbytes weights; use"
-                " the checkpoint they were quantized from."
-            )
-        return f"in bitsandbytes {'4-bit' if settings.get('load_in_4bit') else '8-bit'}"
-
-    def _quantized(self, name: str) -> tuple[tuple[int, ...], str] | None:
-        """(shape, word) of a bitsandbytes weight as `save_pretrained` of a quantized model stores it."""
-        if not self._quantization or not name.endswith(".weight"):
-            return None
-        state = next(
-            (n for n in (f"{name}.quant_state.bitsandbytes__{t}" for t in ("nf4", "fp4")) if n in self._spans), None
-        )
-        if state:
-            return self._described(name, state).shape, state.rpartition("__")[2]
-        if name.removesuffix("weight") + "SCB" in self._spans:
-            values, scales = self._spans[name][1], self._spans[name.removesuffix("weight") + "SCB"][1]
-            if (values.dtype, scales.dtype, math.prod(scales.shape)) != ("I8", "F32", (values.shape or (0,))[0]):
-                raise CheckpointError(f"{name}: is no int8 matrix with a scale in float32 for each row.")
-            return values.shape, "int8"
-        return None
-
-    def _described(self, name: str, state: str) -> _QuantState:
-        """The state of a 4-bit matrix, whose parts are as large as it says: bitsandbytes' own code does not look.
-
-        Raises:
-            CheckpointError: it is damaged.
-        """
-        text = bytes(self._stored(state).view(torch.uint8).numpy()).decode("utf-8", "replace")
-        found = checked(parse_json(text, state), _QuantState, state)
-        values = math.prod(found.shape)
-        blocks = -(-values // found.blocksize)
-        wanted = {"": (values + 1) // 2, ".absmax": blocks, ".quant_map": 16}
-        if found.nested_blocksize is not None:
-            wanted |= {".nested_absmax": -(-blocks // found.nested_blocksize), ".nested_quant_map": 256}
-        for part, count in wanted.items():
-            _, span = self._spans.get(f"{name}{part}", (None, None))
-            if span is None or math.prod(span.shape) != count:
-                seen = "missing" if span is None else f"of the shape {span.shape}"
-                raise CheckpointError(
-                    f"{name}{part}: is {seen}, wanted {count} values for a 4-bit matrix of {found.shape}."
-                )
-        return found
-
-    def _belongs_to_quantized(self, name: str) -> bool:
-        return bool(self._quantization) and (".weight." in name or name.endswith((".SCB", ".weight_format")))
 
     def _tied(self) -> tuple[tuple[str, ...], ...]:
         """What the model class will tie on loading: the head to the embedding, T5's stacks to the shared table."""
@@ -241,13 +169,18 @@ class FileWeights:
     def whole(self, name: str) -> str | None:
         """The stored tensor that a parameter is, as it is; None where it is made of several, or of part of one."""
         item = self._logical.get(name)
-        simple = item is not None and item.recipe is None and [len(part) for part in item.parts] == [1]
-        return (
-            item.parts[0][0] if simple and item is not None and item.info.dtype not in {"nf4", "fp4", "int8"} else None
-        )
+        if item is None or item.recipe is not None or [len(part) for part in item.parts] != [1]:
+            return None
+        return item.parts[0][0] if self.forms[item.parts[0][0]].what is None else None
+
+    def quantized(self) -> dict[str, str]:
+        """{parameter: the form that it, or part of it, is stored in}, in words, of those that are dequantized when read."""
+        made = self.made_of()
+        found = {name: next((w for n in parts if (w := self.forms[n].what)), None) for name, parts in made.items()}
+        return {name: what for name, what in found.items() if what is not None}
 
     def made_of(self) -> dict[str, tuple[str, ...]]:
-        """{parameter: the stored tensors that it is made of}."""
+        """{parameter: the tensors of the file that it is made of}; one that is quantized is one, whatever it is stored as."""
         return {
             name: item.recipe.stored if item.recipe else tuple(part for parts in item.parts for part in parts)
             for name, item in self._logical.items()
@@ -266,13 +199,12 @@ class FileWeights:
             whole = self._converted(item.recipe)[item.info.name]
             return whole.clone() if expert is None else whole[expert].clone()
         if item.slab:
-            return self._stored(item.parts[0][0], slab=expert)
+            return self._value(item.parts[0][0], slab=expert)
         if item.info.experts is None:
-            if len(item.parts[0]) == 1:
-                return self._matrix(item.parts[0][0], item.info)
-            return torch.cat([self._stored(n) for n in item.parts[0]]).reshape(item.info.shape)
+            read = [self._value(n) for n in item.parts[0]]
+            return (read[0] if len(read) == 1 else torch.cat(read)).reshape(item.info.shape)
         chosen = range(item.info.experts) if expert is None else [expert]
-        read = [torch.cat([self._stored(n) for n in item.parts[e]]) for e in chosen]
+        read = [torch.cat([self._value(n) for n in item.parts[e]]) for e in chosen]
         return torch.stack(read) if expert is None else read[0]
 
     def _converted(self, recipe: Recipe) -> dict[str, Tensor]:
@@ -280,29 +212,24 @@ class FileWeights:
         with self._making:
             if self._made[0] is not recipe:
                 self._made = (None, {})
-                self._made = (recipe, recipe.convert({name: self._stored(name) for name in recipe.stored}))
+                self._made = (recipe, recipe.convert({name: self._value(name) for name in recipe.stored}))
             return self._made[1]
 
     def as_stored(self, name: str) -> Tensor:
         """A stored tensor by its name in the file."""
         return self._stored(name)
 
-    def _matrix(self, stored: str, info: TensorInfo) -> Tensor:
-        if info.dtype == "int8":
-            return int8_values(self._stored(stored), self._stored(stored.removesuffix("weight") + "SCB"))
-        if info.dtype in {"nf4", "fp4"}:
-            parts = {n: self._stored(n) for n in self._spans if n.startswith(f"{stored}.")}
-            return dequantize_4bit(self._stored(stored), parts)
-        values = self._stored(stored)
-        if values.element_size() > 1:
-            return values
-        scale = next((f"{stored}{end}" for end in ("_scale_inv", "_scale") if f"{stored}{end}" in self._spans), None)
-        if scale is not None:
-            raise CheckpointError(
-                f"{self._spans[stored][0]}: tensor {stored!r} is {info.dtype} with {scale!r} beside it, wanted weights that are "
-                "not scaled; use the checkpoint they were quantized from."
-            )
-        return values.float()  # float8 knows next to no arithmetic
+    def _value(self, name: str, slab: int | None = None) -> Tensor:
+        """A float tensor of the file by its name, or the part of it that is an expert's."""
+        form = self.forms[name]
+        if slab is None:
+            return form.values(self._stored)
+
+        def of_expert(part: str) -> Tensor:
+            shape = self._spans[part][1].shape
+            return self._stored(part, slab if len(shape) > 1 and shape[0] == form.shape[0] else None)
+
+        return form.values(of_expert)
 
     def _stored(self, name: str, slab: int | None = None) -> Tensor:
         path, span = self._spans[name]
@@ -395,8 +322,8 @@ def places(files: FileWeights) -> dict[str, Place]:
         if item.recipe is not None:
             continue
         for part in (stored for parts in item.parts for stored in parts):
-            span = files._spans[part][1]
-            rows, columns = as_matrix(item.info.shape if len(item.parts) == len(item.parts[0]) == 1 else span.shape)
+            shape = files.forms[part].shape
+            rows, columns = as_matrix(item.info.shape if len(item.parts) == len(item.parts[0]) == 1 else shape)
             found[part] = Place(item.info.name, first, rows, columns)
             first += rows
     return found

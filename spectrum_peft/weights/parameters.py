@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import names
 from ..errors import CheckpointError
 from .layouts import Layout, Recipe
-from .source import DTYPES, TensorInfo, dtype_name
+from .source import TensorInfo
 
 if TYPE_CHECKING:
-    from .headers import Span
+    from .forms import Form
 
 # Model types whose blocks are built of transformers' Conv1D, which stores (in, out).
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder"})
@@ -27,8 +27,6 @@ _BUFFERS = re.compile(
 _EXPERT = re.compile(
     r"^(?P<owner>.*\.experts)\.(?P<expert>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$"
 )
-
-Quantized = Callable[[str], tuple[tuple[int, ...], str] | None]
 
 
 @dataclass(frozen=True)
@@ -45,39 +43,29 @@ class Logical:
     recipe: Recipe | None = None
 
 
-def by_layout(layout: Layout, spans: Mapping[str, Span], quantized: Quantized) -> Iterator[Logical]:
-    """The parameters that a class takes from a checkpoint, in the order of the stored tensors.
-
-    Args:
-        quantized: stored name -> (shape, word) of a quantized matrix, else None.
-    """
+def by_layout(layout: Layout, forms: Mapping[str, Form]) -> Iterator[Logical]:
+    """The parameters that a class takes from a checkpoint, in the order of the stored tensors."""
     for name, recipe in layout.recipes.items():
         first = recipe.stored[0]
-        found = quantized(first)
-        dtype = DTYPES[spans[first].dtype]
-        if found is None and not dtype.is_floating_point:
+        if first not in forms:
             continue
-        role, turned = layout.roles[name], name in layout.transposed
+        word, role, turned = forms[first].word, layout.roles[name], name in layout.transposed
         if recipe.places is None:
             shape = layout.shapes[name]
             experts = _experts(role, shape)
-            yield Logical(TensorInfo(name, shape, dtype_name(dtype), role, experts, turned), (), recipe=recipe)
+            yield Logical(TensorInfo(name, shape, word, role, experts, turned), (), recipe=recipe)
             continue
         stored = sorted((row, part) for part, (owner, row) in recipe.places.items() if owner == name)
         parts = tuple(part for _, part in stored)
-        if found is not None:
-            yield Logical(TensorInfo(name, found[0], found[1], role, None, turned), (parts,))
-        elif len(parts) == 1:  # its own shape: a table, or a head, may have another number of rows than the class
-            shape = spans[first].shape
+        if len(parts) == 1:  # its own shape: a table, or a head, may have another number of rows than the class
+            shape = forms[first].shape
             experts = _experts(role, shape)
-            yield Logical(
-                TensorInfo(name, shape, dtype_name(dtype), role, experts, turned), (parts,), experts is not None
-            )
+            yield Logical(TensorInfo(name, shape, word, role, experts, turned), (parts,), experts is not None)
         else:
             shape = layout.shapes[name]
             experts = _experts(role, shape)
-            info = TensorInfo(name, shape, dtype_name(dtype), role, experts, turned)
-            yield Logical(info, _by_expert(parts, spans, shape) if experts else (parts,))
+            info = TensorInfo(name, shape, word, role, experts, turned)
+            yield Logical(info, _by_expert(parts, forms, shape) if experts else (parts,))
 
 
 def _experts(role: str, shape: Sequence[int]) -> int | None:
@@ -85,59 +73,48 @@ def _experts(role: str, shape: Sequence[int]) -> int | None:
 
 
 def _by_expert(
-    parts: tuple[str, ...], spans: Mapping[str, Span], shape: tuple[int, ...]
+    parts: tuple[str, ...], forms: Mapping[str, Form], shape: tuple[int, ...]
 ) -> tuple[tuple[str, ...], ...]:
     """The stored tensors of each expert, in order."""
     rows, at = shape[1], 0
     result: list[list[str]] = [[] for _ in range(shape[0])]
     for part in parts:
         result[at // rows].append(part)
-        at += math.prod(spans[part].shape[:-1])
+        at += math.prod(forms[part].shape[:-1])
     return tuple(tuple(group) for group in result)
 
 
-def by_names(
-    spans: Mapping[str, Span], config: Mapping[str, Any], quantized: Quantized, is_statistic: Callable[[str], bool]
-) -> Iterator[Logical]:
-    """Stored tensors as parameters of the live model, in checkpoint order, as far as names say it.
-
-    Args:
-        is_statistic: whether a stored tensor belongs to a quantized matrix.
-    """
+def by_names(forms: Mapping[str, Form], config: Mapping[str, Any]) -> Iterator[Logical]:
+    """The tensors of a file as parameters of the live model, in checkpoint order, as far as names say it."""
     fused: dict[str, dict[int, dict[str, str]]] = {}
-    renamed_moe = any(".block_sparse_moe.experts." in name for name in spans)
+    renamed_moe = any(".block_sparse_moe.experts." in name for name in forms)
     conv1d = config.get("model_type") in _CONV1D_MODELS
-    for name in spans:
+    for name in forms:
         match = _EXPERT.match(name)
         if match:
             fused.setdefault(match["owner"], {}).setdefault(int(match["expert"]), {})[match["part"]] = name
-    for name, span in spans.items():
+    for name, form in forms.items():
         match = _EXPERT.match(name)
         if match:
             owner = match["owner"]
             if owner in fused:  # the first of them stands for all
-                yield from _fuse(owner, fused.pop(owner), spans)
+                yield from _fuse(owner, fused.pop(owner), forms)
             continue
-        found = quantized(name)
-        if found is not None:
-            yield Logical(TensorInfo(name, found[0], found[1], names.role(name, found[0])), ((name,),))
-            continue
-        dtype = DTYPES[span.dtype]
-        if not dtype.is_floating_point or _is_buffer(name, span.shape) or is_statistic(name):
+        if _is_buffer(name, form.shape):
             continue
         # transformers 5, conversion_mapping.py, "mixtral": `.block_sparse_moe.` -> `.mlp.`; GPTNeoXForCausalLM:
         # `embed_out.` -> `lm_head.`
         live = name.replace(".block_sparse_moe.", ".mlp.") if renamed_moe else name
         live = re.sub(r"^embed_out\.", "lm_head.", live)
         live = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", live))
-        role = names.role(live, span.shape)
-        slab = role == "linear" and len(span.shape) == 3
-        turned = conv1d and names.module_name(live).rpartition(".")[2] in _CONV1D_NAMES and len(span.shape) == 2
-        info = TensorInfo(live, span.shape, dtype_name(dtype), role, span.shape[0] if slab else None, turned)
+        role = names.role(live, form.shape)
+        slab = role == "linear" and len(form.shape) == 3
+        turned = conv1d and names.module_name(live).rpartition(".")[2] in _CONV1D_NAMES and len(form.shape) == 2
+        info = TensorInfo(live, form.shape, form.word, role, form.shape[0] if slab else None, turned)
         yield Logical(info, ((name,),), slab)
 
 
-def _fuse(owner: str, experts: dict[int, dict[str, str]], spans: Mapping[str, Span]) -> Iterator[Logical]:
+def _fuse(owner: str, experts: dict[int, dict[str, str]], forms: Mapping[str, Form]) -> Iterator[Logical]:
     """One tensor per expert in the file, one 3-D parameter in the model.
 
     Source: transformers 5 conversion_mapping.py, "mixtral" (w1, w3 -> gate_up_proj; w2 -> down_proj) and "qwen2_moe".
@@ -161,11 +138,11 @@ def _fuse(owner: str, experts: dict[int, dict[str, str]], spans: Mapping[str, Sp
             if lacking:
                 raise CheckpointError(f"{owner}.{e}.{lacking[0]}.weight: not in the checkpoint, but expert 0 has it.")
             stored = tuple(experts[e][part] for part in recipe)
-            if any(len(spans[name].shape) != 2 for name in stored):
+            if any(len(forms[name].shape) != 2 for name in stored):
                 raise CheckpointError(
-                    f"{owner}.{e}: has weights of {[spans[n].shape for n in stored]}, wanted matrices."
+                    f"{owner}.{e}: has weights of {[forms[n].shape for n in stored]}, wanted matrices."
                 )
-            shapes.add((sum(spans[name].shape[0] for name in stored), *spans[stored[0]].shape[1:]))
+            shapes.add((sum(forms[name].shape[0] for name in stored), *forms[stored[0]].shape[1:]))
             parts.append(stored)
         if len(shapes) > 1:
             raise CheckpointError(
@@ -173,8 +150,8 @@ def _fuse(owner: str, experts: dict[int, dict[str, str]], spans: Mapping[str, Sp
             )
         name = f"{live_owner}.{live}"
         shape = (len(parts), *shapes.pop())
-        dtype = dtype_name(DTYPES[spans[parts[0][0]].dtype])
-        yield Logical(TensorInfo(name, shape, dtype, names.role(name, shape), len(parts)), tuple(parts))
+        word = forms[parts[0][0]].word
+        yield Logical(TensorInfo(name, shape, word, names.role(name, shape), len(parts)), tuple(parts))
 
 
 def _is_buffer(name: str, shape: Sequence[int]) -> bool:

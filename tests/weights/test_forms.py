@@ -1,0 +1,215 @@
+"""Checkpoints that are quantized by others are scanned as the dense ones that they stand for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantizing
+import torch
+import transformers
+from quantizing import FORMATS
+from running import LIBRARIES
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spectrum_peft import scan_weights
+from spectrum_peft.errors import CheckpointError
+from spectrum_peft.weights import files as files_module
+from spectrum_peft.weights import open_weights
+
+pytestmark = LIBRARIES
+
+# Of one layer, all matrices of a block; 96 is a multiple of every block and group, 40 and 72 of none of 16.
+LLAMA = transformers.LlamaConfig(
+    vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+    num_key_value_heads=2, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def saved(kind: Any, config: Any, folder: Path) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    kind(config).save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def rewritten(source: Path, folder: Path, tensors: dict[str, Tensor], settings: Any = None) -> Path:
+    """A checkpoint with the config of another, and what it says on its quantization."""
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    if settings is not None:
+        config["quantization_config"] = settings
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def both(
+    source: Path, folder: Path, quantize: Callable[[str, Tensor], Any], settings: Any, which: str
+) -> tuple[Path, Path]:
+    """(quantized, dense): the matrices whose names match, replaced by the quantizer's tensors, or by what these stand for."""
+    stored, dense = {}, {}
+    for name, values in load_file(source / "model.safetensors").items():
+        if re.search(which, name):
+            module = name.removesuffix(".weight")
+            tensors, meant = quantize(module, values)
+            stored |= tensors
+            dense[name] = meant
+        else:
+            stored[name] = dense[name] = values
+    return rewritten(source, folder / "quantized", stored, settings), rewritten(source, folder / "dense", dense)
+
+
+def assert_alike(quantized: Path, dense: Path) -> None:
+    """The same tensors and values, and the same scan; float32 products of the same two numbers are equal to the bit."""
+    mine, other = open_weights(quantized), open_weights(dense)
+    assert [(t.name, t.shape, t.role) for t in sorted(mine.tensors(), key=lambda t: t.name)] == [
+        (t.name, t.shape, t.role) for t in sorted(other.tensors(), key=lambda t: t.name)
+    ]
+    for info in mine.tensors():
+        assert torch.equal(mine.read(info.name).float(), other.read(info.name)), info.name
+    assert mine.fingerprint().structure == other.fingerprint().structure
+    assert scan_weights(quantized).scores == scan_weights(dense).scores
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_scan_is_that_of_the_dense_checkpoint(form: str, tmp_path: Path) -> None:
+    settings, quantize, words = FORMATS[form]
+    saved(transformers.LlamaForCausalLM, LLAMA, tmp_path / "base")
+    quantized, dense = both(tmp_path / "base", tmp_path, quantize, settings, "_proj.weight")
+    assert_alike(quantized, dense)
+    (note,) = scan_weights(quantized).notes
+    assert note.startswith(f"7 of 12 tensors are stored {words}")
+
+
+def test_blocks_need_not_be_full_and_a_lone_file_has_only_its_shapes(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    matrix = torch.randn(40, 72)
+    stored, dense = quantizing.float8_blocks(name.removesuffix(".weight"), matrix)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}})
+    )
+    save_file(stored, tmp_path / "model.safetensors")
+    assert torch.equal(open_weights(tmp_path).read(name), dense)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"up_proj.weight: has the shape \(40, 72\) .* weight_block_size"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("by", ["blocks of float8 e4m3", "GPTQ of 4 bits"])
+def test_experts_that_transformers_fuses_are_dequantized_one_by_one(
+    by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=1, num_experts=4,
+        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    saved(transformers.Qwen3MoeForCausalLM, config, tmp_path / "base")
+    settings, quantize, _ = FORMATS[by]
+    quantized, dense = both(tmp_path / "base", tmp_path, quantize, settings, r"experts\.\d+\.")
+    assert_alike(quantized, dense)
+    assert reading(quantized, "model.layers.0.mlp.experts.down_proj[2]", monkeypatch) < (64 * 32) * 1.5
+
+
+def reading(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes that are read for one tensor."""
+    weights = open_weights(folder)
+    sizes: list[int] = []
+    plain = files_module.read_bytes
+
+    def counted(path: Any, begin: int, end: int, out: Any = None) -> Tensor:
+        sizes.append(end - begin)
+        return plain(path, begin, end, out)
+
+    monkeypatch.setattr(files_module, "read_bytes", counted)
+    weights.read(name)
+    return sum(sizes)
+
+
+GPT_OSS = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 3, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def test_the_experts_of_gpt_oss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a loop over numbers, against transformers' own function, and against the model that transformers loads."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    saved(transformers.GptOssForCausalLM, transformers.GptOssConfig(**GPT_OSS), tmp_path / "base")
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    quantized, dense = both(tmp_path / "base", tmp_path, quantizing.mxfp4, settings, r"experts\.(gate_up|down)_proj$")
+    assert_alike(quantized, dense)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = load_file(quantized / "model.safetensors")
+    theirs = convert_moe_packed_tensors(tensors[f"{name}_blocks"], tensors[f"{name}_scales"], dtype=torch.float32)
+    assert torch.equal(open_weights(quantized).read(f"{name}[2]").float(), theirs[2])
+    model = transformers.GptOssForCausalLM.from_pretrained(
+        quantized, dtype=torch.float32, quantization_config=transformers.Mxfp4Config(dequantize=True)
+    )
+    assert torch.equal(model.get_parameter(name), theirs)
+    assert reading(quantized, f"{name}[1]", monkeypatch) == 64 * (64 // 2 + 64 // 32)
+    assert "in MXFP4, blocks of 32" in scan_weights(quantized).notes[0]
+
+
+def test_float8_is_what_transformers_loads(tmp_path: Path) -> None:
+    saved(transformers.LlamaForCausalLM, LLAMA, tmp_path / "base")
+    settings, quantize, _ = FORMATS["blocks of float8 e4m3"]
+    quantized, _ = both(tmp_path / "base", tmp_path, quantize, settings, "_proj.weight")
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        quantized, dtype=torch.float32, quantization_config=transformers.FineGrainedFP8Config(dequantize=True)
+    )
+    mine = open_weights(quantized)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(mine.read(name), parameter), name
+    assert open_weights(model).fingerprint() == mine.fingerprint().__class__(
+        mine.fingerprint().structure, mine.fingerprint().content, "live"
+    )
+
+
+def test_fused_float8_and_pairs_of_four_bits() -> None:
+    """3-D float8 with scales by expert; DeepSeek-V4's experts, two numbers of four bits in a byte called int8."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    from spectrum_peft.weights.unpacking import block_of, e2m1, scaled
+
+    theirs = Fp8Dequantize(None)._dequantize_one
+    values = torch.randn(3, 32, 48).to(torch.float8_e4m3fn)
+    for scale in (torch.rand(3, 2, 3), torch.rand(3, 1, 1), torch.rand(3, 32, 1)):
+        block = block_of(values.shape, scale.shape)
+        assert block is not None
+        assert torch.equal(scaled(values, scale, block), theirs(values, scale, torch.float32))
+    pairs = torch.randint(-128, 128, (8, 32), dtype=torch.int8)
+    scale = torch.randint(120, 130, (8, 2), dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    assert torch.equal(scaled(e2m1(pairs), scale, (1, 32)), theirs(pairs, scale, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update({"m.qzeros": t["m.qzeros"][:, :-1].clone()}),
+            r"m.qweight: has the shape \(8, 32\), qzeros \(4, 3\)",
+        ),
+        (lambda t: t.pop("m.scales"), "m.qweight: has no qzeros beside it|m.qweight: has no scales beside it"),
+        (lambda t: t.update({"m.g_idx": t["m.g_idx"] + 9}), "m.g_idx: names groups that m.weight has no scales for"),
+        (lambda t: t.update({"m.weight": torch.randn(2, 2)}), "tensor 'm.weight' is there twice"),
+        (
+            lambda t: t.update({"n.B": torch.zeros(4, 4, dtype=torch.int32)}),
+            r"tensor 'n.B' is I32 \(4, 4\) .* by 'gptq'",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(
+    change: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path
+) -> None:
+    tensors, _ = quantizing.gptq("m", torch.randn(32, 64))
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
+    with pytest.raises(CheckpointError, match=message):
+        open_weights(tmp_path).read("m.weight")
