@@ -6,10 +6,16 @@ they stand for, in float32.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Quantized = tuple[dict[str, Tensor], Tensor]
@@ -221,3 +227,49 @@ FORMATS: dict[str, tuple[dict[str, object], Callable[[str, Tensor], Quantized], 
     ),
     "AWQ": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, awq, "in AWQ 4-bit, groups of 16"),
 }
+
+
+# --- checkpoints ---
+
+# Its sides are multiples of every block and group.
+GPT_OSS = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 3, "num_experts_per_tok": 2,
+}  # fmt: skip
+LLAMA = transformers.LlamaConfig(
+    vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+    num_key_value_heads=2, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def saved(kind: Any, config: Any, folder: Path) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    kind(config).save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def rewritten(source: Path, folder: Path, tensors: dict[str, Tensor], settings: Any = None) -> Path:
+    """A checkpoint with the config of another, and what it says on its quantization."""
+    folder.mkdir(parents=True)
+    config = json.loads((source / "config.json").read_text())
+    if settings is not None:
+        config["quantization_config"] = settings
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def both(
+    source: Path, folder: Path, quantize: Callable[[str, Tensor], Any], settings: Any, which: str
+) -> tuple[Path, Path]:
+    """(quantized, dense): the matrices whose names match, replaced by the quantizer's tensors, or by what these stand for."""
+    stored, dense = {}, {}
+    for name, values in load_file(source / "model.safetensors").items():
+        if re.search(which, name):
+            module = name.removesuffix(".weight")
+            tensors, meant = quantize(module, values)
+            stored |= tensors
+            dense[name] = meant
+        else:
+            stored[name] = dense[name] = values
+    return rewritten(source, folder / "quantized", stored, settings), rewritten(source, folder / "dense", dense)

@@ -31,7 +31,6 @@ from ..weights import (
 from ..weights.adapters import AdapterState
 from ..weights.updates import Stored, Update, Value, may_grow
 from .quantized import quantization_settings, quantized_names
-from .rewrite import QUANTIZED
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,12 @@ class TrainedAdapter:
         return self.noted.get("quantization")
 
     def dequantized(self, files: FileWeights, quantization: Any) -> dict[str, Callable[[], Tensor]]:
-        """{parameter: reads the float weight that the quantized base computed with}, in its stored shape."""
+        """{parameter: reads the float weight that the quantized base computed with}, in its stored shape; of those that the
+        base's files hold in float, since what they hold quantized is dequantized by itself."""
         from ..weights import through_quantization
 
-        stored = [t for t in files.tensors() if t.dtype in QUANTIZED]
-        if stored:
-            return {t.name: _reader(files, t.name) for t in stored}
+        if files.quantized():
+            return {}
         settings = quantization_settings(self.quantization() if quantization is None else quantization, self.state.plan)
         dtype = dtype_named(self.noted.get("dtype"))  # the base was cast to it before it was quantized
         infos = {t.name: t for t in files.tensors()}
@@ -160,6 +159,8 @@ class LiveAdapter(TrainedAdapter):
         if quantization is not None:
             raise OptionError("quantization is said by the model in memory; leave it out.")
         live = dequantized_weights(self.model)
+        if not live and files.quantized():  # dequantized while it was loaded
+            return {}
         if not live:
             raise OptionError("onto='dequantized': the model holds no quantized weights; use onto='original'.")
         found = names.align(live, [t.name for t in files.tensors()])
@@ -185,10 +186,6 @@ def updates_of(source: TrainedAdapter, files: FileWeights) -> list[Update]:
     updates = source.state.updates(infos.values(), files.config.get("model_type"))
     replaced = {u.name for u in updates if isinstance(u, Value)}
     return [*updates, *(value for value in memory if value.name not in replaced)]
-
-
-def _reader(files: FileWeights, name: str) -> Callable[[], Tensor]:
-    return lambda: files.read(name)
 
 
 def open_adapter(adapter: Any, adapter_name: str | None = None) -> TrainedAdapter:
@@ -234,11 +231,6 @@ def open_base(base: str | os.PathLike[str] | None, source: TrainedAdapter) -> Fi
     if not files.config:
         raise CheckpointError(f"{files.folder}: has no config.json, wanted a checkpoint that transformers opens.")
     return source.seen(files)
-
-
-def stored_bits(files: FileWeights) -> str:
-    kinds = sorted({t.dtype for t in files.tensors()} & QUANTIZED)
-    return "8 bit" if kinds == ["int8"] else f"4 bit ({', '.join(kinds)})"
 
 
 def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:

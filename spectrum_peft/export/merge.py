@@ -20,7 +20,7 @@ from ..card import write_card
 from ..errors import CheckpointError, OptionError, near_matches
 from ..records import whole_folder
 from ..weights import FileWeights
-from .adapters import TrainedAdapter, dtype_named, open_adapter, open_base, stored_bits, updates_of
+from .adapters import TrainedAdapter, dtype_named, open_adapter, open_base, updates_of
 from .folder import checked_out, copy_beside, merged_config, write_config
 from .rewrite import layout, write_index, write_shards
 from .tables import settle_ties, updates_by_name
@@ -104,7 +104,7 @@ def merge_into_base(
     Raises:
         OptionError: an option has no such value; `out` is not empty; `onto="dequantized"` and nobody says how.
         CheckpointError: a file that is missing, broken or of a kind that cannot be merged (GGUF, pickle); a base that
-            is only there in 4 bit (`onto="original"`); values that are not finite.
+            is only there quantized (`onto="original"`); values that are not finite.
         MismatchError: another base than the plan's; a tensor of the adapter with a wrong shape or an unknown name.
     """
     began = time.perf_counter()
@@ -115,17 +115,20 @@ def merge_into_base(
     target = checked_out(out)
     files = open_base(source.state.base if base is None else base, source)
     notes = list(_check_fingerprint(source, files, force))
-    if onto == "original" and files.config.get("quantization_config"):
+    quantized = files.quantized()
+    if onto == "original" and quantized:
+        kinds = " and ".join(dict.fromkeys(quantized.values()))
         raise CheckpointError(
-            f"{files.folder}: holds weights in {stored_bits(files)} only, wanted the float checkpoint that they were "
-            "made from (--base) to merge onto the original; or merge with onto='dequantized'."
+            f"{files.folder}: holds weights {kinds} only, wanted the float checkpoint that they were made from (--base) to "
+            "merge onto the original; or merge with onto='dequantized'."
         )
     updates = updates_of(source, files)
     changes, untied = settle_ties(updates_by_name(updates), files, bool(source.state.config.get("ensure_weight_tying")))
     starts: dict[str, Callable[[], Tensor]] = {}
     if onto == "dequantized":
         starts = source.dequantized(files, quantization)
-        notes.append(f"{len(starts)} matrices are dequantized: their frozen values are not the original checkpoint's")
+        count = len(starts) or len(quantized)
+        notes.append(f"{count} matrices are dequantized: their frozen values are not the original checkpoint's")
     shards = layout(files, changes, starts, cast)
     config = merged_config(files, source, changes, untied, cast)
     with whole_folder(target) as folder:

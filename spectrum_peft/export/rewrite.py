@@ -27,7 +27,6 @@ from ..weights.updates import LowRank, RowChange, Stored, Update, Value
 from ..weights.writer import SafetensorsWriter, header_bytes, read_raw_header
 
 INDEX = "model.safetensors.index.json"
-QUANTIZED = frozenset({"nf4", "fp4", "int8"})
 _CHUNK = 1 << 18  # elements computed at a time by one thread: 1 MiB in float32, which stays in a core's cache
 _JOB = 1 << 24  # elements that one job computes, so that a large table is shared out over the cores
 _COPY = 1 << 26  # bytes that one job copies
@@ -59,6 +58,7 @@ class NewTensor:
         place: of its rows in the parameter that they belong to; None for what is no parameter.
         changes: of that parameter, a new value first.
         start: reads the whole parameter as it is before the changes, where that is not the base's stored tensor.
+        base: reads the tensor itself, where the base holds it quantized.
         new: the base's files have no tensor of this name.
     """
 
@@ -70,6 +70,7 @@ class NewTensor:
     changes: Sequence[Update] = ()
     start: Callable[[], Tensor] | None = None
     new: bool = False
+    base: Callable[[], Tensor] | None = None
 
     @property
     def size(self) -> int:
@@ -145,32 +146,30 @@ def layout(
     mixed = files.mixed()
     remade = _remade(files, mixed, changes, starts)
     parts = Counter(place.name for place in known.values())
-    quantized = {t.name: t for t in files.tensors() if t.dtype in QUANTIZED}
     usual = main_dtype(files)
     shards: list[tuple[Path, list[NewTensor]]] = []
     for path in files.files:
         rows = []
-        for name, span in files.spans(path).items():
-            place = known.get(name)
+        for stored, span in files.spans(path).items():
+            name = files.tensor_of(stored)
+            if name is None:  # scales and the like of a quantized matrix are left out: it becomes a float one
+                continue
+            place, base = known.get(name), files.undone(name)
+            source = (path, span) if base is None else None
+            dtype, shape = (DTYPES[span.dtype], span.shape) if base is None else (usual, files.forms[name].shape)
             if name in mixed:
-                dtype = DTYPES[span.dtype]
-                rows.append(
-                    NewTensor(name, _cast(dtype, cast), span.shape, (path, span), None, tuple(remade.get(name, ())))
-                )
+                again = tuple(remade.get(name, ()))
+                rows.append(NewTensor(name, _cast(dtype, cast), shape, source, None, again, base=base))
                 continue
             if place is None:
-                # The statistics of a quantized matrix are left out: it becomes a float one.
-                if not any(name.startswith(q.removesuffix("weight")) for q in quantized):
-                    rows.append(NewTensor(name, DTYPES[span.dtype], span.shape, (path, span), None))
+                dtype = _cast(dtype, cast) if base is not None else dtype
+                rows.append(NewTensor(name, dtype, shape, source, None, base=base))
                 continue
             mine = changes.get(place.name, ())
-            dtype, shape = DTYPES[span.dtype], span.shape
-            if place.name in quantized:
-                dtype, shape = usual, quantized[place.name].shape
             if mine and isinstance(mine[0], Value) and parts[place.name] == 1:
                 shape = mine[0].stored.shape  # a table may have grown
             start = starts.get(place.name)
-            rows.append(NewTensor(name, _cast(dtype, cast), shape, (path, span), place, mine, start))
+            rows.append(NewTensor(name, _cast(dtype, cast), shape, source, place, mine, start, base=base))
         shards.append((path, rows))
     present = {place.name for place in known.values()} | {n for r in mixed.values() for n in r.parameters}
     for name, mine in changes.items():
@@ -199,7 +198,7 @@ def _remade(
             return last[id(recipe)]
 
     def value(recipe: Recipe, name: str) -> Value:
-        shape = files.place_of(name)[1].shape
+        shape = files.forms[name].shape
         return Value(name, name, Stored.computed(shape, lambda: group(recipe)[name]))
 
     touched = {n for n in (*changes, *starts) if changes.get(n) or n in starts}
@@ -240,7 +239,12 @@ def _added(
         shape = mine[0].stored.shape
         return NewTensor(name, _cast(usual, cast), shape, None, Place(name, 0, *as_matrix(shape)), mine, new=True)
     kept = next(group[0] for group in files.tied if name in group)
-    path, span = files.place_of(next(stored for stored, place in known.items() if place.name == kept))
+    stored = next(stored for stored, place in known.items() if place.name == kept)
+    if (base := files.undone(stored)) is not None:
+        shape = files.forms[stored].shape
+        place = Place(name, 0, *as_matrix(shape))
+        return NewTensor(name, _cast(usual, cast), shape, None, place, mine, new=True, base=base)
+    path, span = files.place_of(stored)
     place = Place(name, 0, *as_matrix(span.shape))
     return NewTensor(name, _cast(DTYPES[span.dtype], cast), span.shape, (path, span), place, mine, new=True)
 
@@ -263,7 +267,7 @@ def _shard(path: Path, rows: list[NewTensor], *, alone: bool) -> Shard:
 def main_dtype(files: FileWeights) -> torch.dtype:
     """The dtype of most of the checkpoint's float elements; what the config says where they are quantized."""
     infos = files.tensors()
-    if any(t.dtype in QUANTIZED for t in infos):
+    if files.quantized():
         said = str(files.config.get("dtype") or files.config.get("torch_dtype") or "bfloat16")
         found: torch.dtype = getattr(torch, said)
         return found
@@ -351,7 +355,8 @@ def _jobs(
             yield from _copies(writer, pending)
             pending = None
             rows, columns = tensor.matrix
-            whole = tensor.start is not None or any(isinstance(u, LowRank) and u.by_columns for u in tensor.changes)
+            whole = tensor.start is not None or tensor.base is not None
+            whole = whole or any(isinstance(u, LowRank) and u.by_columns for u in tensor.changes)
             step = max(rows, 1) if whole else max(1, _JOB // columns)
             for begin in range(0, rows, step):
                 yield tensor, _rows_job(tensor, begin, min(rows, begin + step), writer, at, work)
@@ -431,9 +436,10 @@ def _reader(tensor: NewTensor, offset: int) -> Callable[[int, int, _Workspace], 
     Args:
         offset: element of the parameter at which the tensor begins.
     """
-    if tensor.start is not None and tensor.value is None:
-        whole = tensor.start().reshape(-1)
-        return lambda begin, end, work: whole[offset + begin : offset + end]
+    if tensor.value is None and (tensor.start is not None or tensor.base is not None):
+        whole = (tensor.start or tensor.base)().reshape(-1)  # type: ignore[misc]
+        first = 0 if tensor.start is None else offset
+        return lambda begin, end, work: whole[first + begin : first + end]
     if tensor.value is not None:
         stored = tensor.value.stored
     else:

@@ -18,6 +18,7 @@ from ..errors import OptionError, near_matches
 from ..plan import MODES, Mode, check_options, checked_plan, get_mode
 from ..records import EXPORTED, Plan, read_mapping
 from ..tuner.loading import check_quantizable, checked_peft_config
+from ..tuner.stored_bases import loading_of
 from .arguments import config_of, default_arguments, dtype_of, renamed_columns, trainer_arguments
 from .callback import slower_by
 from .checkpoints import checkpoint_to_resume
@@ -106,6 +107,7 @@ def settle(
         raise OptionError(f"{options.peft_config}: AdaLoRA needs total_step; give it, or --max-steps.")
     if own:
         checked_peft_config(own)
+    loading_of(config, options.model, None if options.quantization == "none" else options.quantization)
     check_needs(args, options, config, task.auto_class)
 
     train_rows, eval_rows = rows or _read_rows(options, task.name, args)

@@ -36,6 +36,7 @@ from ..weights import (
 )
 from .config import SpectrumConfig, candidates_of
 from .layers import SpectrumLayer
+from .stored_bases import refuse_kept_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,9 @@ def settle_plan(model: nn.Module, config: SpectrumConfig, *, layers: bool = Fals
     Raises:
         MismatchError: report or plan of another checkpoint; an entry that matches nothing.
         OptionError: the config leaves nothing to choose from.
+        CheckpointError: the model computes with quantized weights on which nothing trains here.
     """
+    refuse_kept_quantized(base_of(model))
     with _adapters_off(model):
         return _settled(model, config, layers)
 

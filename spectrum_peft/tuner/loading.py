@@ -29,6 +29,7 @@ from ..weights.adapter_config import read_adapter_config
 from ..weights.adapters import AdapterState
 from . import freeze_to_plan, settle_plan
 from .config import PEFT_TYPE, SpectrumConfig, candidates_of
+from .stored_bases import loading_of
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,8 @@ def load_model_with_spectrum(
     quantization = _checked_quantization(quantization)
     config = _as_config(spectrum_config)
     revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
+    if "quantization_config" not in kwargs:
+        kwargs |= loading_of(config_for(model_name, **revision, **_remote(kwargs)), model_name, quantization)
     if quantization is not None and "quantization_config" not in kwargs:
         if MODES[config.mode].real_weights and config.plan is None:
             config.plan = _plan_before_loading(model_name, config, **revision)
@@ -161,11 +164,12 @@ def load_model_with_peft(
     wanted = _one_dtype(dtype, None)
     quantization = _checked_quantization(quantization)
     config = checked_peft_config(peft_config)
+    given = {name: kwargs[name] for name in ("revision",) if name in kwargs}
+    kwargs |= loading_of(config_for(model_name, **given, **_remote(kwargs)), model_name, quantization)
     if quantization is not None:
         kwargs["quantization_config"] = quantization_config_for(
             None, model_name, quantization, wanted if isinstance(wanted, torch.dtype) else None
         )
-    given = {name: kwargs[name] for name in ("revision",) if name in kwargs}
     remote = _remote(kwargs)
     check_config(model_name)
     loader = model_class or class_for(model_name, **given, **remote)
@@ -261,6 +265,8 @@ def load_trained(
         )
     revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
     remote = _remote(kwargs)
+    if adapter is not None and "quantization_config" not in kwargs:  # as it was loaded for training
+        kwargs |= loading_of(config_for(base, **revision, **remote), base, quantization)
     check_config(base)
     loader = model_class or class_for(base, **revision, **remote)
     with loading(base):
@@ -349,11 +355,20 @@ def check_config(model_name: str) -> None:
         read_config(Path(model_name, "config.json"))
 
 
-def class_for(model_name: str, **kwargs: Any) -> Any:
-    """The transformers class that a checkpoint's config names in `architectures`, else `AutoModelForCausalLM`."""
+def config_for(model_name: str, **kwargs: Any) -> Any:
+    """transformers' config of a folder or hub id.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
     check_config(model_name)
     with loading(model_name):
-        return class_of(AutoConfig.from_pretrained(model_name, **kwargs))
+        return AutoConfig.from_pretrained(model_name, **kwargs)
+
+
+def class_for(model_name: str, **kwargs: Any) -> Any:
+    """The transformers class that a checkpoint's config names in `architectures`, else `AutoModelForCausalLM`."""
+    return class_of(config_for(model_name, **kwargs))
 
 
 def class_of(config: Any) -> Any:

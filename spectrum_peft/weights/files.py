@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import names
 from ..errors import CheckpointError
 from ..records import Fingerprint
-from .forms import forms_of, told
+from .forms import describes, forms_of, told
 from .headers import Span, find_shards, read_config, read_header, read_index
 from .layouts import Layout, Recipe, layout_of, must_ask, skeleton_in
 from .parameters import by_layout, by_names
@@ -173,6 +173,22 @@ class FileWeights:
             return None
         return item.parts[0][0] if self.forms[item.parts[0][0]].what is None else None
 
+    def tensor_of(self, stored: str) -> str | None:
+        """The tensor that a stored one is, or is the first part of; None for other parts, and for what describes them."""
+        if stored not in self._parts:
+            return None if len(self._parts) > len(self.forms) and describes(stored) else stored
+        return self._parts[stored]
+
+    @cached_property
+    def _parts(self) -> dict[str, str | None]:
+        """{stored tensor: what it is, or is the first part of} of all that belong to a float tensor."""
+        return {p: name if i == 0 else None for name, form in self.forms.items() for i, p in enumerate(form.parts)}
+
+    def undone(self, name: str) -> Callable[[], Tensor] | None:
+        """Reads a tensor of the file that is stored quantized; None where it is stored as it is."""
+        form = self.forms.get(name)
+        return None if form is None or form.what is None else lambda: self._value(name)
+
     def quantized(self) -> dict[str, str]:
         """{parameter: the form that it, or part of it, is stored in}, in words, of those that are dequantized when read."""
         made = self.made_of()
@@ -216,8 +232,9 @@ class FileWeights:
             return self._made[1]
 
     def as_stored(self, name: str) -> Tensor:
-        """A stored tensor by its name in the file."""
-        return self._stored(name)
+        """A tensor by its name in the file, in its dtype there, or dequantized."""
+        undone = self.undone(name)
+        return self._stored(name) if undone is None else undone()
 
     def _value(self, name: str, slab: int | None = None) -> Tensor:
         """A float tensor of the file by its name, or the part of it that is an expert's."""

@@ -47,6 +47,7 @@ class Form:
         parts: the stored tensors that it is made of.
         values: reads them, and gives the values; one expert's, where what it is given reads one expert's.
         what: the form in words; None for a tensor that is stored as it is.
+        turned: whether it is (out, in) although the class holds a matrix as (in, out), as a Conv1D's.
     """
 
     word: str
@@ -54,6 +55,7 @@ class Form:
     parts: tuple[str, ...]
     values: Callable[[Read], Tensor]
     what: str | None = None
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def forms_of(spans: Mapping[str, Span], config: Mapping[str, Any], read: Read, w
         dtype = DTYPES[span.dtype]
         if stored in packed:
             name, form = packed[stored]
-        elif stored in used or ((packed or method) and _BESIDE.search(stored)):
+        elif stored in used or ((packed or method) and describes(stored)):
             continue
         elif dtype.is_floating_point:
             name, form = stored, Form(dtype_name(dtype), span.shape, (stored,), partial(_as_it_is, name=stored))
@@ -124,6 +126,11 @@ def forms_of(spans: Mapping[str, Span], config: Mapping[str, Any], read: Read, w
             raise CheckpointError(f"{where}: tensor {name!r} is there twice, in two forms.")
         found[name] = form
     return found
+
+
+def describes(stored: str) -> bool:
+    """Whether a tensor of a quantized checkpoint only describes others, or activations: a name of the formats that are known."""
+    return _BESIDE.search(stored) is not None
 
 
 def told(forms: Mapping[str, Form]) -> tuple[str, ...]:
@@ -286,6 +293,7 @@ def _gptq_and_awq(file: _File) -> Found:
                     (name, zeros, scales),
                     partial(_unpacked_awq, owner=owner),
                     f"in AWQ 4-bit, groups of {words[0] // factors[0]}",
+                    turned=True,
                 ),
             )
             continue
@@ -320,6 +328,7 @@ def _gptq(file: _File, owner: str, words: Sequence[int], points: Sequence[int], 
         (*parts, index) if index else parts,
         partial(_unpacked_gptq, owner=owner, index=index, inputs=inputs, bits=bits, first=first),
         f"in GPTQ {bits}-bit",
+        turned=True,
     )
 
 

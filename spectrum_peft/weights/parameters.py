@@ -49,7 +49,7 @@ def by_layout(layout: Layout, forms: Mapping[str, Form]) -> Iterator[Logical]:
         first = recipe.stored[0]
         if first not in forms:
             continue
-        word, role, turned = forms[first].word, layout.roles[name], name in layout.transposed
+        word, role, turned = forms[first].word, layout.roles[name], name in layout.transposed and not forms[first].turned
         if recipe.places is None:
             shape = layout.shapes[name]
             experts = _experts(role, shape)
@@ -110,6 +110,7 @@ def by_names(forms: Mapping[str, Form], config: Mapping[str, Any]) -> Iterator[L
         role = names.role(live, form.shape)
         slab = role == "linear" and len(form.shape) == 3
         turned = conv1d and names.module_name(live).rpartition(".")[2] in _CONV1D_NAMES and len(form.shape) == 2
+        turned = turned and not form.turned
         info = TensorInfo(live, form.shape, form.word, role, form.shape[0] if slab else None, turned)
         yield Logical(info, ((name,),), slab)
 

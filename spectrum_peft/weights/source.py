@@ -39,6 +39,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 SAMPLE = 64 * 1024  # bytes of each end of a tensor that the fingerprint covers
 MOST_EXPERTS = 1 << 16  # of one layer; open models have a few hundred
+_PACKED = re.compile(r"(?:nf|fp|mxfp|gptq|awq|int)([2348])")  # numbers of so many bits
 _EXPERT_NAME = re.compile(r"^(.*)\[(\d{1,9})\]$")
 
 
@@ -78,9 +79,10 @@ class TensorInfo:
 
     @property
     def stored_bytes(self) -> int:
-        """As stored; of 4 bit without the scales."""
-        if self.dtype in {"nf4", "fp4"}:
-            return (self.numel + 1) // 2
+        """As stored; of quantized ones without the scales."""
+        packed = _PACKED.fullmatch(self.dtype)
+        if packed:
+            return (self.numel * int(packed[1]) + 7) // 8
         dtype = getattr(torch, self.dtype, None)
         return self.numel * (dtype.itemsize if isinstance(dtype, torch.dtype) else 1)
 

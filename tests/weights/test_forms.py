@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,56 +11,17 @@ import pytest
 import quantizing
 import torch
 import transformers
-from quantizing import FORMATS
+from quantizing import FORMATS, LLAMA, both, saved
 from running import LIBRARIES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectrum_peft import scan_weights
 from spectrum_peft.errors import CheckpointError
-from spectrum_peft.weights import files as files_module
 from spectrum_peft.weights import open_weights
+from spectrum_peft.weights.shards import LocalShards
 
 pytestmark = LIBRARIES
-
-# Of one layer, all matrices of a block; 96 is a multiple of every block and group, 40 and 72 of none of 16.
-LLAMA = transformers.LlamaConfig(
-    vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-    num_key_value_heads=2, tie_word_embeddings=False,
-)  # fmt: skip
-
-
-def saved(kind: Any, config: Any, folder: Path) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    kind(config).save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
-
-
-def rewritten(source: Path, folder: Path, tensors: dict[str, Tensor], settings: Any = None) -> Path:
-    """A checkpoint with the config of another, and what it says on its quantization."""
-    folder.mkdir()
-    config = json.loads((source / "config.json").read_text())
-    if settings is not None:
-        config["quantization_config"] = settings
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def both(
-    source: Path, folder: Path, quantize: Callable[[str, Tensor], Any], settings: Any, which: str
-) -> tuple[Path, Path]:
-    """(quantized, dense): the matrices whose names match, replaced by the quantizer's tensors, or by what these stand for."""
-    stored, dense = {}, {}
-    for name, values in load_file(source / "model.safetensors").items():
-        if re.search(which, name):
-            module = name.removesuffix(".weight")
-            tensors, meant = quantize(module, values)
-            stored |= tensors
-            dense[name] = meant
-        else:
-            stored[name] = dense[name] = values
-    return rewritten(source, folder / "quantized", stored, settings), rewritten(source, folder / "dense", dense)
 
 
 def assert_alike(quantized: Path, dense: Path) -> None:
@@ -119,28 +79,22 @@ def reading(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes that are read for one tensor."""
     weights = open_weights(folder)
     sizes: list[int] = []
-    plain = files_module.read_bytes
+    plain = LocalShards.read
 
-    def counted(path: Any, begin: int, end: int, out: Any = None) -> Tensor:
+    def counted(self: LocalShards, path: Path, begin: int, end: int) -> Tensor:
         sizes.append(end - begin)
-        return plain(path, begin, end, out)
+        return plain(self, path, begin, end)
 
-    monkeypatch.setattr(files_module, "read_bytes", counted)
+    monkeypatch.setattr(LocalShards, "read", counted)
     weights.read(name)
     return sum(sizes)
-
-
-GPT_OSS = {
-    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 3, "num_experts_per_tok": 2,
-}  # fmt: skip
 
 
 def test_the_experts_of_gpt_oss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a loop over numbers, against transformers' own function, and against the model that transformers loads."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-    saved(transformers.GptOssForCausalLM, transformers.GptOssConfig(**GPT_OSS), tmp_path / "base")
+    saved(transformers.GptOssForCausalLM, transformers.GptOssConfig(**quantizing.GPT_OSS), tmp_path / "base")
     settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     quantized, dense = both(tmp_path / "base", tmp_path, quantizing.mxfp4, settings, r"experts\.(gate_up|down)_proj$")
     assert_alike(quantized, dense)
@@ -213,3 +167,18 @@ def test_parts_that_do_not_fit_are_refused(
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
     with pytest.raises(CheckpointError, match=message):
         open_weights(tmp_path).read("m.weight")
+
+
+def test_a_conv1d_that_gptq_has_turned_scores_as_it_did(tmp_path: Path) -> None:
+    """GPTQ holds (out, in) of every layer; the norms of rows and of columns differ."""
+    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=4)
+    saved(transformers.GPT2LMHeadModel, config, tmp_path / "base")
+
+    def quantize(module: str, matrix: Tensor) -> quantizing.Quantized:
+        stored, dense = quantizing.gptq(module, matrix.T)
+        return stored, dense.T.contiguous()
+
+    settings = {"quant_method": "gptq", "bits": 4}
+    quantized, dense = both(tmp_path / "base", tmp_path, quantize, settings, r"c_(attn|proj|fc).weight")
+    # A float32 sum over a transposed view takes the numbers in another order.
+    assert scan_weights(quantized, "row_norm").scores == pytest.approx(scan_weights(dense, "row_norm").scores, rel=1e-6)
