@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import sys
 import threading
 import time
 from collections import deque
@@ -474,3 +475,21 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.hub.objects[sha256] = body
         self._answer(200, b"", {"ETag": f'"{sha256}"'})
+
+
+def main() -> None:
+    """python stand_in_hub.py FOLDER NAME [BYTES_PER_SECOND]: serve a folder's files; its address first, then, when standard
+    input ends, what was asked for, as JSON."""
+    folder, name, *rate = sys.argv[1:]
+    with StandIn() as hub:
+        # Hashes of files of many gigabytes take minutes, and nobody here downloads one whole.
+        files = {p.name: Blob(p, hashlib.sha256(p.name.encode()).hexdigest()) for p in sorted(Path(folder).iterdir())}
+        hub.add(name, files)
+        hub.troubles.bytes_per_second = float(rate[0]) if rate else None
+        print(hub.url, flush=True)
+        sys.stdin.read()
+        print(json.dumps({"requests": len(hub.requests), "bytes": hub.files_read()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="MODEL", help="hub id or folder of the base")
     add("--output-dir", metavar="FOLDER", help="gets the model or adapter, the plan, the report and train_results.json")
     switch(parser, "--overwrite-output-dir", default=False, help="remove what another run left in the output folder")
-    add("--report", metavar="FILE", help="of `scan`; without it the model is scanned")
+    add(
+        "--report",
+        metavar="FILE",
+        help="of `scan`; auto: one that is kept here or lies in the model's own repository; without it the model is scanned",
+    )
     add("--plan", metavar="FILE", help="of `plan`; it wins over the report and the plan options")
     add(
         "--gradients",

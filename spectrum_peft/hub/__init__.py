@@ -8,6 +8,7 @@ finding  reports and plans in a repository, by model, commit and criterion
 
 from __future__ import annotations
 
+from ..errors import HubError
 from .asking import (
     HubFile,
     Kind,
@@ -21,13 +22,18 @@ from .asking import (
     resolve,
     small_file,
 )
+from .finding import Place, place, places, the_one
 from .ranges import STOP, RangeReader
+from .sending import Sent, send
 
 __all__ = [
     "STOP",
+    "HubError",
     "HubFile",
     "Kind",
+    "Place",
     "RangeReader",
+    "Sent",
     "Snapshot",
     "asked",
     "cached_file",
@@ -35,6 +41,10 @@ __all__ = [
     "is_hub_id",
     "offline",
     "patiently",
+    "place",
+    "places",
     "resolve",
+    "send",
     "small_file",
+    "the_one",
 ]

@@ -51,11 +51,18 @@ class Record:
             CheckpointError: the folder cannot be written; a value is NaN (the message names the field).
         """
         path = Path(path)
+        write_text(path, self.text(yaml=path.suffix in {".yaml", ".yml"}))
+        return path
+
+    def text(self, yaml: bool = False) -> str:
+        """What `save` writes.
+
+        Raises:
+            CheckpointError: a value is NaN (the message names the field).
+        """
         data = self.to_dict()
         _refuse_nan(data, self._kind)
-        text = _to_yaml(data) if path.suffix in {".yaml", ".yml"} else _to_json(data, indent=1)
-        write_text(path, text)
-        return path
+        return _to_yaml(data) if yaml else _to_json(data, indent=1)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Any:

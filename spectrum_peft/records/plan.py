@@ -14,9 +14,10 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from ..errors import CheckpointError, quoted
-from .files import SCHEMA_VERSION, Record, as_plain
+from .files import SCHEMA_VERSION, as_plain
 from .report import Fingerprint, SnrReport
 from .schema import MOST_RANK, Count, Name, Place, Text, refuse_unknown
+from .shared import SharedRecord
 
 Action = Literal["train", "lora", "shared", "lorsa", "columns", "save", "freeze"]
 ACTIONS: tuple[str, ...] = ("train", "lora", "shared", "lorsa", "columns", "save", "freeze")
@@ -150,7 +151,7 @@ def count_trainable(entries: Iterable[PlanEntry]) -> int:
 
 
 @dataclass(frozen=True)
-class Plan(Record):
+class Plan(SharedRecord):
     """What trains, how, at what rank, scale and learning rate. Plain data: it says everything, it does nothing.
 
     Attributes:
@@ -175,6 +176,7 @@ class Plan(Record):
     patterns: tuple[Name, ...] = ()
 
     _kind = "plan"
+    _folder = "spectrum_plans"
     # Who puts a plan into words knows modes and options, which records do not: `plan.explain` is registered here.
     _words: ClassVar[Callable[[Plan, SnrReport | None], str] | None] = None
 
@@ -187,6 +189,14 @@ class Plan(Record):
             problem = _problem(entry)
             if problem:
                 raise CheckpointError(f"plan entry {entry.name}: {problem}.")
+
+    def _file(self) -> str:
+        return f"{self.criterion}-{self.mode}-{self.digest[:8]}.yaml"
+
+    @classmethod
+    def _matches(cls, file: str, criterion: str | None, mode: str | None) -> bool:
+        parts = file.removesuffix(".yaml").rsplit("-", 2)
+        return len(parts) == 3 and criterion in (None, parts[0]) and mode in (None, parts[1])
 
     @cached_property
     def trainable_names(self) -> list[str]:

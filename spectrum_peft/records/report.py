@@ -14,8 +14,10 @@ from msgspec import Meta
 
 from .. import names
 from ..errors import CheckpointError, MismatchError, quoted
-from .files import SCHEMA_VERSION, Record, as_plain
+from ..hub import Snapshot
+from .files import SCHEMA_VERSION, as_plain
 from .schema import Count, Name, NotNegative, Place, Shape, Text, checked, refuse_unknown
+from .shared import SharedRecord, published_file
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class MatrixStat:
 
 
 @dataclass(frozen=True)
-class SnrReport(Record):
+class SnrReport(SharedRecord):
     """What a scan found: every tensor of a checkpoint, the candidates with their score.
 
     Attributes:
@@ -114,11 +116,25 @@ class SnrReport(Record):
     notes: tuple[Text, ...] = ()
 
     _kind = "snr_report"
+    _folder = "spectrum_reports"
 
     @cached_property
     def scores(self) -> dict[str, float]:
         """{name: score} of the scored matrices, in report order."""
         return {s.name: s.score for s in self.stats if s.score is not None}
+
+    def _file(self) -> str:
+        # One of some kinds or layers only does not take the place of the whole.
+        part = any(s.role == "linear" and s.score is None for s in self.stats)
+        return f"{self.criterion}-part-{self.digest[:8]}.json" if part else f"{self.criterion}.json"
+
+    @classmethod
+    def _matches(cls, file: str, criterion: str | None, mode: str | None) -> bool:
+        return file == f"{criterion or 'spectrum'}.json"
+
+    @classmethod
+    def _elsewhere(cls, snapshot: Snapshot, model: str) -> str | None:
+        return published_file(snapshot, model)
 
     @property
     def total_parameters(self) -> int:

@@ -1,6 +1,9 @@
 """Weights in, `SnrReport` out.
 
 scan      every matrix of a checkpoint, several at a time
+only      which kinds and layers it is narrowed to
+ahead     what comes over a network is fetched while other matrices are scored
+found     a report that is there already, and whether it is believed
 criteria  what a matrix scores
 gram      its singular values, by the library that is fastest here
 cache     results of a scan that may be killed
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 from .cache import cache_folder, cache_sizes, clear_cache
 from .criteria import CRITERIA, score_values
+from .found import check_report, find_report
 from .scan import scan_weights
 from .spectrum import spectrum_of
 from .svd import SingularTriplets, cached_svd
@@ -22,7 +26,9 @@ __all__ = [
     "cache_folder",
     "cache_sizes",
     "cached_svd",
+    "check_report",
     "clear_cache",
+    "find_report",
     "scan_weights",
     "score_values",
     "spectrum_of",

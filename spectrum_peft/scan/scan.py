@@ -85,6 +85,24 @@ def scan_weights(
         HubError: the hub cannot be reached or refuses; a file changed while it was read.
         CheckpointError: the weights cannot be read, or hold NaN or Inf (by name).
     """
+    return scan_or_take(model_or_path, criterion, jobs, device, score, cache, revision, seed, kinds, layers, download)
+
+
+def scan_or_take(
+    model_or_path: Any,
+    criterion: str,
+    jobs: int | None,
+    device: str,
+    score: Iterable[str],
+    cache: bool,
+    revision: str | None,
+    seed: int,
+    kinds: str | Iterable[str] | None,
+    layers: str | Iterable[int] | None,
+    download: bool,
+    other: Callable[[WeightSource], SnrReport | None] | None = None,
+) -> SnrReport:
+    """`scan_weights`; where no finished scan is kept here, `other` is asked for a report before anything is scored."""
     row = criteria.criterion_named(criterion)
     if row.needs_data:
         raise OptionError(
@@ -120,6 +138,9 @@ def scan_weights(
     if before is not None:
         logger.info("taking the finished scan of the same weights from %s", kept)
         return report_of(*before)
+    found = other(source) if other is not None else None
+    if found is not None:
+        return found
     for name, shape in shapes.items():
         _refuse_giants(name, shape)
 

@@ -22,7 +22,7 @@ from ..errors import CheckpointError, DataError, OptionError
 from ..plan import OPTIONS, check_options, needs_gradients
 from ..probe import DEFAULT_SAMPLES, calibration_batches
 from ..records import RESULTS_FILE, SnrReport, finite_only, write_text
-from ..scan import scan_weights
+from ..scan import find_report, scan_weights
 from ..tuner.config import SpectrumConfig
 from ..tuner.loading import load_model_with_peft, load_model_with_spectrum, load_tokenizer
 from .arguments import given_fields, quiet_progress, remote_options
@@ -250,11 +250,14 @@ def _kept_in_float32(trainer: Any) -> list[tuple[torch.nn.Parameter, torch.dtype
 
 def _report(options: argparse.Namespace, plan_options: Mapping[str, Any], scored: bool) -> SnrReport:
     """The report that was given, else a scan; a mode that takes everything needs names and shapes, no scores."""
-    if options.report:
+    if options.report and options.report != "auto":
         return SnrReport.load(options.report)
     criterion = plan_options.get("criterion", OPTIONS["criterion"])
     if criterion == "fisher":  # its scores come with the gradients
         criterion, scored = OPTIONS["criterion"], False
+    if scored and options.report == "auto":
+        seed = plan_options.get("seed", OPTIONS["seed"])
+        return find_report(options.model, criterion, options.revision, seed, download=True)  # the model is loaded next
     if scored:
         print(f"no --report was given: scanning {options.model}")
     return scan_weights(

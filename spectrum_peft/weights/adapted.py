@@ -97,11 +97,15 @@ class AdaptedWeights:
         return weight
 
     def fingerprint(self) -> Fingerprint:
-        structure, content = self._base.fingerprint().structure, self._base.fingerprint().content
-        return Fingerprint(structure, self.identity() if content else None, "file")
+        base = self._base.fingerprint()
+        return Fingerprint(base.structure, self._with(base.content) if base.content else None, "file")
 
     def identity(self) -> str:
-        digest = hashlib.sha256(self._base.identity().encode())
+        return self._with(self._base.identity())
+
+    def _with(self, base: str) -> str:
+        """What tells the adapter over that base from all others."""
+        digest = hashlib.sha256(base.encode())
         for key, stored in self._adapter.tensors.items():
             digest.update(json.dumps([key, str(stored.dtype), list(stored.shape)]).encode())
             digest.update(stored.whole().view(torch.uint8).numpy().data)
