@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -63,6 +64,8 @@ VERBS: dict[str, Verb] = {
     )
 }
 VERBS["completion"] = completion.verb_over(VERBS)
+# Seconds. torchrun ends the others within a second of the first; how far their imports lie apart is more on a busy machine.
+_PATIENCE = 30.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,6 +98,7 @@ def _main(argv: Sequence[str] | None) -> int:
         with quiet:
             _run(argv)
     except SpectrumError as error:
+        _let_the_first_speak()
         if debug:
             traceback.print_exception(error)
         print(f"{PROG}: error: {one_line(error)}", file=sys.stderr)
@@ -109,11 +113,19 @@ def _main(argv: Sequence[str] | None) -> int:
         said = _what_a_library_said(error)
         if said is None:
             raise
+        _let_the_first_speak()
         if debug:
             traceback.print_exception(error)
         print(f"{PROG}: error: {said} (--debug shows where)", file=sys.stderr)
         return 2
     return 0
+
+
+def _let_the_first_speak() -> None:
+    """On a later process of several: wait for the first to say the same, upon which the launcher ends this one. What is
+    wrong on this process alone is said after that."""
+    if int(os.environ.get("RANK") or 0):
+        time.sleep(_PATIENCE)
 
 
 def _without_debug(argv: list[str]) -> tuple[list[str], bool]:

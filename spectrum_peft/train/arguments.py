@@ -132,10 +132,10 @@ def config_of(model: str, options: argparse.Namespace) -> Any:
             f"{model}: a .gguf can be scanned, not trained. Convert it to a folder of safetensors first: load it with "
             "transformers (from_pretrained(folder, gguf_file=name)) and save the weights."
         )
+    check_config(model)
     there = mode_of(model) != 0
     if there and not is_file(Path(model) / "config.json"):
         raise CheckpointError(f"{model}: no config.json there, so it is not a checkpoint folder.")
-    check_config(model)
     try:
         return transformers.AutoConfig.from_pretrained(
             model, revision=options.revision, trust_remote_code=bool(options.trust_remote_code)

@@ -25,9 +25,17 @@ from ..errors import MismatchError, OptionError, TrainingSetupError
 from ..plan import MODES, replan
 from ..records import ADAPTER_ACTIONS, PLAN_FILE, REPORT_FILE, Plan, SnrReport, write_text
 from ..scan import scan_weights
-from ..tuner import SpectrumModel, freeze_to_plan, plan_parameters, settle_plan, trainable_mismatch
+from ..tuner import SpectrumModel, freeze_to_plan, plan_parameters, settle_plan, share_in_dtype, trainable_mismatch
 from ..tuner.config import SpectrumConfig
 from .optim import StepRatios, has_own_ratios, innermost, ratios_by_parameter
+from .processes import (
+    Sharing,
+    check_plans_agree,
+    check_rows_agree,
+    from_first_process,
+    refuse_lost_ratios,
+    refuse_unfit_sharing,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +86,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         self.sums_up = True  # a last line about time and memory; False where somebody else writes it
         self._ratios: StepRatios | None = None
         self._silenced: list[Any] = []
+        self._sharing = Sharing()
         self._started: tuple[float, int, int] | None = None
 
     # --- setting up -----------------------------------------------------------------------------------------------
@@ -117,6 +126,9 @@ class SpectrumCallback(TrainerCallback, ExportableState):
                 logger.info(
                     "adapter %s: float32 values given back, the trainer had rounded them to bfloat16", restored[0]
                 )
+        self._sharing = refuse_unfit_sharing(args, self.plan, model)
+        check_plans_agree(self.plan)  # before the weights are shared out, where other plans would let processes wait
+        share_in_dtype(model, self._sharing.computes_in)
         self._refuse_reentrant_sharing(args)
         self._stop_backward_early(args, model)
         default = usual_rate(self.plan.mode, args)
@@ -148,6 +160,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         control: TrainerControl,
         model: Any = None,
         optimizer: Any = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         """Check model, optimizer and checkpoint against the plan; hook the rates into the optimizer's step."""
@@ -177,12 +190,14 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         _refuse_lost_moments(state, optimizer)
         self._resume(state, tuner)
         plan = self.plan
-        _check_ranks_agree(plan)
+        check_plans_agree(plan)
+        check_rows_agree(getattr(train_dataloader, "dataset", None))
         self._stop_backward_early(args, model)
         ratios = ratios_by_parameter(model, plan, plan_parameters(model))
         rescoring = plan.options.get("rescore_every") is not None and tuner is not None
         wanted = rescoring or any(q != 1.0 for q in ratios.values())
         if wanted and optimizer is not None and not has_own_ratios(optimizer):
+            refuse_lost_ratios(self._sharing, ratios.values())
             self._ratios = StepRatios(optimizer, ratios)
             self._leave_out_resting(tuner)
             used = sorted(set(ratios.values()))
@@ -304,7 +319,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
             report = scan_weights(model, plan.criterion, seed=plan.options.get("seed", 0))
             matrices = {e.name for e in plan.entries if e.action != "save"}
             wanted = replan(plan, {n: q for n, q in report.scores.items() if n in matrices}, budget=self.budget)
-        wanted = _from_rank_0(wanted)
+        wanted = from_first_process(wanted)
         before = {e.name for e in plan.entries if e.trains}
         changes = tuner.move_ranks(
             adapter, wanted, step=state.global_step, optimizer=None if optimizer is None else innermost(optimizer)
@@ -410,28 +425,6 @@ def _places(plan: Plan) -> list[list[Any]]:
     return [
         [e.name, e.rank, e.alpha, e.lr_ratio, e.active, e.score] for e in plan.entries if e.action in ADAPTER_ACTIONS
     ]
-
-
-def _check_ranks_agree(plan: Plan) -> None:
-    """Every process makes its plan by itself; a tie that is broken otherwise would let their weights drift apart."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    digests: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, plan.digest)
-    if len(set(digests)) > 1:
-        raise TrainingSetupError(
-            f"the processes have {len(set(digests))} different plans: {[d[:12] for d in digests]}. Make the plan once "
-            "(spectrum-peft plan) and give its file to every process, plan='plan.yaml'."
-        )
-
-
-def _from_rank_0(value: Any) -> Any:
-    """The value that rank 0 has, on every process; scores on other hardware might differ in a last bit."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def tuner_of(model: Any) -> SpectrumModel | None:

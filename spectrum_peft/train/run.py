@@ -32,6 +32,7 @@ from .checkpoints import saving
 from .history import write_history
 from .output import check_output, clear_killed, clear_output
 from .preview import encoded_run
+from .processes import check_rows_agree, gather_when_saving
 from .settle import Run, settle
 from .tasks import build_trainer, evaluate
 from .watch import FiniteLoss, RankLog, StepClock
@@ -68,6 +69,7 @@ def train(
     print(f"{method}, task {task}, {run.why}")
     print(f"learning rate {args.learning_rate:g} ({source})")
 
+    check_rows_agree(run.train_rows)
     run = encoded_run(run, options)
     transformers.set_seed(args.seed)  # a new head and new adapters are random
     memory_before = peak_memory()
@@ -123,6 +125,7 @@ def train(
         model.config.use_cache = caches
     if trainer.is_world_process_zero():
         clear_output(output, checkpoints=False)
+    gather_when_saving(trainer)
     with saving(args.output_dir):
         trainer.save_model(str(output))
     results = {

@@ -25,6 +25,7 @@ from .checkpoints import checkpoint_to_resume
 from .encoding import DataChoices
 from .heads import check_labels, has_head, head_of
 from .needs import check_needs
+from .processes import check_fsdp_version, check_launch
 from .rewards import FLAG, reward_functions
 from .tasks import Task, task_named, task_of
 
@@ -79,6 +80,7 @@ def settle(
     Raises:
         OptionError, CheckpointError, DataError: whatever is wrong with flags, checkpoint folder or datasets.
     """
+    check_launch()
     plan = checked_plan(Plan.load(options.plan), options.plan) if options.plan else None
     own = _peft_fields(options, plan_options) if options.peft_config else None
     checked = check_options(**plan_options)
@@ -93,6 +95,7 @@ def settle(
     rate = MODES["lora"].default_lr if mode is None else mode.default_lr
     rate /= slower_by(task.arguments_class())
     args = trainer_arguments(task.name, rest, default_arguments(options, task, rate, dtype), flags)
+    check_fsdp_version(args)
     if not 0 <= args.learning_rate < math.inf:
         raise OptionError(f"learning_rate is {args.learning_rate:g}, wanted a rate of at least 0.")
     if plan is not None:

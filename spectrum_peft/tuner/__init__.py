@@ -21,6 +21,7 @@ from .apply import base_parameters, freeze_to_plan, plan_parameters, settle_plan
 from .layers import SpectrumLayer
 from .model import SpectrumModel
 from .plain_lora import find_plans
+from .shared import share_in_dtype
 
 if PeftType[PEFT_TYPE] not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="spectrum", config_cls=SpectrumConfig, model_cls=SpectrumModel, prefix="lora_")
@@ -33,5 +34,6 @@ __all__ = [
     "freeze_to_plan",
     "plan_parameters",
     "settle_plan",
+    "share_in_dtype",
     "trainable_mismatch",
 ]

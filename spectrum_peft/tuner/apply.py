@@ -30,6 +30,7 @@ from ..weights import (
     new_parameters,
     open_weights,
     output_head,
+    refuse_partitioned,
     role_of,
     skeleton_like,
     without_adapters,
@@ -171,6 +172,7 @@ def settle_plan(model: nn.Module, config: SpectrumConfig, *, layers: bool = Fals
         OptionError: the config leaves nothing to choose from.
         CheckpointError: the model computes with quantized weights on which nothing trains here.
     """
+    refuse_partitioned(model)
     refuse_kept_quantized(base_of(model))
     with _adapters_off(model):
         return _settled(model, config, layers)

@@ -7,7 +7,8 @@ import difflib
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model, prepare
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+from transformers.integrations import deepspeed as ds
 
 from .. import names
 from ..devices import default_device, fast_dtype, refuse_quantization
 from ..errors import CheckpointError, OptionError, loading, near_matches
 from ..plan import MODES, OPTIONS, Mode, make_plan, needs_gradients
-from ..records import Plan, is_file
+from ..records import Plan, is_file, mode_of
 from ..scan import scan_weights
-from ..weights import read_config, read_header, settle_quantized, skeleton_of, unquantized_modules
+from ..weights import read_config, read_header, refuse_sharded, settle_quantized, skeleton_of, unquantized_modules
 from ..weights.adapter_config import read_adapter_config
 from ..weights.adapters import AdapterState
 from . import freeze_to_plan, settle_plan
@@ -137,7 +139,7 @@ def load_model_with_spectrum(
     remote = _remote(kwargs)
     check_config(model_name)
     loader = model_class or class_for(model_name, **revision, **remote)
-    with loading(model_name):
+    with loading(model_name), whole_weights():
         model = loader.from_pretrained(model_name, dtype=wanted, device_map=device_map, **{**kwargs, **remote})
     return made_trainable(model, config), load_tokenizer(model_name, **revision, **remote)
 
@@ -173,12 +175,24 @@ def load_model_with_peft(
     remote = _remote(kwargs)
     check_config(model_name)
     loader = model_class or class_for(model_name, **given, **remote)
-    with loading(model_name):
+    with loading(model_name), whole_weights():
         model = loader.from_pretrained(model_name, dtype=wanted, **{**kwargs, **remote})
     if quantization is not None:
         settle_quantized(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, config), load_tokenizer(model_name, **given, **remote)
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Load whole weights on every process, also where arguments with ZeRO-3 exist by now, under which transformers would
+    partition them before a plan can be made or layers put around them. DeepSpeed partitions them when training begins."""
+    held = ds._hf_deepspeed_config_weak_ref
+    ds.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        ds._hf_deepspeed_config_weak_ref = held
 
 
 def check_quantizable(mode: Mode) -> None:
@@ -349,8 +363,11 @@ def _plan_before_loading(model_name: str, config: SpectrumConfig, **revision: An
 def check_config(model_name: str) -> None:
     """
     Raises:
-        CheckpointError: a local folder's config.json is damaged, or of a model that nobody could build.
+        CheckpointError: a local folder's config.json is damaged, or of a model that nobody could build; it holds a sharded
+            checkpoint.
     """
+    if mode_of(model_name):
+        refuse_sharded(Path(model_name))
     if is_file(Path(model_name, "config.json")):
         read_config(Path(model_name, "config.json"))
 

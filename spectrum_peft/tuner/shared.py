@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional
 
 from .. import names
@@ -29,7 +30,12 @@ class SharedFactor(nn.Module):
     Args:
         value: the group's factor, held here as the parameter `shared`; or the `SharedFactor` that holds it.
         gain: a trained number of this layer, (1, 1), multiplies the factor; 1 at the start.
+
+    Attributes:
+        computes_in: dtype that a factor which FSDP2 shares out is gathered in; None for its own.
     """
+
+    computes_in: torch.dtype | None = None
 
     def __init__(self, value: nn.Parameter | SharedFactor, gain: bool = False) -> None:
         super().__init__()
@@ -47,7 +53,7 @@ class SharedFactor(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The factor of this layer, its gain applied."""
-        shared = self._holder[0].shared if self._holder else self.shared
+        shared = gathered(self._holder[0].shared if self._holder else self.shared, self.computes_in)
         return shared * self.gain.to(shared.device) if "gain" in self._parameters else shared
 
     # Asked for by code that takes any factor for a Linear.
@@ -59,6 +65,37 @@ class SharedFactor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.weight.shape)}, holds={not self._holder}"
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    """The identity; its gradient is divided by the number of processes, as FSDP divides those that it sums itself."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, processes: int) -> Tensor:
+        ctx.processes = processes
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] / ctx.processes, None
+
+
+def gathered(factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A factor as a whole. FSDP2 gathers it for the block that holds it, and only while that block computes; for the
+    others of its group it is gathered here, and its gradient goes back to the shards as the mean over the processes."""
+    if not isinstance(factor, DTensor):
+        return factor
+    mesh = factor.device_mesh
+    whole = factor.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    mean: Tensor = _MeanOverProcesses.apply(whole, mesh.size())
+    return mean if dtype is None else mean.to(dtype)
+
+
+def share_in_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Say what dtype the blocks of a model compute in under FSDP2, whose own gathering casts and ours has to follow."""
+    for module in model.modules():
+        if isinstance(module, SharedFactor):
+            module.computes_in = dtype
 
 
 def groups_of(plan: Plan) -> dict[str, list[PlanEntry]]:

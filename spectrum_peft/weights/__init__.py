@@ -11,9 +11,9 @@ from .adapted import AdaptedWeights, seen_as_trained
 from .files import FileWeights, Place, as_matrix, places, read_stored
 from .fresh import new_parameters
 from .gguf import GgufWeights
-from .headers import Span, find_shards, read_config, read_header, read_index
+from .headers import Span, find_shards, read_config, read_header, read_index, refuse_sharded
 from .layouts import Layout, Recipe, skeleton_like, skeleton_of, unquantized_modules
-from .live import LiveWeights, base_module, checkpoint_folder, dequantized_weights, matrix_of
+from .live import LiveWeights, base_module, checkpoint_folder, dequantized_weights, matrix_of, refuse_partitioned
 from .opening import fetch, holds_adapter, locate, open_weights
 from .quantized import (
     give_storage_without_values,
@@ -61,6 +61,8 @@ __all__ = [
     "read_header",
     "read_index",
     "read_stored",
+    "refuse_partitioned",
+    "refuse_sharded",
     "role_of",
     "seen_as_trained",
     "settle_quantized",

@@ -205,6 +205,24 @@ def _header_mapping(text: bytes, path: object) -> dict[str, Any]:
     return header
 
 
+def refuse_sharded(folder: Path) -> None:
+    """
+    Raises:
+        CheckpointError: the folder holds what the processes of a sharded run saved to go on from, and no model.
+    """
+    for pattern, joined in (
+        ("pytorch_model_fsdp_[0-9]*", "accelerate merge-weights {found} OUT joins its weights"),
+        ("*.distcp", "accelerate merge-weights {folder} OUT joins its weights"),
+        ("global_step[0-9]*", "{folder}/zero_to_fp32.py joins its weights"),
+    ):
+        found = next(iter(sorted(folder.glob(pattern))), None)
+        if found is not None and not any(folder.glob("*.safetensors")):
+            raise CheckpointError(
+                f"{folder}: holds a sharded checkpoint ({found.name}), which is no model; --resume-from-checkpoint goes on from "
+                f"it, {joined.format(found=found, folder=folder)}."
+            )
+
+
 def find_shards(folder: Path) -> list[Path]:
     """The safetensors files that make up the checkpoint in a folder, as transformers would choose them.
 
@@ -215,6 +233,7 @@ def find_shards(folder: Path) -> list[Path]:
         CheckpointError: none (pickle or GGUF files are named), or a shard that the index or the numbering names is
             missing.
     """
+    refuse_sharded(folder)
     chosen = choose_shards(folder, [p.name for p in folder.iterdir() if p.is_file()], read_index)
     return [folder / name for name in chosen]
 

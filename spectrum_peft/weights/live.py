@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import names
-from ..errors import CheckpointError
+from ..errors import CheckpointError, TrainingSetupError
 from ..records import Fingerprint
 from .files import FileWeights
 from .headers import find_shards
@@ -97,6 +97,20 @@ def checkpoint_folder(model: nn.Module) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def refuse_partitioned(model: nn.Module) -> None:
+    """
+    Raises:
+        TrainingSetupError: DeepSpeed's zero.Init made the model: its weights lie in pieces elsewhere and are empty here.
+    """
+    empty = next((n for n, p in model.named_parameters() if hasattr(p, "ds_id") and not p.numel()), None)
+    if empty is not None:
+        raise TrainingSetupError(
+            f"{empty} has shape (0,): the model was loaded under ZeRO-3, which partitions weights, so nothing can be scanned or "
+            "planned on it. Load it before TrainingArguments(deepspeed=...), or by load_model_with_spectrum or `spectrum-peft "
+            "train`, which load it whole and scan its files."
+        )
+
+
 class LiveWeights:
     """The parameters of a model in memory, under the base model's names, adapters applied.
 
@@ -109,6 +123,7 @@ class LiveWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = base_module(model)
+        refuse_partitioned(self.model)
         config = getattr(self.model, "config", None)
         self.model_id: str | None = getattr(config, "_name_or_path", None) or None
         self.revision: str | None = getattr(config, "_commit_hash", None)

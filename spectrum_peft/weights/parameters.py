@@ -49,7 +49,11 @@ def by_layout(layout: Layout, forms: Mapping[str, Form]) -> Iterator[Logical]:
         first = recipe.stored[0]
         if first not in forms:
             continue
-        word, role, turned = forms[first].word, layout.roles[name], name in layout.transposed and not forms[first].turned
+        word, role, turned = (
+            forms[first].word,
+            layout.roles[name],
+            name in layout.transposed and not forms[first].turned,
+        )
         if recipe.places is None:
             shape = layout.shapes[name]
             experts = _experts(role, shape)

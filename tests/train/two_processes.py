@@ -2,12 +2,14 @@
 
     torchrun --nproc_per_node 2 two_processes.py OUT CASE...      (or: python two_processes.py OUT CASE...)
 
-CASE is mode, mode:nf4, mode:plain, mode:moving or mode:sft. Writes OUT/CASE-<number of processes>.safetensors, all parameters
+CASE is mode, mode:nf4, mode:plain, mode:moving, mode:sft, or fsdp2:mode, fsdp2:mode:plain and so on, under which two processes
+share out the model's weights. Writes OUT/CASE-<number of processes>.safetensors, all parameters
 at the end, and the plan beside it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,12 +17,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from architectures import ARCHITECTURES
 from conftest import byte_tokenizer
-from peft import get_peft_model
-from running import QUIET, logits, options_of, text_rows, token_rows, trainer, values
+from peft import PeftModel, get_peft_model
+from running import QUIET, arguments, assert_same, logits, options_of, text_rows, token_rows, values
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from spectrum_peft import SpectrumCallback, SpectrumConfig, load_model_with_spectrum
@@ -39,8 +44,42 @@ def config_of(mode: str, **options: Any) -> SpectrumConfig:
     return SpectrumConfig(mode=mode, task_type="CAUSAL_LM", **{**options_of(mode), **options})
 
 
-def trained(folder: Path, case: str, out: Path) -> Any:
-    mode, _, kind = case.partition(":")
+# accelerate shards on accelerators only and, asked for FSDP on a CPU, runs DDP without a word.
+FSDP2: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"},
+}
+
+
+def as_on_cards() -> None:
+    """Let accelerate take the CPUs for cards, after the arguments are made and before the trainer is."""
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def trainer(
+    model: Any, out: Path, callbacks: list[Any], rows: Any = None, *, sharded: bool = False, **how: Any
+) -> Trainer:
+    """transformers' Trainer; `sharded`: with FSDP2, that the CPUs are taken for cards."""
+    args = arguments(out, logging_strategy="steps", logging_steps=1, **{**(FSDP2 if sharded else {}), **how})
+    if sharded:
+        as_on_cards()
+    rows = token_rows() if rows is None else rows
+    made = Trainer(model=model, args=args, train_dataset=rows, callbacks=callbacks)
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def begin() -> None:
+    """Forget which way the last trainer of this process shared its model."""
+    AcceleratorState._reset_state(True)
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        os.environ.pop(name, None)
+
+
+def trained(folder: Path, case: str, out: Path, resume: Path | None = None) -> Any:
+    sharded = case.startswith("fsdp2:") and WORLD > 1
+    mode, _, kind = case.removeprefix("fsdp2:").partition(":")
+    begin()
     callback = SpectrumCallback(config_of(mode)) if kind == "plain" else SpectrumCallback()
     torch.manual_seed(1)
     if kind == "nf4":
@@ -57,14 +96,22 @@ def trained(folder: Path, case: str, out: Path) -> Any:
         )  # fmt: skip
     else:
         options = {"rescore_every": 1, "scope": "global", "criterion": "mp"} if kind == "moving" else {}
+        if case == "fsdp2:alors":  # of several rates
+            options = {"scope": "global", "criterion": "mp"}
         if kind not in {"nf4", "plain"}:
             model = get_peft_model(model, config_of(mode, **options))
         if kind == "moving":
             plant(model)
-        run = trainer(model, out, [callback], token_rows(), **HOW)
+        saved = {"save_strategy": "steps", "save_steps": 2} if case.startswith("fsdp2:") and resume is None else {}
+        run = trainer(model, out, [callback], token_rows(), **HOW, **saved, sharded=sharded)
     assert run.args.world_size == WORLD
-    run.train()
-    if WORLD > 1:
+    run.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if sharded:
+        held = [p for p in run.model.parameters() if type(p).__name__ != "Params4bit"]
+        assert run.accelerator.distributed_type == DistributedType.FSDP
+        assert all(isinstance(p, DTensor) and p.device_mesh.size() == WORLD for p in held)
+        assert sum(p.to_local().numel() for p in held) < 0.6 * sum(p.numel() for p in held)
+    elif WORLD > 1:
         assert type(run.model_wrapped).__name__ == "DistributedDataParallel"
     if kind == "moving":
         assert sum(bool(step["ranks"] or step["activated"]) for step in callback.history) > 0
@@ -94,12 +141,35 @@ def assert_equal_on_all_ranks(tensors: dict[str, torch.Tensor]) -> None:
         assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8)), f"{name} differs on rank {dist.get_rank()}"
 
 
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in tensors.items()}
+
+
+def saved_and_resumed(folder: Path, case: str, out: Path, run: Any, result: dict[str, torch.Tensor]) -> None:
+    """The saved folder loads and holds what was trained; a run that goes on from step 2 ends as the one that did not stop."""
+    run.save_model(str(out / "saved"))
+    dist.barrier()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder if (adapter := hasattr(run.model, "peft_config")) else out / "saved"
+    )
+    if adapter:
+        loaded = PeftModel.from_pretrained(loaded, out / "saved")
+    trained_names = [n for n, p in run.model.named_parameters() if p.requires_grad]
+    assert_same({n: v for n, v in values(loaded).items() if n in trained_names}, {n: result[n] for n in trained_names})
+    again, _ = trained(folder, case, out, resume=out / "checkpoint-2")
+    assert_same(whole(values(again.model)), result)
+
+
 def one_case(folder: Path, case: str, out: Path) -> None:
     run, callback = trained(folder, case, out / "runs" / case.replace(":", "-"))
-    result = values(run.model)
+    result = whole(values(run.model))
+    losses(run, out / f"{case.replace(':', '-')}-{WORLD}.json")
+    if WORLD > 1 and case.startswith("fsdp2:") and not case.endswith(":nf4"):
+        saved_and_resumed(folder, case, out / "runs" / case.replace(":", "-"), run, result)
     if WORLD > 1:
         assert_equal_on_all_ranks(result)
-        assert_equal_on_all_ranks(moments_of(run))
+        if not case.startswith("fsdp2:"):
+            assert_equal_on_all_ranks(moments_of(run))
         plans: list[Any] = [None, None]
         dist.all_gather_object(plans, callback.plan.to_dict())
         assert plans[0] == plans[1]
@@ -111,6 +181,11 @@ def one_case(folder: Path, case: str, out: Path) -> None:
         save_file({n: v.contiguous() for n, v in result.items()}, out / f"{name}.safetensors")
         callback.plan.save(out / f"{name}.yaml")
     print(f"{case}: done", flush=True)
+
+
+def losses(run: Any, file: Path) -> None:
+    if run.is_world_process_zero():
+        file.write_text(json.dumps([row["loss"] for row in run.state.log_history if "loss" in row]))
 
 
 def moments_of(run: Any) -> dict[str, torch.Tensor]:
@@ -133,18 +208,46 @@ def merged_once(run: Any, folder: Path, case: str) -> None:
     assert torch.equal(logits(plain), logits(merged))
 
 
-def different_plans_are_refused(folder: Path, out: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    # Of the same shapes on both sides: DDP itself sees no difference.
-    config = config_of("spectra_qlora", criterion="first" if dist.get_rank() else "last")
-    run = trainer(get_peft_model(model, config), out / "runs" / "refused", [SpectrumCallback()], **HOW)
+def refused(what: str, run: Any, words: str) -> None:
     try:
-        run.train()
+        run()
     except TrainingSetupError as error:
-        assert "the processes have 2 different plans" in str(error)
+        assert words in str(error), error
     else:
-        raise AssertionError("two processes trained under two plans")
-    print("different plans: refused", flush=True)
+        raise AssertionError(f"{what}: not refused")
+    print(f"{what}: refused", flush=True)
+
+
+def refusals(folder: Path, out: Path) -> None:
+    """Every process ends, each with the same words, before a step."""
+
+    def attempt(
+        mode: str, rows: Any = None, *, sharded: bool = False, fsdp: dict[str, Any] | None = None, **options: Any
+    ) -> Any:
+        begin()
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config_of(mode, **options))
+        extra = {} if fsdp is None else {"fsdp": True, "fsdp_config": fsdp}
+        return lambda: trainer(
+            model, out / "runs" / "refused", [SpectrumCallback()], rows, **HOW, **extra, sharded=sharded
+        ).train()
+
+    # Of the same shapes on both sides: DDP itself sees no difference.
+    other = "first" if dist.get_rank() else "last"
+    refused("different plans", attempt("spectra_qlora", criterion=other), "the processes have 2 different plans")
+    other = {"spectrum_ratio": 0.5 + 0.5 * dist.get_rank()}
+    refused("different sizes", attempt("spectra_qlora", sharded=True, **other), "the processes have 2 different plans")
+    refused(
+        "different rows", attempt("lora", token_rows(seed=dist.get_rank())), "different training data: as many rows"
+    )
+    refused("fewer rows", attempt("lora", token_rows(32 - dist.get_rank())), "different training data: [32, 31] rows")
+    moving = {"rescore_every": 1, "scope": "global", "criterion": "mp"}
+    refused("moving ranks", attempt("alors", sharded=True, **moving), "rescore_every=1 under FSDP2")
+    once = {**FSDP2["fsdp_config"], "cpu_ram_efficient_loading": True}
+    for mode in ("lorsa", "columns"):
+        refused(f"buffers of {mode}", attempt(mode, sharded=True, fsdp=once), "cannot share out the buffer")
+    refused(
+        "no FSDP", attempt("lora", fsdp=dict(FSDP2["fsdp_config"])), "FSDP was asked for, and accelerate runs MULTI_CPU"
+    )
 
 
 def main(out: Path, cases: list[str]) -> None:
@@ -160,7 +263,7 @@ def main(out: Path, cases: list[str]) -> None:
     for case in cases:
         one_case(folder, case, out)
     if WORLD > 1:
-        different_plans_are_refused(folder, out)
+        refusals(folder, out)
         dist.destroy_process_group()
 
 

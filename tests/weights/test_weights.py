@@ -239,7 +239,9 @@ def test_a_head_that_is_not_stored_is_tied(
 @pytest.mark.parametrize("method", ["hqq", "aqlm"])
 def test_other_quantizations_are_refused_by_name(tmp_path: Path, method: str) -> None:
     written(tmp_path, llama_tensors(1), {"quantization_config": {"quant_method": method}})
-    with pytest.raises(CheckpointError, match=f"quantized by '{method}', wanted float weights or one of bitsandbytes, fp8"):
+    with pytest.raises(
+        CheckpointError, match=f"quantized by '{method}', wanted float weights or one of bitsandbytes, fp8"
+    ):
         open_weights(tmp_path)
 
 

@@ -1,0 +1,213 @@
+"""Which ways of sharing a run among processes are refused: read from accelerate's state, without its processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from running import options_of
+from torch import nn
+
+from spectrum_peft import SpectrumConfig
+from spectrum_peft.cli.main import main
+from spectrum_peft.errors import CheckpointError, OptionError, TrainingSetupError
+from spectrum_peft.train import processes
+from spectrum_peft.train.arguments import config_of
+from spectrum_peft.train.processes import (
+    Sharing,
+    check_fsdp_version,
+    check_launch,
+    problem_of,
+    refuse_lost_ratios,
+    sharing_of,
+)
+from spectrum_peft.tuner.loading import whole_weights
+from spectrum_peft.weights import open_weights
+
+DEEPSPEED = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}
+
+
+def state(kind: str, **plugins: Any) -> SimpleNamespace:
+    return SimpleNamespace(distributed_type=kind, **plugins)
+
+
+def fsdp(version: int, once: bool = False) -> SimpleNamespace:
+    policy = SimpleNamespace(param_dtype=torch.bfloat16)
+    return SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=once, mixed_precision_policy=policy)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (state("NO"), Sharing()),
+        (state("MULTI_GPU"), Sharing(runs="MULTI_GPU")),
+        (state("FSDP", fsdp_plugin=fsdp(1)), Sharing("fsdp1", runs="FSDP", computes_in=torch.bfloat16)),
+        (
+            state("FSDP", fsdp_plugin=fsdp(2, once=True)),
+            Sharing("fsdp2", runs="FSDP", loads_once=True, computes_in=torch.bfloat16),
+        ),
+        (
+            state("DEEPSPEED", deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config={})),
+            Sharing("zero2", runs="DEEPSPEED"),
+        ),
+        (
+            state("DEEPSPEED", deepspeed_plugin=SimpleNamespace(zero_stage=3, deepspeed_config=DEEPSPEED)),
+            Sharing("zero3", runs="DEEPSPEED"),
+        ),
+        (
+            state("DEEPSPEED", deepspeed_plugin=SimpleNamespace(zero_stage=3, deepspeed_config={})),
+            Sharing("zero3", runs="DEEPSPEED", saves_shards=True),
+        ),
+    ],
+)
+def test_the_sharing_is_read_from_accelerate(monkeypatch: Any, found: Any, expected: Sharing) -> None:
+    monkeypatch.setattr(processes, "AcceleratorState", lambda: found)
+    assert sharing_of(SimpleNamespace(fsdp=None, deepspeed=None)) == expected
+
+
+@pytest.mark.parametrize(
+    ("variable", "asked"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_what_was_asked_for_and_does_not_run(monkeypatch: Any, variable: str, asked: str) -> None:
+    monkeypatch.setattr(processes, "AcceleratorState", lambda: state("MULTI_CPU"))
+    monkeypatch.setenv(variable, "true")
+    sharing = sharing_of(SimpleNamespace(fsdp=None, deepspeed=None))
+    assert (sharing.asked, sharing.runs) == (asked, "MULTI_CPU")
+    assert f"{asked} was asked for" in problem_of(sharing, SimpleNamespace(mode="lora", options={}), nn.Linear(2, 2))
+
+
+def made(model: Any, mode: str, **options: Any) -> tuple[Any, Any]:
+    config = SpectrumConfig(mode=mode, task_type="CAUSAL_LM", **{**options_of(mode), **options})
+    peft = get_peft_model(model, config)
+    return peft.peft_config["default"].plan, peft
+
+
+MOVING = {"rescore_every": 1, "scope": "global", "criterion": "mp"}
+
+
+@pytest.mark.parametrize(
+    ("sharing", "mode", "options", "words"),
+    [
+        (Sharing("fsdp1"), "lora", {}, "version 1"),
+        (Sharing("fsdp2"), "alors", MOVING, "rescore_every=1 under FSDP2"),
+        (Sharing("zero2"), "alors", MOVING, "rescore_every=1 under ZeRO-2"),
+        (Sharing("zero3"), "spectrum", {}, "as a PEFT adapter under ZeRO-3"),
+        (Sharing("zero3"), "lorsa", {}, "would lack the singular vectors"),
+        (Sharing("zero3", saves_shards=True), "lora", {}, "stage3_gather_16bit_weights_on_model_save"),
+        (Sharing("fsdp2", loads_once=True), "columns", {}, "cannot share out the buffer"),
+        (Sharing("fsdp2", loads_once=True), "lora", {}, None),
+        (Sharing("fsdp2"), "sgm", {}, None),
+        (Sharing("zero2"), "lorsa", {}, None),
+        (Sharing("zero3"), "columns", {}, None),
+        (Sharing("copies"), "alors", MOVING, None),
+    ],
+)
+def test_what_would_not_be_carried_out(
+    tiny_llama: Any, sharing: Sharing, mode: str, options: Any, words: str | None
+) -> None:
+    problem = problem_of(sharing, *made(tiny_llama, mode, **options))
+    assert problem is None if words is None else words in problem
+
+
+def test_rates_do_not_reach_deepspeed() -> None:
+    with pytest.raises(TrainingSetupError, match=r"0.5 to 2 times.*lr_ratio=\(1, 1\)"):
+        refuse_lost_ratios(Sharing("zero2", runs="DEEPSPEED"), [0.5, 1.0, 2.0])
+    refuse_lost_ratios(Sharing("zero2", runs="DEEPSPEED"), [1.0])
+    refuse_lost_ratios(Sharing("fsdp2", runs="FSDP"), [0.5])
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is not set|MASTER_ADDR"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK is 1 .* MASTER_ADDR is not set"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "MASTER_PORT is not set"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "wanted RANK below WORLD_SIZE"),
+        ({"RANK": "first"}, "RANK is 'first'"),
+    ],
+)
+def test_an_environment_of_half_a_launcher(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        check_launch(environment)
+    check_launch({})
+    check_launch({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_RANK": "1"})
+
+
+def test_fsdp_of_version_1_is_refused_before_loading() -> None:
+    for args, environment in (
+        (SimpleNamespace(fsdp_plugin_args={"fsdp_version": 1}), {}),
+        (SimpleNamespace(fsdp_plugin_args=None), {"ACCELERATE_USE_FSDP": "true"}),
+    ):
+        with pytest.raises(OptionError, match="wanted fsdp_version: 2"):
+            check_fsdp_version(args, environment)
+    check_fsdp_version(SimpleNamespace(fsdp_plugin_args={"fsdp_version": 2}), {})
+    check_fsdp_version(SimpleNamespace(fsdp_plugin_args=None), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+
+
+@pytest.mark.parametrize("name", ["pytorch_model_fsdp_0", "global_step2", "__0_0.distcp"])
+def test_a_sharded_checkpoint_is_no_model(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    options = SimpleNamespace(revision=None, trust_remote_code=False)
+    for opened in (lambda: open_weights(str(tmp_path)), lambda: config_of(str(tmp_path), options)):
+        with pytest.raises(CheckpointError, match=f"sharded checkpoint .{name}"):
+            opened()
+
+
+def test_a_partitioned_model_is_refused(tiny_llama: Any) -> None:
+    for parameter in tiny_llama.parameters():  # as deepspeed.zero.Init leaves them
+        parameter.ds_id, parameter.data = 0, torch.empty(0)
+    with pytest.raises(TrainingSetupError, match=r"loaded under ZeRO-3.* load it whole and scan its files"):
+        get_peft_model(tiny_llama, SpectrumConfig(mode="lora", task_type="CAUSAL_LM"))
+
+
+def test_loading_leaves_zero_3_out_and_gives_it_back() -> None:
+    from transformers.integrations import deepspeed
+
+    held = SimpleNamespace(is_zero3=lambda: True)
+    deepspeed._hf_deepspeed_config_weak_ref = lambda: held
+    try:
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        with whole_weights():
+            assert not deepspeed.is_deepspeed_zero3_enabled()
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = None
+
+
+def test_train_says_what_the_environment_lacks(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "--model", str(tmp_path), "--dataset", "x.jsonl", "--output-dir", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "MASTER_ADDR is not set" in said
+
+
+@pytest.mark.multiprocess
+def test_the_first_process_speaks_for_all(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-2" / "pytorch_model_fsdp_0").mkdir(parents=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        "train",
+        "--model",
+        str(tmp_path / "checkpoint-2"),
+        "--dataset",
+        "x.jsonl",
+        "--output-dir",
+        str(tmp_path / "o"),
+    ]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "spectrum_peft", *command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode
+    said = [line for line in done.stderr.splitlines() if line.startswith("spectrum-peft: error")]
+    assert len(said) == 1, done.stderr
+    assert "sharded checkpoint (pytorch_model_fsdp_0)" in said[0]
