@@ -27,6 +27,7 @@ _MODULE_OF = {
     "SpectrumScanner": "scanner",
     "calibration_batches": "probe",
     "estimate_memory": "memory",
+    "export_gguf": "export",
     "export_lora": "export",
     "fit_to_memory": "memory",
     "load_model_with_spectrum": "tuner.loading",
@@ -80,7 +81,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from .errors import SpectrumError
-    from .export import export_lora, merge_into_base
+    from .export import export_gguf, export_lora, merge_into_base
     from .memory import estimate_memory, fit_to_memory
     from .plan import make_plan
     from .probe import calibration_batches, probe_gradients

@@ -39,7 +39,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
             with os.fdopen(_opened_stream(path), "w", encoding="utf-8", newline="\n") as file:
                 file.write(text)
             return
-        with _whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name, text that is no Unicode
         raise CheckpointError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}).") from error
@@ -74,7 +74,7 @@ def _opened_stream(path: Path) -> int:
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """A name beside `path` for a file that takes its place when the block ends well."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)

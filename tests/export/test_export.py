@@ -1298,7 +1298,10 @@ def test_the_verbs_do_what_the_functions_do(
         ("export {adapter} -o {out}", "--format is missing"),
         ("export {adapter} --format loar -o {out}", "Did you mean 'lora'"),
         ("export {adapter} --format lora -o {out}", "trains real weights"),
-        ("export {adapter} --format lora -o {out} --quantization nf4", "--quantization is for --format axolotl"),
+        (
+            "export {adapter} --format lora -o {out} --quantization nf4",
+            "--quantization is for --format axolotl, and --format is lora",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

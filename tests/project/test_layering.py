@@ -55,7 +55,7 @@ DOORS = {
     "trl": {"memory", "train"},
     "datasets": {"data", "probe", "train"},
     "sklearn": {"train"},
-    "gguf": {"weights"},
+    "gguf": {"export", "weights"},
     "wrapt": {"__init__"},
     "aenum": {"tuner"},
     "rouge_score": {"train"},
