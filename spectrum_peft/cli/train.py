@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from ..arguments import Rest, flags_of, switch
+from ..errors import OptionError
 from ..records import EXPORTED
 from .options import (
     add_data_options,
@@ -44,6 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORM",
         help="at the end, write the adapter to a folder inside the output folder: lora for plain peft, merged into the base",
     )
+    switch(
+        parser, "--dry-run", default=False, help="say plan, memory, rows, tokens and steps, and stop; writes nothing"
+    )
+    add(
+        "--time-steps",
+        type=int,
+        metavar="N",
+        help="with --dry-run: load the model, time N steps, and say how long all take",
+    )
     add("--show-rows", type=int, metavar="N", help="print the first N rows token by token with what carries loss; stop")
     add("--eval-dataset", metavar="D", help="judge on these rows before and after training")
     add("--eval-split", metavar="S", help="judge on this split of --dataset (or of --eval-dataset)")
@@ -75,6 +85,13 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         return
     for name in ("model", "dataset", "output_dir"):
         required(options, name, f"--{name.replace('_', '-')}")
+    if options.time_steps is not None and not options.dry_run:
+        raise OptionError("--time-steps is for --dry-run, which is missing.")
+    if options.dry_run:
+        from ..train.dry_run import dry_run
+
+        dry_run(options, rest, given_plan_options(options), flags_of(VERB.parser()))
+        return
     if options.show_rows is not None:
         print(shown_rows(options, rest, given_plan_options(options), flags_of(VERB.parser())))
         return

@@ -166,8 +166,12 @@ def _batch(model: Any, task: str | None, step: Step, device: Any) -> dict[str, T
     if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS"):
         batch["labels"] = tokens(*size)
     elif task == "SEQ_CLS":
-        regression = getattr(config, "num_labels", 2) == 1 or getattr(config, "problem_type", None) == "regression"
-        batch["labels"] = tokens(step.batch_size).float() if regression else tokens(step.batch_size)
+        outputs, problem = getattr(config, "num_labels", 2), getattr(config, "problem_type", None)
+        if problem == "multi_label_classification":
+            batch["labels"] = tokens(step.batch_size, outputs).float()
+        else:
+            number = outputs == 1 or problem == "regression"
+            batch["labels"] = tokens(step.batch_size).float() if number else tokens(step.batch_size)
     elif task == "QUESTION_ANS":
         batch |= {"start_positions": tokens(step.batch_size), "end_positions": tokens(step.batch_size)}
     return batch

@@ -122,13 +122,13 @@ def shown_rows(options: argparse.Namespace, rest: Rest, plan_options: dict[str, 
     Raises:
         OptionError: fewer than one row asked for.
     """
-    if options.show_rows < 1:
-        raise OptionError(f"--show-rows is {options.show_rows}, wanted at least 1.")
     quiet_progress()
     return first_rows(encoded_run(settle(options, rest, plan_options, flags), options), options)
 
 
 def first_rows(run: Run, options: argparse.Namespace) -> str:
+    if options.show_rows < 1:
+        raise OptionError(f"--show-rows is {options.show_rows}, wanted at least 1.")
     tokenizer = tokenizer_of(run, options)
     rows = run.train_rows.select(range(min(options.show_rows, len(run.train_rows))))
     return show_rows(pieces_seen(run, rows, tokenizer), tokenizer, cut_of(run, options, tokenizer))

@@ -34,7 +34,7 @@ from .output import check_output, clear_killed, clear_output
 from .preview import encoded_run
 from .processes import check_rows_agree, gather_when_saving
 from .settle import Run, settle
-from .tasks import build_trainer, evaluate
+from .tasks import Task, build_trainer, evaluate, examples_of
 from .watch import FiniteLoss, RankLog, StepClock
 
 logger = logging.getLogger(__name__)
@@ -61,19 +61,12 @@ def train(
     output = Path(args.output_dir)
     check_output(output, overwrite=bool(options.overwrite_output_dir), resumed=run.resume is not None)
     clear_killed(output)
-    method = f"PEFT's {run.name}" if run.mode is None else f"mode {run.name}"
-    usual = "that of mode 'lora'" if run.mode is None else f"the default of mode {run.name!r}"
-    slower = slower_by(type(args))
-    usual += f", over {slower:g} for {task}" if slower != 1 else ""
-    source = "set by you" if "learning_rate" in given_fields(rest) else usual
-    print(f"{method}, task {task}, {run.why}")
-    print(f"learning rate {args.learning_rate:g} ({source})")
-
+    print(introduction(run, rest))
     check_rows_agree(run.train_rows)
     run = encoded_run(run, options)
     transformers.set_seed(args.seed)  # a new head and new adapters are random
     memory_before = peak_memory()
-    model, tokenizer, report, setup = _load(run, options, plan_options)
+    model, tokenizer, report, setup = load_run(run, options, plan_options)
     if tokenizer is None:
         raise CheckpointError(f"{options.model}: has no tokenizer, which training on text needs.")
     memory_loaded = peak_memory()
@@ -102,9 +95,12 @@ def train(
     )
     if not len(trainer.train_dataset):
         raise DataError(
-            f"{options.dataset}: none of its {len(run.train_rows)} rows is left to train on: in each the prompt alone fills the "
-            f"{getattr(args, 'max_length', options.max_length)} tokens of max_length."
+            f"{options.dataset}: none of its {len(run.train_rows)} rows is left to train on: in each {too_long(run.task)} "
+            f"the {getattr(args, 'max_length', options.max_length)} tokens of max_length."
         )
+    gone = len(run.train_rows) - len(trainer.train_dataset) // examples_of(run.task, run.train_rows)
+    if run.task.drops is not None and run.task.name != "causal_lm" and gone > 0:
+        print(f"training: {gone:,} of {len(run.train_rows):,} rows dropped, in which {too_long(run.task)} max_length")
     before = evaluate(task, trainer, trainer.eval_dataset) if run.eval_rows is not None else None
     rounded = _kept_in_float32(trainer) if hasattr(model, "spectrum_plan") else []
     reset_peak_memory()
@@ -165,7 +161,21 @@ def train(
     return results
 
 
-def _load(
+def too_long(task: Task) -> str:
+    return "an answer is longer than" if task.drops == "long" else "the prompt alone fills"
+
+
+def introduction(run: Run, rest: Rest) -> str:
+    """Two lines: mode, task and dtype; the learning rate and where it comes from."""
+    method = f"PEFT's {run.name}" if run.mode is None else f"mode {run.name}"
+    usual = "that of mode 'lora'" if run.mode is None else f"the default of mode {run.name!r}"
+    slower = slower_by(type(run.args))
+    usual += f", over {slower:g} for {run.task.name}" if slower != 1 else ""
+    source = "set by you" if "learning_rate" in given_fields(rest) else usual
+    return f"{method}, task {run.task.name}, {run.why}\nlearning rate {run.args.learning_rate:g} ({source})"
+
+
+def load_run(
     run: Run, options: argparse.Namespace, plan_options: Mapping[str, Any]
 ) -> tuple[Any, Any, SnrReport | None, dict[str, float]]:
     """Model, tokenizer, report, and the seconds of the scan and of all that makes the model ready to train."""
@@ -183,7 +193,7 @@ def _load(
         model, tokenizer = load_model_with_peft(options.model, {"task_type": run.task.task_type, **run.peft}, **kwargs)
         return model, tokenizer, None, {"scan": 0.0, "model": time.perf_counter() - began}
     assert run.mode is not None
-    report = None if run.plan else _report(options, plan_options, run.mode.selective)
+    report = None if run.plan else report_for(options, plan_options, run.mode.selective)
     scanned = time.perf_counter()
     spectrum = SpectrumConfig(
         **plan_options,
@@ -251,7 +261,7 @@ def _kept_in_float32(trainer: Any) -> list[tuple[torch.nn.Parameter, torch.dtype
     return kept
 
 
-def _report(options: argparse.Namespace, plan_options: Mapping[str, Any], scored: bool) -> SnrReport:
+def report_for(options: argparse.Namespace, plan_options: Mapping[str, Any], scored: bool) -> SnrReport:
     """The report that was given, else a scan; a mode that takes everything needs names and shapes, no scores."""
     if options.report and options.report != "auto":
         return SnrReport.load(options.report)

@@ -58,6 +58,7 @@ class Task:
         pieces: (encoded row, tokenizer, names of the labels) -> what a model sees of it, uncut.
         drops: rows that do not fit are dropped, as `data.Cut` names it.
         head: kind of head, key of `heads.PROBLEMS`; None: the model's own.
+        together: pieces of a row that the model sees at once.
         relative: it is judged beside the model as it was before, so that a saved result alone cannot be.
         rewarded: it takes reward functions.
     """
@@ -74,6 +75,7 @@ class Task:
     pieces: Callable[[Mapping[str, Any], Any, Sequence[str]], list[Piece]] = one_piece
     drops: str | None = None
     head: str | None = None
+    together: int = 1
     relative: bool = False
     rewarded: bool = False
 
@@ -221,6 +223,11 @@ def evaluate(task: str, trainer: Trainer, dataset: Dataset) -> dict[str, float]:
         model.train(training)
 
 
+def examples_of(task: Task, rows: Dataset) -> int:
+    """Examples that the trainer makes of a row: KTO takes the answers of a pair apart."""
+    return 2 if task.name == "kto" and "completion" not in rows.column_names else 1
+
+
 _PAIR_FIGURES = {
     "loss": "eval_loss", "reward_accuracy": "eval_rewards/accuracies", "reward_margin": "eval_rewards/margins",
 }  # fmt: skip
@@ -249,6 +256,7 @@ TASKS: dict[str, Task] = {
             encode=answers.as_turns,
             figures=_PAIR_FIGURES,
             pieces=answers.pairs,
+            together=2,
             drops="filled",
             relative=True,
         ),
@@ -274,6 +282,7 @@ TASKS: dict[str, Task] = {
             encode=answers.as_turns,
             figures={"loss": "eval_loss", "reward_accuracy": "eval_accuracy", "reward_margin": "eval_margin"},
             pieces=answers.whole_answers,
+            together=2,
             drops="long",
             head="reward",
         ),

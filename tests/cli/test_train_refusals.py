@@ -146,7 +146,7 @@ def test_what_is_missing_is_said_before_the_model_is_loaded(
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(training, "_load", loaded)
+    monkeypatch.setattr(training, "load_run", loaded)
     code, err = train(f"--mode lora --output-dir out {flags}")
     assert code == 2
     assert says in err.splitlines()[-1]

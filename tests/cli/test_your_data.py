@@ -85,7 +85,7 @@ def test_a_conversation_that_cannot_be_shown_is_said_before_the_model_is_loaded(
     def loaded(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(training, "_load", loaded)
+    monkeypatch.setattr(training, "load_run", loaded)
     Path("refusing.jinja").write_text("{{ raise_exception('no turns today') }}")
     code, _, err = train("--dataset chat.jsonl --chat-template-path refusing.jinja --output-dir out")
     assert code == 2

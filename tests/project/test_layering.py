@@ -39,7 +39,7 @@ ARROWS = {
     # models
     "tuner": "devices plan probe scan weights",
     "memory": "plan tuner weights",
-    "train": "arguments card data devices plan plots probe scan tuner",
+    "train": "arguments card data devices memory plan plots probe scan tuner",
     "export": "card tuner weights",
     # all of it together
     "doctor": "devices scan weights",
