@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it.
 _MODULE_OF = {
     "GradientReport": "records",
+    "LearningRateRace": "train.rate_race",
     "Plan": "plan",
     "SnrReport": "records",
     "SpectrumCallback": "train.callback",
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from .scanner import SpectrumScanner
     from .train.callback import SpectrumCallback
     from .train.optim import parameter_groups
+    from .train.rate_race import LearningRateRace
     from .tuner import SpectrumModel
     from .tuner.config import SpectrumConfig
     from .tuner.loading import load_model_with_spectrum, quantization_config_for

@@ -45,6 +45,14 @@ def steps(text: str) -> int | str:
 steps.__name__ = "number of steps, or 'epoch',"
 
 
+def rate(text: str) -> float | str:
+    """A learning rate, or `auto`."""
+    return text if text == "auto" else float(text)
+
+
+rate.__name__ = "a number, or 'auto',"
+
+
 def switch(parser: Any, name: str, **kwargs: Any) -> None:
     parser.add_argument(name, type=boolean, nargs="?", const=True, metavar="BOOL", **kwargs)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..arguments import Rest, flags_of, set_defaults_from, switch
+from ..arguments import Rest, flags_of, rate, set_defaults_from, switch
 from ..errors import OptionError
 from ..records import write_text
 from .options import check_writable, given_plan_options, required
@@ -21,7 +21,7 @@ _COMPARE_LISTS = {
     "ratios": float,
     "criteria": str,
     "seeds": int,
-    "learning-rates": float,
+    "learning-rates": rate,
     "controls": str,
 }
 

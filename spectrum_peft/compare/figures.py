@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .settings import METRICS
+from .settings import METRICS, rate_text
 
 # Columns of the tables and of the csv: name -> (title, unit). Metrics and forgetting stand before them.
 FIGURES: dict[str, tuple[str, str]] = {
@@ -133,8 +133,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         mark = " *" if summary["label"] in results["best"] else ""
         failed = f" ({len(summary['failed'])} failed)" if summary["failed"] else ""
         rate = summary["settings"].get("learning_rate")
-        rate = f"{rate:g}" if rate is not None else ""
-        lines.append("| " + " | ".join([f"{_plain(summary['label'])}{mark}{failed}", rate, *cells]) + " |")
+        lines.append("| " + " | ".join([f"{_plain(summary['label'])}{mark}{failed}", rate_text(rate), *cells]) + " |")
     if results["best"]:
         lines += ["", f"\\* not told apart from the best in {METRICS[results['metric']].title}"]
     machine = results["machine"]

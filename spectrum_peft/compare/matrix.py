@@ -21,8 +21,8 @@ from ..arguments import LORA_FIELDS
 from ..errors import OptionError, near_matches, quoted
 from ..plan import MODES, OPTIONS, Mode, get_mode
 from ..records import SnrReport
-from ..records.schema import MOST_LISTED, SCALAR, WHOLE, Name, Wanted, number_within
-from .settings import FILE_KEYS, KEYS, Comparison
+from ..records.schema import MOST_LISTED, SCALAR, WHOLE, Name, Wanted
+from .settings import FILE_KEYS, KEYS, Comparison, rate_or_auto, rate_text
 
 # Keys of `train` on which all contestants must agree, or their figures say nothing of each other.
 _COMMON = (
@@ -269,11 +269,15 @@ def _rated(
     if isinstance(rates, Mapping):
         rates = rates.get(label, rates.get(mode))
     rates = rates or [get_mode(mode).default_lr]
-    rates = [float(f"{rate * factor:.6g}") for rate in rates for factor in comparison.asked["learning_rate_factors"]]
+    factors = comparison.asked["learning_rate_factors"]
+    rates = [r if r == "auto" else float(f"{r * factor:.6g}") for r in rates for factor in factors]
     rates = list(dict.fromkeys(rates))
     return [
         Contestant(
-            label if len(rates) == 1 else f"{label} at {rate:g}", {**settings, "learning_rate": rate}, control, peft
+            label if len(rates) == 1 else f"{label} at {rate_text(rate)}",
+            {**settings, "learning_rate": rate},
+            control,
+            peft,
         )
         for rate in rates
     ]
@@ -302,7 +306,7 @@ def _given(comparison: Comparison, row: Mapping[str, Any], number: int) -> list[
         _PEFT(f"{where} ({name}): peft", peft)
     mode = get_mode(settings["mode"]).name if peft is None else "lora"
     if "learning_rate" in settings:
-        rate = number_within(0)(f"{where}: learning_rate", settings["learning_rate"])
+        rate = rate_or_auto(f"{where}: learning_rate", settings["learning_rate"])
         return [Contestant(name, {**settings, "learning_rate": rate}, None, peft)]
     return _rated(comparison, name, settings, mode, None, peft)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import plots
 from ..records import SnrReport
 from .figures import FIGURES, FORGETTING, columns, figure_of, order, shown, spread
-from .settings import METRICS
+from .settings import METRICS, rate_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -187,7 +187,7 @@ def _contestants(results: Mapping[str, Any]) -> str:
         rate = summary["settings"].get("learning_rate")
         cells = [
             _cell(f"{_text(summary['label'])} {tags}", place, "th", ' scope="row"'),
-            _cell(f"{rate:g}" if rate is not None else "", rate),
+            _cell(rate_text(rate), rate),
         ]
         for name, _ in heads:
             figure = figure_of(summary, name)

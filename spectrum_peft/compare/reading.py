@@ -10,7 +10,7 @@ from ..errors import OptionError, near_matches, quoted
 from ..plan import CRITERIA, DEFAULT_RATIO, MODES, OPTIONS, get_mode
 from ..records.schema import TRUTH, WORD, listed, number_within
 from .matrix import CONTESTANTS, CONTROLS
-from .settings import HEADED, KEYS, METRICS, TEXT, Comparison
+from .settings import HEADED, KEYS, METRICS, TEXT, Comparison, rate_or_auto
 
 # Keys of `train` that the matrix sets itself.
 _MATRIX = {
@@ -61,8 +61,8 @@ def _one_of(known: Mapping[str, Any] | Sequence[str]) -> Check:
 
 def _rates(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _many(_POSITIVE)(f"{name}: {key}", rates) for key, rates in value.items()}
-    return _many(_POSITIVE)(name, value)
+        return {key: _many(rate_or_auto)(f"{name}: {key}", rates) for key, rates in value.items()}
+    return _many(rate_or_auto)(name, value)
 
 
 def read_comparison(

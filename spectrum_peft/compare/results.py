@@ -37,6 +37,7 @@ def row_of(outcome: Outcome, general_before: float | None) -> dict[str, Any]:
         row["mode"] = cell.contestant.mode
     if found is None:
         return row
+    row["learning_rate"] = found.get("learning_rate", row["learning_rate"])  # the one that a race has found
     row["metrics"] = found["metrics"]
     row["versions"] = found["versions"]
     general = found.get("general")

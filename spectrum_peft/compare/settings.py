@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..records.schema import number_within
+
 # What `compare` reads itself; every other key goes to the verb `train` and to the trainer's own arguments.
 KEYS: dict[str, str] = {
     "modes": "modes to compare; default: all",
     "ratios": "spectrum ratios, for the modes that choose; default 0.5",
     "criteria": "scores to choose by; default spectrum",
     "seeds": "one run of every contestant for each; default 0",
-    "learning_rates": "for all, or {mode or name of a contestant: rates}; default: each mode's own",
+    "learning_rates": "for all, or {mode or name of a contestant: rates}; auto races for one; default: each mode's own",
     "learning_rate_factors": "multiply the rates by each of these; default 1",
     "controls": "what the claim must beat; default random, last",
     "contestants": "more of them: mappings of name, mode (or peft: a PEFT config) and flags of train",
@@ -30,6 +32,11 @@ KEYS: dict[str, str] = {
 }
 # Keys of `train` that may name a file whose content decides the numbers.
 FILE_KEYS = ("plan", "report", "gradients", "deepspeed", "fsdp_config")
+
+
+def rate_text(rate: float | str | None) -> str:
+    """A contestant's learning rate as names and tables say it."""
+    return f"{rate:g}" if isinstance(rate, int | float) else rate or ""
 
 
 @dataclass(frozen=True)
@@ -93,3 +100,8 @@ class Comparison:
     @property
     def metric(self) -> str:
         return str(self.asked["metric"])
+
+
+def rate_or_auto(name: str, value: Any) -> float | str:
+    """A learning rate, or `auto`: the run races for it."""
+    return "auto" if value == "auto" else float(number_within(0)(name, value))

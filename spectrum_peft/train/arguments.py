@@ -17,7 +17,7 @@ import transformers
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from ..arguments import Rest, checked_value
+from ..arguments import Parser, Rest, checked_value
 from ..data import COLUMNS
 from ..devices import default_device, fast_dtype
 from ..errors import CheckpointError, OptionError, near_matches, one_line
@@ -98,6 +98,23 @@ def _check_collection(where: str, value: Any, hint: Any) -> None:
     # Some annotations (a text or an enumeration, two kinds of lists) are none that msgspec can check.
     with contextlib.suppress(TypeError):
         Wanted(hint, str(hint).replace("typing.", ""))(where, value)
+
+
+def take_auto_rate(rest: Rest) -> tuple[Rest, bool]:
+    """Take `learning_rate: auto` off the trainer's arguments, where it says a number; the command line wins over the file.
+
+    Returns:
+        The rest, and whether the rate is to be raced for.
+    """
+    finder = Parser(add_help=False)
+    finder.add_argument("--learning-rate", "--learning_rate")
+    found, others = finder.parse_known_args(list(rest.argv))
+    config = dict(rest.config or {})
+    given = found.learning_rate if found.learning_rate is not None else config.get("learning_rate")
+    if config.get("learning_rate") == "auto":
+        del config["learning_rate"]
+    number = [] if found.learning_rate in (None, "auto") else ["--learning-rate", found.learning_rate]
+    return dataclasses.replace(rest, argv=(*others, *number), config=config), given == "auto"
 
 
 def given_fields(rest: Rest) -> set[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from ..arguments import LORA_FIELDS, Rest
 from ..data import RowCounts
 from ..devices import default_device
-from ..errors import DataError, OptionError
+from ..errors import OptionError
 from ..memory import OPTIMIZERS, describe_memory, estimate_memory, format_bytes, gradients_of_report
 from ..plan import check_options, explain, make_plan, needs_gradients
 from ..records import Plan, SnrReport
@@ -25,9 +24,11 @@ from ..tuner.config import SpectrumConfig, candidates_of
 from .arguments import config_of, quiet_progress
 from .output import check_output
 from .preview import counted, encoded_run, first_rows, tokenizer_of
+from .rate_race import SHARE, heat_steps
 from .run import introduction, load_run, report_for
 from .settle import Run, settle
-from .tasks import build_trainer, examples_of
+from .steps import steps_of
+from .tasks import build_trainer
 from .watch import StepClock
 
 
@@ -50,8 +51,10 @@ def dry_run(options: argparse.Namespace, rest: Rest, plan_options: dict[str, Any
         print(f"{name}: {found}")
     if options.show_rows is not None:
         print(first_rows(run, options))
-    steps = steps_of(run, options, counts["training"])
+    steps = steps_of(run, options, counts["training"].left)
     print(_steps_line(run, steps))
+    if run.race and run.resume is None:
+        print(f"learning rate race: short runs of {heat_steps(steps)} steps, together at most {SHARE:.0%} of the run's")
     if run.peft is not None:
         print(f"plan and memory: not known beforehand for PEFT's {run.name}")
     else:
@@ -62,42 +65,6 @@ def dry_run(options: argparse.Namespace, rest: Rest, plan_options: dict[str, Any
             print("note: the plan needs gradients, which a run measures first; here no matrix is like another")
     print(_time_line(run, options, plan_options, steps))
     print("dry run: nothing was trained and nothing written")
-
-
-# --- steps -----------------------------------------------------------------------------------------------------------
-
-
-def steps_of(run: Run, options: argparse.Namespace, counts: RowCounts) -> int:
-    """Optimizer steps of the run, as transformers 5.24 counts them in `Trainer.set_initial_training_values`, and TRL 1.16 for
-    tasks that are rewarded (`GRPOTrainer._get_train_sampler`: each prompt is there once for each of its completions)."""
-    args: Any = run.args
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    batch = args.per_device_train_batch_size * max(1, args.n_gpu)
-    if run.task.rewarded:
-        at_once = args.generation_batch_size // args.num_generations
-        prompts = counts.left // at_once * at_once
-        batches = prompts * args.num_generations * args.num_iterations // (batch * args.world_size)
-    else:
-        sequences = _sequences(run, options, counts)
-        round_ = math.floor if args.dataloader_drop_last else math.ceil
-        batches = round_(sequences / (batch * args.world_size))
-    if not batches:
-        raise DataError(f"{options.dataset}: {counts.left} rows make no batch of {batch} on each of {args.world_size}.")
-    updates = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-    return math.ceil(args.num_train_epochs * updates)
-
-
-def _sequences(run: Run, options: argparse.Namespace, counts: RowCounts) -> int:
-    """Rows of the trainer: packed ones, or each answer of a pair where they are judged one by one."""
-    args: Any = run.args
-    if getattr(args, "packing", False):
-        from trl import pack_dataset
-
-        rows = encoded_run(run, options).train_rows
-        packed = pack_dataset(rows.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy)
-        return len(packed)
-    return counts.left * examples_of(run.task, run.train_rows)
 
 
 def _steps_line(run: Run, steps: int) -> str:

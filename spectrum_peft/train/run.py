@@ -33,7 +33,9 @@ from .history import write_history
 from .output import check_output, clear_killed, clear_output
 from .preview import encoded_run
 from .processes import check_rows_agree, gather_when_saving
+from .rate_race import LearningRateRace, heat_steps
 from .settle import Run, settle
+from .steps import steps_of
 from .tasks import Task, build_trainer, evaluate, examples_of
 from .watch import FiniteLoss, RankLog, StepClock
 
@@ -64,6 +66,8 @@ def train(
     print(introduction(run, rest))
     check_rows_agree(run.train_rows)
     run = encoded_run(run, options)
+    if run.race and run.resume is None:
+        heat_steps(steps_of(run, options, len(run.train_rows)))
     transformers.set_seed(args.seed)  # a new head and new adapters are random
     memory_before = peak_memory()
     model, tokenizer, report, setup = load_run(run, options, plan_options)
@@ -93,6 +97,9 @@ def train(
         data=run.data,
         rewards=run.rewards,
     )
+    race = LearningRateRace(trainer) if run.race else None
+    if race is not None:
+        trainer.add_callback(race)
     if not len(trainer.train_dataset):
         raise DataError(
             f"{options.dataset}: none of its {len(run.train_rows)} rows is left to train on: in each {too_long(run.task)} "
@@ -133,6 +140,7 @@ def train(
         "quantization": options.quantization,
         "new_head": run.new_head,
         "learning_rate": args.learning_rate,
+        "learning_rate_race": race.record() if race is not None else None,
         "seed": args.seed,
         "trainable_parameters": trained,
         "total_parameters": sum(map(_elements, model.parameters())),
@@ -172,7 +180,10 @@ def introduction(run: Run, rest: Rest) -> str:
     slower = slower_by(type(run.args))
     usual += f", over {slower:g} for {run.task.name}" if slower != 1 else ""
     source = "set by you" if "learning_rate" in given_fields(rest) else usual
-    return f"{method}, task {run.task.name}, {run.why}\nlearning rate {run.args.learning_rate:g} ({source})"
+    rate = f"{run.args.learning_rate:g} ({source})"
+    if run.race:
+        rate = f"auto: a race that begins at {run.args.learning_rate:g}, {usual}"
+    return f"{method}, task {run.task.name}, {run.why}\nlearning rate {rate}"
 
 
 def load_run(

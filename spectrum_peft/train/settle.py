@@ -19,13 +19,14 @@ from ..plan import MODES, Mode, check_options, checked_plan, get_mode
 from ..records import EXPORTED, Plan, read_mapping
 from ..tuner.loading import check_quantizable, checked_peft_config
 from ..tuner.stored_bases import loading_of
-from .arguments import config_of, default_arguments, dtype_of, renamed_columns, trainer_arguments
+from .arguments import config_of, default_arguments, dtype_of, renamed_columns, take_auto_rate, trainer_arguments
 from .callback import slower_by
 from .checkpoints import checkpoint_to_resume
 from .encoding import DataChoices
 from .heads import check_labels, has_head, head_of
 from .needs import check_needs
 from .processes import check_fsdp_version, check_launch
+from .rate_race import check_can_race
 from .rewards import FLAG, reward_functions
 from .tasks import Task, task_named, task_of
 
@@ -44,6 +45,7 @@ class Run:
         new_head: the checkpoint has none, so that it begins at random.
         data: what of the rows is shown and learnt.
         rewards: functions and folders of models that judge what is written, for tasks that take them.
+        race: `learning_rate: auto`: the rate is found before the first step.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Run:
     new_head: bool
     data: DataChoices
     rewards: tuple[Any, ...] = ()
+    race: bool = False
 
 
 Rows = tuple[datasets.Dataset, datasets.Dataset | None]
@@ -94,6 +97,7 @@ def settle(
     dtype, why = dtype_of(options)
     rate = MODES["lora"].default_lr if mode is None else mode.default_lr
     rate /= slower_by(task.arguments_class())
+    rest, race = take_auto_rate(rest)
     args = trainer_arguments(task.name, rest, default_arguments(options, task, rate, dtype), flags)
     check_fsdp_version(args)
     if not 0 <= args.learning_rate < math.inf:
@@ -123,9 +127,26 @@ def settle(
         if eval_rows is not None:
             check_labels(task.head, eval_rows, list(head.get("label2id", ())), eval_source)
     new_head = bool(head) and not has_head(config, task.head)
+    if race and resume is None:
+        check_can_race(task.trainer_class(), args)
     rewards = rewards_of(options, task, train_rows)
     return Run(
-        name, mode, own, plan, task, dtype, why, args, resume, train_rows, eval_rows, head, new_head, data, rewards
+        name,
+        mode,
+        own,
+        plan,
+        task,
+        dtype,
+        why,
+        args,
+        resume,
+        train_rows,
+        eval_rows,
+        head,
+        new_head,
+        data,
+        rewards,
+        race,
     )
 
 
