@@ -19,7 +19,8 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ..errors import CheckpointError, InstallError, OptionError
 from ..records import Plan
-from ..tuner.loading import class_of, quantization_config_for
+from ..tuner.classes import class_of
+from ..tuner.loading import quantization_config_for
 from ..weights import base_module, give_storage_without_values, int8_products_as_on
 
 

@@ -23,7 +23,7 @@ from ..devices import default_device, fast_dtype
 from ..errors import CheckpointError, OptionError, near_matches, one_line
 from ..records import is_file, mode_of
 from ..records.schema import Wanted
-from ..tuner.loading import check_config
+from ..tuner.classes import check_config
 from .tasks import Task, task_named, task_of
 
 DTYPES = ("float32", "bfloat16", "float16")

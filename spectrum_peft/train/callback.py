@@ -36,6 +36,7 @@ from .processes import (
     refuse_lost_ratios,
     refuse_unfit_sharing,
 )
+from .unmoved import without_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         self._silenced: list[Any] = []
         self._sharing = Sharing()
         self._started: tuple[float, int, int] | None = None
+        self._looked = False  # at the gradients of the first step
 
     # --- setting up -----------------------------------------------------------------------------------------------
 
@@ -289,6 +291,22 @@ class SpectrumCallback(TrainerCallback, ExportableState):
 
     # --- while it runs --------------------------------------------------------------------------------------------
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """After the first backward passes of a run: name what was planned and got no gradient, once."""
+        if self._looked or self.plan is None:
+            return
+        self._looked = True
+        if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):  # which keep gradients elsewhere
+            return
+        unused = without_gradient(model, self.plan)
+        if unused and state.is_world_process_zero:
+            logger.warning(
+                "%d of %d planned tensors got no gradient in the first step: %s; the forward does not use them, or sent nothing "
+                "through them", len(unused), len(self.plan.trainable_names), _listed(unused),
+            )  # fmt: skip
+
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -418,6 +436,11 @@ class SpectrumCallback(TrainerCallback, ExportableState):
                 "budget": self.budget,
             },
         }
+
+
+def _listed(found: list[str], most: int = 20) -> str:
+    """Names for a log: each of them, of very many the first."""
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def _places(plan: Plan) -> list[list[Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import torch
+import transformers
 from transformers import TrainingArguments
 
 from ..arguments import LORA_FIELDS, Rest
@@ -17,6 +18,7 @@ from ..data import check_loss_on, read_rows
 from ..errors import OptionError, near_matches
 from ..plan import MODES, Mode, check_options, checked_plan, get_mode
 from ..records import EXPORTED, Plan, read_mapping
+from ..tuner.classes import refuse_class
 from ..tuner.loading import check_quantizable, checked_peft_config
 from ..tuner.stored_bases import loading_of
 from .arguments import config_of, default_arguments, dtype_of, renamed_columns, take_auto_rate, trainer_arguments
@@ -114,6 +116,8 @@ def settle(
         raise OptionError(f"{options.peft_config}: AdaLoRA needs total_step; give it, or --max-steps.")
     if own:
         checked_peft_config(own)
+    revision = {"revision": options.revision} if options.revision else {}
+    refuse_class(options.model, config, getattr(transformers, task.auto_class), **revision)
     loading_of(config, options.model, None if options.quantization == "none" else options.quantization)
     check_needs(args, options, config, task.auto_class)
 

@@ -436,6 +436,20 @@ def _with_model_names(plan: Plan, model: nn.Module, present: dict[str, Any]) -> 
     return plan.replace(entries=tuple(entries))
 
 
+def report_for(model: nn.Module, report: SnrReport) -> SnrReport:
+    """A report of files under the names of a class that opens them, without what no file gives.
+
+    Args:
+        model: of that class; its weights may lie on the meta device.
+    """
+    return _without(_report_with_model_names(report, model, base_parameters(model)), new_parameters(model) or ())
+
+
+def plan_for(model: nn.Module, plan: Plan) -> Plan:
+    """A plan of files under the names of a class that opens them; `model` as in `report_for`."""
+    return _with_model_names(plan, model, base_parameters(model))
+
+
 def head_modules(model: nn.Module, present: dict[str, Any]) -> list[str]:
     """Modules of the output head of a model class that adds a new one to a pretrained body; else empty."""
     if not type(base_of(model)).__name__.endswith(_CLASSES_WITH_A_NEW_HEAD):

@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model, prepare_model_for_kbit_training
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import deepspeed as ds
 
 from .. import names
 from ..devices import default_device, fast_dtype, refuse_quantization
 from ..errors import CheckpointError, OptionError, loading, near_matches
 from ..plan import MODES, OPTIONS, Mode, make_plan, needs_gradients
-from ..records import Plan, is_file, mode_of
+from ..records import Plan
 from ..scan import scan_weights
-from ..weights import read_config, read_header, refuse_sharded, settle_quantized, skeleton_of, unquantized_modules
+from ..weights import read_header, settle_quantized, unquantized_modules
 from ..weights.adapter_config import read_adapter_config
 from ..weights.adapters import AdapterState
 from . import freeze_to_plan, settle_plan
+from .apply import plan_for, report_for
+from .classes import check_config, class_for, class_of, config_for, refuse_class, weightless
 from .config import PEFT_TYPE, SpectrumConfig, candidates_of
 from .stored_bases import loading_of
 
@@ -59,7 +60,7 @@ def quantization_config_for(
         check_quantizable(MODES[plan.mode])
         skipped = [names.module_name(e.name) for e in plan.entries if e.trains and e.action in ("train", "save")]
     skipped += sorted(names.HEADS)
-    skeleton = model if isinstance(model, nn.Module) else _skeleton(model)
+    skeleton = model if isinstance(model, nn.Module) else weightless(model)
     skipped += [] if skeleton is None else unquantized_modules(skeleton)
     skipped = list(dict.fromkeys(skipped))
     if quant_type == "int8":
@@ -71,22 +72,6 @@ def quantization_config_for(
         bnb_4bit_compute_dtype=compute_dtype or fast_dtype(),
         llm_int8_skip_modules=skipped,
     )
-
-
-def _skeleton(model: Any, model_class: Any = None, **kwargs: Any) -> nn.Module | None:
-    """The model that a path, id or config stands for, without values; None where it is not there or cannot be built."""
-    if model is None:
-        return None
-    try:
-        config = AutoConfig.from_pretrained(model, **kwargs) if isinstance(model, str | os.PathLike) else model
-        kind = model_class or class_of(config)
-        if hasattr(kind, "_from_config"):
-            return skeleton_of(kind, config)
-        with torch.device("meta"):
-            built: nn.Module = kind.from_config(config)
-        return built
-    except (CheckpointError, OSError, ValueError, KeyError, AttributeError):
-        return None
 
 
 def load_model_with_spectrum(
@@ -118,7 +103,7 @@ def load_model_with_spectrum(
         (model, tokenizer); the tokenizer is None, with a logged line, where the checkpoint has none.
     Raises:
         MismatchError: the plan is of another checkpoint, or trains something that the model lacks.
-        OptionError: dtype and torch_dtype differ; an unknown quantization.
+        OptionError: dtype and torch_dtype differ; an unknown quantization; a class that the checkpoint does not fit.
     """
     for name in kwargs:  # the others are fields of transformers' loaders and configs, which differ from model to model
         near = difflib.get_close_matches(name, _OWN_KEYWORDS, n=1, cutoff=0.85)
@@ -128,17 +113,19 @@ def load_model_with_spectrum(
     quantization = _checked_quantization(quantization)
     config = _as_config(spectrum_config)
     revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
-    if "quantization_config" not in kwargs:
-        kwargs |= loading_of(config_for(model_name, **revision, **_remote(kwargs)), model_name, quantization)
-    if quantization is not None and "quantization_config" not in kwargs:
-        if MODES[config.mode].real_weights and config.plan is None:
-            config.plan = _plan_before_loading(model_name, config, **revision)
-        kwargs["quantization_config"] = quantization_config_for(
-            config.plan, model_name, quantization, wanted if isinstance(wanted, torch.dtype) else None
-        )
     remote = _remote(kwargs)
-    check_config(model_name)
-    loader = model_class or class_for(model_name, **revision, **remote)
+    described = config_for(model_name, **revision, **remote)
+    loader = model_class or class_of(described)
+    refuse_class(model_name, described, loader, **revision)
+    if "quantization_config" not in kwargs:
+        kwargs |= loading_of(described, model_name, quantization)
+    if quantization is not None and "quantization_config" not in kwargs:
+        skeleton = weightless(model_name, loader, **revision, **remote)
+        if MODES[config.mode].real_weights:
+            config.plan = _plan_before_loading(model_name, skeleton, config, **revision)
+        kwargs["quantization_config"] = quantization_config_for(
+            config.plan, skeleton or model_name, quantization, wanted if isinstance(wanted, torch.dtype) else None
+        )
     with loading(model_name), whole_weights():
         model = loader.from_pretrained(model_name, dtype=wanted, device_map=device_map, **{**kwargs, **remote})
     return made_trainable(model, config), load_tokenizer(model_name, **revision, **remote)
@@ -167,14 +154,16 @@ def load_model_with_peft(
     quantization = _checked_quantization(quantization)
     config = checked_peft_config(peft_config)
     given = {name: kwargs[name] for name in ("revision",) if name in kwargs}
-    kwargs |= loading_of(config_for(model_name, **given, **_remote(kwargs)), model_name, quantization)
-    if quantization is not None:
-        kwargs["quantization_config"] = quantization_config_for(
-            None, model_name, quantization, wanted if isinstance(wanted, torch.dtype) else None
-        )
     remote = _remote(kwargs)
-    check_config(model_name)
-    loader = model_class or class_for(model_name, **given, **remote)
+    described = config_for(model_name, **given, **remote)
+    loader = model_class or class_of(described)
+    refuse_class(model_name, described, loader, **given)
+    kwargs |= loading_of(described, model_name, quantization)
+    if quantization is not None:
+        skeleton = weightless(model_name, loader, **given, **remote)
+        kwargs["quantization_config"] = quantization_config_for(
+            None, skeleton or model_name, quantization, wanted if isinstance(wanted, torch.dtype) else None
+        )
     with loading(model_name), whole_weights():
         model = loader.from_pretrained(model_name, dtype=wanted, **{**kwargs, **remote})
     if quantization is not None:
@@ -337,8 +326,14 @@ def _as_config(value: Any) -> SpectrumConfig:
     return SpectrumConfig(plan=value)
 
 
-def _plan_before_loading(model_name: str, config: SpectrumConfig, **revision: Any) -> Plan:
-    """Which modules stay unquantized must be known before the weights are read."""
+def _plan_before_loading(model_name: str, skeleton: nn.Module | None, config: SpectrumConfig, **revision: Any) -> Plan:
+    """Which modules stay unquantized must be known before the weights are read, under the names of the class that reads them.
+
+    Args:
+        skeleton: of that class, without values; None where it could not be built: the names are then the files'.
+    """
+    if config.plan is not None:
+        return config.plan if skeleton is None else plan_for(skeleton, config.plan)
     report, gradients, options = config.resolved_report(), config.resolved_gradients(), config.options()
     by_data = needs_gradients(options)
     if by_data and gradients is None:
@@ -357,44 +352,9 @@ def _plan_before_loading(model_name: str, config: SpectrumConfig, **revision: An
             download=True,
             **revision,
         )
+    if skeleton is not None:
+        report = report_for(skeleton, report)
     return make_plan(report, gradients=gradients, candidates=candidates_of(config, report), **options)
-
-
-def check_config(model_name: str) -> None:
-    """
-    Raises:
-        CheckpointError: a local folder's config.json is damaged, or of a model that nobody could build; it holds a sharded
-            checkpoint.
-    """
-    if mode_of(model_name):
-        refuse_sharded(Path(model_name))
-    if is_file(Path(model_name, "config.json")):
-        read_config(Path(model_name, "config.json"))
-
-
-def config_for(model_name: str, **kwargs: Any) -> Any:
-    """transformers' config of a folder or hub id.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    check_config(model_name)
-    with loading(model_name):
-        return AutoConfig.from_pretrained(model_name, **kwargs)
-
-
-def class_for(model_name: str, **kwargs: Any) -> Any:
-    """The transformers class that a checkpoint's config names in `architectures`, else `AutoModelForCausalLM`."""
-    return class_of(config_for(model_name, **kwargs))
-
-
-def class_of(config: Any) -> Any:
-    """The transformers class that a config names in `architectures`, else `AutoModelForCausalLM`."""
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if found is not None:  # a body, too: what its head would compute is in no file
-            return found
-    return transformers.AutoModelForCausalLM
 
 
 def _remote(kwargs: dict[str, Any]) -> dict[str, Any]:

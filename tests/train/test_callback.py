@@ -565,3 +565,42 @@ def test_evaluation_between_steps_does_not_stop_gradients_on_a_4_bit_base(
         assert gradients.names == trains
         ends.append(values(model, trainable=True))
     assert_same(*ends)
+
+
+# --- what got no gradient --------------------------------------------------------------------------------------------
+
+
+def with_unused(base: Any) -> Any:
+    """A model with a matrix in its second block that the forward never uses."""
+    mlp = base.model.layers[1].mlp
+    mlp.spare_proj = torch.nn.Linear(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False)
+    base.config._name_or_path = ""
+    return base
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("mode", ["spectrum", "lora", "columns"])
+def test_a_line_names_what_got_no_gradient(
+    mode: str, accumulation: int, base: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = with_unused(base)
+    options = {"spectrum_ratio": 1.0} if mode == "spectrum" else {}
+    if mode == "spectrum":
+        callback = SpectrumCallback(config_of(mode, **options))
+    else:
+        model, callback = adapted(model, mode), SpectrumCallback()
+    run = trainer(model, tmp_path, [callback], max_steps=3, gradient_accumulation_steps=accumulation)
+    with caplog.at_level("WARNING", logger="spectrum_peft"):
+        run.train()
+    lines = [r.message for r in caplog.records if "got no gradient" in r.message]
+    assert len(lines) == 1
+    assert (
+        "1 of 15 planned tensors got no gradient in the first step: model.layers.1.mlp.spare_proj.weight;" in lines[0]
+    )
+
+
+def test_no_line_where_all_that_is_planned_trains(base: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = trainer(adapted(base, "alors"), tmp_path, [SpectrumCallback()], max_steps=1)
+    with caplog.at_level("WARNING", logger="spectrum_peft"):
+        run.train()
+    assert not any("got no gradient" in r.message for r in caplog.records)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from families import FAMILIES
 
-from spectrum_peft import SpectrumConfig, load_model_with_spectrum, quantization_config_for
+from spectrum_peft import SpectrumConfig, load_model_with_spectrum, make_plan, quantization_config_for, scan_weights
+from spectrum_peft.errors import OptionError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -60,3 +62,74 @@ def test_a_body_is_loaded_as_the_body_that_it_is(tmp_path: Path) -> None:
         model.save_pretrained(folder)
         loaded, _ = load_model_with_spectrum(str(folder), SpectrumConfig(mode="spectrum"), dtype="float32")
         assert type(loaded) is type(model)
+
+
+LLAMA = {"vocab_size": 96, **SIZES, "num_key_value_heads": 2}
+
+
+def saved(model: torch.nn.Module, folder: Path) -> str:
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_body_is_not_trained_under_a_random_language_head(tmp_path: Path) -> None:
+    body = saved(transformers.LlamaModel(transformers.LlamaConfig(**LLAMA)), tmp_path / "body")
+    wanted = (
+        r"config.json names LlamaModel, .*LlamaForCausalLM \(lm_head.weight\) is in no file; classes that fit.*: (.*)\."
+    )
+    with pytest.raises(OptionError, match=wanted) as caught:
+        load_model_with_spectrum(
+            body, SpectrumConfig(mode="lora"), dtype="float32", model_class=transformers.AutoModelForCausalLM
+        )
+    fitting = str(caught.value).rpartition(": ")[2].rstrip(".").split(", ")
+    assert {"LlamaModel", "LlamaForSequenceClassification"} <= set(fitting)
+    assert "LlamaForCausalLM" not in fitting
+
+
+@pytest.mark.parametrize("kind", ["AutoModelForCausalLM", "LlamaForCausalLM", "AutoModelForSequenceClassification"])
+def test_a_body_with_a_tied_head_or_under_a_classifier_is_trained(kind: str, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings="Causal" in kind)
+    body = saved(transformers.LlamaModel(config), tmp_path / "body")
+    model, _ = load_model_with_spectrum(
+        body, SpectrumConfig(mode="lora"), dtype="float32", model_class=getattr(transformers, kind)
+    )
+    assert model.get_base_model().config.model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("GPT2LMHeadModel", "GPT2LMHeadModel is a class of 'gpt2', the checkpoint is of 'bert'"),
+        ("AutoModelForImageTextToText", "AutoModelForImageTextToText knows no class of 'bert'"),
+    ],
+)
+def test_a_class_of_another_family_is_refused(kind: str, said: str, tmp_path: Path) -> None:
+    body = saved(transformers.BertModel(transformers.BertConfig(vocab_size=96, **SIZES)), tmp_path / "body")
+    with pytest.raises(OptionError, match=rf"{said}; classes that fit .*BertForSequenceClassification"):
+        load_model_with_spectrum(body, SpectrumConfig(mode="lora"), model_class=getattr(transformers, kind))
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_real_weights_on_a_4bit_base_of_another_class(planned: bool, tmp_path: Path) -> None:
+    """The modules that stay unquantized are named as in the class that is loaded, not as in the one of config.json."""
+    torch.manual_seed(0)
+    _, config, inputs = FAMILIES["qwen3_5"]()
+    whole = transformers.Qwen3_5ForConditionalGeneration(config)
+    folder = saved(whole, tmp_path / "whole")
+    spectrum = SpectrumConfig(mode="spectrum", spectrum_ratio=0.5)
+    if planned:
+        plan = make_plan(scan_weights(folder), mode="spectrum", spectrum_ratio=0.5)
+        spectrum.plan = plan.replace(entries=tuple(e for e in plan.entries if ".visual." not in e.name))
+    model, _ = load_model_with_spectrum(
+        folder, spectrum, dtype="float32", quantization="nf4", model_class=transformers.AutoModelForCausalLM
+    )
+    inner = model.get_base_model()
+    assert type(inner) is transformers.Qwen3_5ForCausalLM
+    linears = {n: type(m).__name__ for n, m in inner.named_modules() if isinstance(m, torch.nn.Linear)}
+    chosen = {e.name.removesuffix(".weight") for e in model.peft_config["default"].plan.entries if e.action == "train"}
+    floats = {n.removesuffix(".base_layer") for n, kind in linears.items() if kind == "Linear"}
+    assert chosen and floats == chosen | {"lm_head"}
+    assert "Linear4bit" in linears.values()
+    out = model(**inputs)
+    out.loss.backward()
+    assert torch.isfinite(out.loss)
