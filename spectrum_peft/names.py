@@ -34,6 +34,9 @@ _WRITES = frozenset(
 
 Role = Literal["linear", "embedding", "head", "norm", "bias", "router", "other"]
 ROLES: tuple[Role, ...] = get_args(Role)
+# Parts of a model that sees or hears: the model that writes text (or only reads it), those that look or listen, and what
+# leads from one to another.
+Tower = Literal["language", "text", "vision", "audio", "projector"]
 
 
 def module_name(name: str) -> str:

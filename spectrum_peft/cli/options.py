@@ -37,6 +37,8 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     switch(group, "--train-embeddings", help="train the embeddings too")
     switch(group, "--train-head", help="train the output head too")
     switch(group, "--train-norms", help="train the norms too")
+    add("--towers", help="of a model that sees or hears: language (the default), vision, audio or all")
+    switch(group, "--train-projectors", help="train what leads from one tower to another too")
     add("--r", type=int, help="rank of adapters")
     add("--lora-alpha", type=int, help="adapters are scaled by lora_alpha / r")
     switch(group, "--use-rslora", help="scale by lora_alpha / sqrt(r)")

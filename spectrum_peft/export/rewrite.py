@@ -167,7 +167,8 @@ def layout(
                 continue
             mine = changes.get(place.name, ())
             if mine and isinstance(mine[0], Value) and parts[place.name] == 1:
-                shape = mine[0].stored.shape  # a table may have grown
+                if len(mine[0].stored.shape) == len(shape):  # the only expert of a layer is stored without its number
+                    shape = mine[0].stored.shape  # a table may have grown
             start = starts.get(place.name)
             rows.append(NewTensor(name, _cast(dtype, cast), shape, source, place, mine, start, base=base))
         shards.append((path, rows))

@@ -16,6 +16,7 @@ Reads records, writes records; knows neither weights nor models.
 from __future__ import annotations
 
 from ..records import Plan
+from .candidates import in_towers
 from .diff import diff_plans
 from .explain import explain, format_table
 from .make import make_plan, worth_probing
@@ -49,6 +50,7 @@ __all__ = [
     "explain",
     "format_table",
     "get_mode",
+    "in_towers",
     "make_plan",
     "needs_gradients",
     "replan",

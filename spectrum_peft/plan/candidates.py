@@ -14,6 +14,13 @@ from .choose import Candidate, natural_key
 from .modes import MODES
 
 EXPERT = re.compile(r"^(?P<name>.+)\[(?P<expert>\d+)\]$")
+# What `towers` names -> the towers of `names.Tower`; None: all of them, what leads between them as well.
+TOWERS: dict[str, tuple[str, ...]] = {
+    "language": ("language", "text"),
+    "vision": ("vision",),
+    "audio": ("audio",),
+    "all": (),
+}
 # Several matrices of one input stored as one: they get one score and one entry.
 FUSED_KINDS = frozenset(
     {"qkv_proj", "qkv", "Wqkv", "W_pack", "c_attn", "query_key_value", "in_proj_weight", "gate_up_proj"}
@@ -66,7 +73,28 @@ def _joined(name: str, members: Sequence[MatrixStat]) -> MatrixStat:
         n_signal=None,
         s_max=None,
         role=first.role,
+        tower=first.tower,
     )
+
+
+def in_towers(units: Sequence[MatrixStat], towers: str | None) -> list[MatrixStat]:
+    """Those of the towers asked for; a model of one part is all of it, and what belongs to no tower's blocks stays.
+
+    Args:
+        towers: a key of `TOWERS`; None for the language model where there is one, else for all.
+    Raises:
+        OptionError: the model has no such tower.
+    """
+    present = {u.tower for u in units if u.role == "linear" and u.tower is not None}
+    if towers is None:
+        towers = "language" if "language" in present else "all"
+    if towers == "all":
+        return list(units)
+    wanted = TOWERS[towers]
+    if not present & set(wanted):
+        has = ", ".join(sorted(present - {"projector"})) or "no towers: it is one model"
+        raise OptionError(f"towers is {towers!r}, and the model has {has}.")
+    return [u for u in units if u.tower in wanted]
 
 
 def narrowed(
@@ -172,6 +200,8 @@ def trained_whole(
                     )
                 found.add(group[0])
         taken |= _found("train_head", found)
+    if options["train_projectors"]:
+        taken |= _found("train_projectors", {u.name for u in units if u.tower == "projector"})
     if options["train_norms"]:
         modules = {names.module_name(u.name) for u in units if u.role == "norm" and not names.in_head(u.name)}
         found = {u.name for u in units if names.module_name(u.name) in modules and u.role in {"norm", "bias"}}

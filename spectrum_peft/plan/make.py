@@ -16,6 +16,7 @@ from .candidates import (
     FUSED_KINDS,
     as_candidate,
     blocks_in_order,
+    in_towers,
     narrowed,
     place_of,
     reached_blocks,
@@ -94,15 +95,23 @@ def make_plan(
     kept = narrowed(linear, units, candidates)
     if not kept:
         raise OptionError("the report lists no linear matrix that a plan could choose.")
+    # Whoever names candidates, or trains the whole, means them in every tower, unless told otherwise.
+    everywhere = checked["towers"] is None and (candidates is not None or mode.whole_model)
+    inside = {u.name for u in in_towers(units, "all" if everywhere else checked["towers"])}
+    outside = [u for u in kept if u.name not in inside]
+    kept = [u for u in kept if u.name in inside]
+    if not kept:
+        raise OptionError(f"towers={checked['towers']!r} and the candidates leave no matrix that a plan could choose.")
     if mode.whole_model and len(kept) < len(linear):
         raise OptionError(
             f"mode {mode.name!r} trains everything, but the candidates leave out {len(linear) - len(kept)} matrices, "
             f"such as {next(u.name for u in linear if u not in kept)}. To train some, use mode='spectrum'."
         )
-    reached = reached_blocks(units, checked["backward_depth"])
+    around = [u for u in units if u.name in inside or u.tower in (None, "projector")]
+    reached = reached_blocks([u for u in units if u.name in inside], checked["backward_depth"])
     pool = [as_candidate(u, reached) for u in kept]
 
-    saved, notes = trained_whole(units, report.tied, checked, reached)
+    saved, notes = trained_whole(around, report.tied, checked, reached)
     policy_options = dict(checked)
     if checked["trainable_parameters"] is not None:
         policy_options["trainable_parameters"] = _adapter_budget(pool, saved, checked["trainable_parameters"])
@@ -116,7 +125,7 @@ def make_plan(
         model_id=report.model_id,
         revision=report.revision,
         total_parameters=total_parameters(report),
-        notes=(*_about(kept, reached, checked), *draft.notes, *notes),
+        notes=(*_about(kept, reached, checked, outside), *draft.notes, *notes),
     )
 
 
@@ -189,9 +198,15 @@ def _adapter_budget(pool: Sequence[Candidate], saved: Sequence[MatrixStat], budg
 
 
 def _about(
-    kept: Sequence[MatrixStat], reached: frozenset[tuple[str, int]] | None, options: Mapping[str, Any]
+    kept: Sequence[MatrixStat],
+    reached: frozenset[tuple[str, int]] | None,
+    options: Mapping[str, Any],
+    left_out: Sequence[MatrixStat],
 ) -> list[str]:
     notes = []
+    for tower in sorted({str(u.tower) for u in left_out}):
+        count = sum(u.tower == tower for u in left_out)
+        notes.append(f"{count} matrices of the tower {tower!r} are no candidates; towers='all' takes every tower.")
     for kind in sorted({u.kind for u in kept if u.kind.rpartition(".")[2] in FUSED_KINDS and len(u.shape or ()) != 3}):
         notes.append(f"{kind} is stored as one fused matrix: its parts share one score and are chosen together.")
     for kind in sorted({u.kind for u in kept if u.shape and len(u.shape) == 3}):

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import CheckpointError, OptionError, near_matches, quoted
 from ..records import Plan
 from ..records.schema import MOST_RANK
+from .candidates import TOWERS
 from .choose import tier_ranks
 from .modes import MODES, get_mode
 
@@ -29,6 +30,8 @@ OPTIONS: dict[str, Any] = {
     "train_embeddings": False,
     "train_head": False,
     "train_norms": False,
+    "towers": None,  # the language model's, where there is one
+    "train_projectors": False,
     "keep_base": "auto",
     "trainable_dtype": "float32",
     "r": 16,
@@ -159,6 +162,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "train_embeddings": _flag,
     "train_head": _flag,
     "train_norms": _flag,
+    "towers": _optional(_one_of(*TOWERS)),
+    "train_projectors": _flag,
     "keep_base": _one_of("auto", "host", "file", "none"),
     "trainable_dtype": _one_of("float32", "base"),
     "r": _integer(1, MOST_RANK),
@@ -294,6 +299,7 @@ def _check_preset(checked: Mapping[str, Any]) -> None:
         raise OptionError(f"preset={checked['preset']!r} goes with mode 'spectrum', not {checked['mode']!r}.")
     fixed = (
         "snr_threshold", "scope", "measure", "coverage", "backward_depth", "train_embeddings", "train_head", "train_norms",
+        "towers", "train_projectors",
     )  # fmt: skip
     for name in fixed:
         if checked[name] != OPTIONS[name]:

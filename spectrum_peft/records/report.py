@@ -79,6 +79,7 @@ class MatrixStat:
         role: one of `names.ROLES`.
         power_law: exponent fitted to the tail of the eigenvalue density; None where there is no spectrum.
         transposed: stored as (in, out), as a Conv1D's.
+        tower: one of `names.Tower` in a model that sees or hears, else None.
     """
 
     name: Name
@@ -92,6 +93,7 @@ class MatrixStat:
     role: names.Role = "linear"
     power_law: NotNegative | None = None
     transposed: bool = False
+    tower: names.Tower | None = None
 
 
 @dataclass(frozen=True)

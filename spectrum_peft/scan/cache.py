@@ -24,7 +24,7 @@ from .only import Only
 logger = logging.getLogger(__name__)
 
 # Goes into the key of stored results: to be raised when a criterion's numbers change.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 
 
 def cache_folder() -> Path:

@@ -251,6 +251,7 @@ def _report(
                     role=info.role,
                     power_law=result.power_law if result else None,
                     transposed=info.transposed,
+                    tower=info.tower,
                 )
             )
     notes = (*source.notes, f"only matrices {limits} were scored") if limits else source.notes

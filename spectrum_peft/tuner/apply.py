@@ -33,6 +33,8 @@ from ..weights import (
     refuse_partitioned,
     role_of,
     skeleton_like,
+    tower_in,
+    towers_of,
     without_adapters,
 )
 from .config import SpectrumConfig, candidates_of
@@ -205,7 +207,11 @@ def _settled(model: nn.Module, config: SpectrumConfig, layers: bool) -> Plan:
         _check_fingerprint(report.fingerprint, model, "the report", config.force)
     report = _without(_report_with_model_names(report, model, present), new_parameters(model) or ())
     unfit = unfit_matrices(model, config.mode, layers=layers)
-    report = _without(report, unfit)
+    fit = _without(report, unfit)
+    if unfit and not any(s.role == "linear" for s in fit.stats) and any(s.role == "linear" for s in report.stats):
+        name, why = next(iter(unfit.items()))
+        raise OptionError(f"mode {config.mode!r} can train none of the model's matrices; the first is {name}: {why}.")
+    report = fit
     candidates = candidates_of(config, report)
     gradients = None
     if needs_gradients(options):
@@ -338,7 +344,7 @@ def _names_here(model: nn.Module, wanted: Iterable[str], present: dict[str, Any]
 def _report_with_model_names(report: SnrReport, model: nn.Module, present: dict[str, Any]) -> SnrReport:
     """A report that may be of files, with the model's names, and the roles of its modules where names say less."""
     found = _names_here(model, (s.name.partition("[")[0] for s in report.stats), present)
-    head = output_head(base_of(model))
+    head, towers = output_head(base_of(model)), towers_of(base_of(model))
     stats = []
     for stat in report.stats:
         base, bracket, expert = stat.name.partition("[")
@@ -350,9 +356,13 @@ def _report_with_model_names(report: SnrReport, model: nn.Module, present: dict[
             if role == "linear" and not bracket:
                 role = role_of(name, stat.shape, present[name][0], head)
             turned = stat.transposed or (len(stat.shape or ()) == 2 and type(present[name][0]).__name__ == "Conv1D")
-            stats.append(dataclasses.replace(stat, name=name + bracket + expert, role=role, transposed=turned))
+            tower = tower_in(towers, name) if towers else stat.tower
+            full = name + bracket + expert
+            stats.append(dataclasses.replace(stat, name=full, role=role, transposed=turned, tower=tower))
         elif stat.role == "linear" and names.block_index(base) is not None:
             raise MismatchError(f"the report lists {base}, which the model lacks." + near_matches(base, present))
+    if not any(s.role == "linear" for s in report.stats):
+        raise OptionError("the report lists no linear matrix that a plan could choose.")
     if not any(s.role == "linear" for s in stats):
         raise MismatchError(f"none of the report's {len(report.stats)} tensors is in this model.")
     tied = tuple(tuple(found.get(n) or n for n in group) for group in report.tied)

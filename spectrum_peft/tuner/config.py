@@ -18,7 +18,7 @@ from peft.utils.other import get_pattern_key
 
 from .. import names
 from ..errors import OptionError, near_matches
-from ..plan import MODES, OPTIONS, check_options, checked_plan, columns_of_rank, get_mode, with_columns
+from ..plan import MODES, OPTIONS, check_options, checked_plan, columns_of_rank, get_mode, in_towers, with_columns
 from ..records import ADAPTER_ACTIONS, GradientReport, Plan, SnrReport
 from ..records.schema import MOST_RANK
 from .lora_fields import check_lora_fields
@@ -48,6 +48,9 @@ class SpectrumConfig(LoraConfig):
         coverage: the blocks are cut into this many runs, and the best-scored of each is taken in turn; None: by score alone.
         backward_depth: share of the blocks, counted from the output, that may be chosen; backward stops below them.
         train_embeddings, train_head, train_norms: train these too; all are frozen unless asked for.
+        towers: of a model that sees or hears, where matrices are chosen: `language` (the default, where a decoder writes the
+            text), `vision`, `audio`, or `all`, which is the default everywhere else.
+        train_projectors: train, whole, what leads from one tower to another.
         keep_base: where the original of a weight that trains is kept for `disable_adapter()` and `unmerge`: `host` (a
             copy in main memory), `file` (read back from the checkpoint when needed), `none` (refuse), `auto` (`file`
             where the local checkpoint holds exactly the loaded values, else `host`).
@@ -99,6 +102,8 @@ class SpectrumConfig(LoraConfig):
     train_embeddings: bool = field(default=False, metadata={"help": "Train the embeddings too."})
     train_head: bool = field(default=False, metadata={"help": "Train the output head too."})
     train_norms: bool = field(default=False, metadata={"help": "Train the norms too."})
+    towers: str | None = field(default=None, metadata={"help": "language, vision, audio or all."})
+    train_projectors: bool = field(default=False, metadata={"help": "Train what leads from one tower to another too."})
     keep_base: str = field(default="auto", metadata={"help": "auto, host, file or none."})
     trainable_dtype: str = field(default="float32", metadata={"help": "float32 or base."})
     r_high: int | None = field(default=None, metadata={"help": "alors: rank of the high tier."})
@@ -305,7 +310,10 @@ def candidates_of(config: SpectrumConfig, report: SnrReport) -> list[str] | None
     )
     if MODES[config.mode].whole_model or (every and not narrowed):
         return None
-    owners = {s.name: _owner(s.name) for s in report.stats if s.role == "linear"}
+    linear = [s for s in report.stats if s.role == "linear"]
+    if every and not by_parameter:
+        linear = in_towers(linear, config.towers)
+    owners = {s.name: _owner(s.name) for s in linear}
     only_parameters = bool(by_parameter) and config.target_modules is None
     kept = set() if only_parameters else set(_narrowed(config, dict.fromkeys(owners.values())))
     found = dict.fromkeys(name.partition("[")[0] for name in owners)

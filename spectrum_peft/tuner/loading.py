@@ -365,12 +365,13 @@ def _remote(kwargs: dict[str, Any]) -> dict[str, Any]:
 def task_type_of(model: Any) -> str | None:
     """PEFT's task type of a model's class; None where PEFT's wrapper for the task would call it with what it does not take.
 
-    The wrappers of all tasks pass `input_ids`, which pictures and sounds have not (Whisper, ViT, Wav2Vec2). A class for
-    conditional generation has an encoder (T5), or is a decoder that sees or hears (LLaVA).
+    The wrappers of all tasks pass `input_ids` and `inputs_embeds`, which pictures and sounds have not (Whisper, ViT, Wav2Vec2);
+    BLIP hands what it does not know to its other tower. A class for conditional generation has an encoder (T5), or is a decoder
+    that sees or hears (LLaVA).
     """
     name = type(model).__name__
     taken = inspect.signature(model.forward).parameters
-    if "input_ids" not in taken:
+    if "input_ids" not in taken or "inputs_embeds" not in taken:
         return None
     if name.endswith("ForConditionalGeneration"):
         return "SEQ_2_SEQ_LM" if "decoder_input_ids" in taken else "CAUSAL_LM"

@@ -72,6 +72,15 @@ class SpectrumModel(LoraModel):
     prefix: str = "lora_"
     tuner_layer_cls = (LoraLayer, SpectrumLayer)
 
+    def train(self, mode: bool = True) -> SpectrumModel:
+        """As in torch, but that running statistics (batch norms of speech and vision models) stay the base's: no adapter holds
+        them, and training would move those of the base under the adapter."""
+        super().train(mode)
+        for module in self.model.modules():
+            if getattr(module, "running_mean", None) is not None:
+                module.train(False)
+        return self
+
     # --- injection ------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

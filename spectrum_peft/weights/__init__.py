@@ -25,6 +25,7 @@ from .quantized import (
 from .roles import output_embeddings, output_head, role_of
 from .shards import read_bytes
 from .source import DTYPES, TensorInfo, WeightSource, split_expert
+from .towers import tower_in, towers_of
 from .uncalled import without_adapters
 
 __all__ = [
@@ -70,6 +71,8 @@ __all__ = [
     "skeleton_of",
     "split_expert",
     "through_quantization",
+    "tower_in",
+    "towers_of",
     "unquantized_modules",
     "without_adapters",
 ]

@@ -22,8 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import names
 from ..errors import CheckpointError, one_line
 from .roles import roles_of
+from .towers import towers_of
+from .uncalled import without_adapters
 
 # The names that most decoders share. transformers renames none of them for a causal class, so a scan of such a file need
 # not load the modelling code (seconds, and some hundred MB) to be told so.
@@ -128,13 +131,15 @@ def skeleton_like(model: nn.Module) -> nn.Module | None:
 
 
 def unquantized_modules(skeleton: nn.Module) -> list[str]:
-    """Modules that transformers leaves unquantized where nobody lists any: the output head, what is tied to it, the last one."""
+    """Modules that stay unquantized where nobody lists any: the output head, what is tied to it, the last one, as transformers
+    has it, and those whose weight is read without calling the layer (Mamba), which would be read packed."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
+    uncalled = [names.module_name(name) for name in without_adapters(skeleton)]
     try:
-        return sorted(get_keys_to_not_convert(skeleton))
+        return sorted({*get_keys_to_not_convert(skeleton), *uncalled})
     except (AttributeError, NotImplementedError):  # none of transformers' models, or one without a head
-        return []
+        return uncalled
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,7 @@ class Layout:
         recipes: {parameter: the step that makes it}, in the order of the stored tensors.
         shapes: {parameter: shape in the class}.
         roles: {parameter: one of `names.ROLES`}; transposed: those stored as (in, out).
+        towers: {prefix of parameters: one of `names.Tower`}, empty for a model of one part.
         ignored: stored tensors that the class does not take.
         new: parameters that the checkpoint ought to give and does not; of a tied group, none of it.
         tied: groups of parameters that are one tensor in the class, one that the checkpoint gives first.
@@ -205,6 +211,7 @@ class Layout:
     recipes: Mapping[str, Recipe]
     shapes: Mapping[str, tuple[int, ...]]
     roles: Mapping[str, str]
+    towers: Mapping[str, names.Tower]
     transposed: frozenset[str]
     ignored: tuple[str, ...]
     new: tuple[str, ...]
@@ -279,6 +286,7 @@ def layout_of(skeleton: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> Lay
         made,
         shapes,
         roles,
+        towers_of(skeleton),
         transposed,
         tuple(name for name in stored if name in set(ignored)),
         tuple(name for name in shapes if name in parameters and name not in given and not _is_made(skeleton, name)),

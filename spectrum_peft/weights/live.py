@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from .layouts import skeleton_like
 from .quantized import int8_values, quantization_of, unpacked_4bit
 from .roles import output_head, role_of
 from .source import SAMPLE, TensorInfo, dtype_name, split_expert, split_found, structure_of
+from .towers import tower_in, towers_of
 
 
 def expert_product(a: Tensor, b: Tensor, experts: int, expert: int) -> Tensor:
@@ -130,8 +131,10 @@ class LiveWeights:
         self.folder = checkpoint_folder(self.model)
         self._live: dict[str, _Live] = {}
         groups: dict[int, list[str]] = {}
-        head = output_head(self.model)
+        head, towers = output_head(self.model), towers_of(self.model)
         for item in _walk(self.model, "", (), None, head):
+            if towers:
+                item = replace(item, info=replace(item.info, tower=tower_in(towers, item.info.name)))
             group = groups.setdefault(id(item.parameter), [])
             group.append(item.info.name)
             if len(group) == 1:

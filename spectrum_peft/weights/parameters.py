@@ -13,6 +13,7 @@ from .. import names
 from ..errors import CheckpointError
 from .layouts import Layout, Recipe
 from .source import TensorInfo
+from .towers import tower_in
 
 if TYPE_CHECKING:
     from .forms import Form
@@ -49,26 +50,24 @@ def by_layout(layout: Layout, forms: Mapping[str, Form]) -> Iterator[Logical]:
         first = recipe.stored[0]
         if first not in forms:
             continue
-        word, role, turned = (
-            forms[first].word,
-            layout.roles[name],
-            name in layout.transposed and not forms[first].turned,
-        )
+        word, role, tower = forms[first].word, layout.roles[name], tower_in(layout.towers, name)
+        turned = name in layout.transposed and not forms[first].turned
         if recipe.places is None:
             shape = layout.shapes[name]
             experts = _experts(role, shape)
-            yield Logical(TensorInfo(name, shape, word, role, experts, turned), (), recipe=recipe)
+            yield Logical(TensorInfo(name, shape, word, role, experts, turned, tower), (), recipe=recipe)
             continue
         stored = sorted((row, part) for part, (owner, row) in recipe.places.items() if owner == name)
         parts = tuple(part for _, part in stored)
-        if len(parts) == 1:  # its own shape: a table, or a head, may have another number of rows than the class
+        if len(parts) == 1 and len(forms[first].shape) == len(layout.shapes[name]):
+            # Its own shape: a table, or a head, may have another number of rows than the class.
             shape = forms[first].shape
             experts = _experts(role, shape)
-            yield Logical(TensorInfo(name, shape, word, role, experts, turned), (parts,), experts is not None)
+            yield Logical(TensorInfo(name, shape, word, role, experts, turned, tower), (parts,), experts is not None)
         else:
             shape = layout.shapes[name]
             experts = _experts(role, shape)
-            info = TensorInfo(name, shape, word, role, experts, turned)
+            info = TensorInfo(name, shape, word, role, experts, turned, tower)
             yield Logical(info, _by_expert(parts, forms, shape) if experts else (parts,))
 
 

@@ -54,6 +54,7 @@ class TensorInfo:
         role: one of `names.ROLES`.
         experts: number of experts of a fused parameter, (E, out, in), read as `name[e]`; None for any other.
         transposed: stored as (in, out), as transformers' Conv1D does.
+        tower: one of `names.Tower` in a model that sees or hears, else None.
     """
 
     name: str
@@ -62,6 +63,7 @@ class TensorInfo:
     role: names.Role
     experts: int | None = None
     transposed: bool = False
+    tower: names.Tower | None = None
 
     def __post_init__(self) -> None:
         """

@@ -21,6 +21,8 @@ from torch import nn
 _PROPERTIES = frozenset(
     {"dtype", "device", "shape", "size", "ndim", "numel", "requires_grad", "data", "grad", "is_meta"}
 )
+# Where the code of models lies: transformers' own, and what comes with a checkpoint.
+_MODELS = ("transformers.models.", "transformers_modules.")
 _QUESTIONS = frozenset({"isinstance", "hasattr", "getattr", "id", "type", "len"})
 
 
@@ -65,9 +67,7 @@ def _takes_rows(layer: nn.Linear) -> bool:
     """Whether a Linear whose forward a model wrote anew still takes (..., in) to (..., out); asked on the meta device. A
     quantizer's layer changes how it computes, not what, and is not asked."""
     kind = type(layer)
-    if kind.forward is nn.Linear.forward or not kind.__module__.startswith(
-        ("transformers.models.", "transformers_modules.")
-    ):
+    if kind.forward is nn.Linear.forward or not kind.__module__.startswith(_MODELS):
         return True
     weights = {name: value.detach().to("meta") for name, value in layer.state_dict(keep_vars=True).items()}
     rows = torch.empty(2, 3, layer.in_features, dtype=layer.weight.dtype, device="meta")
@@ -76,6 +76,17 @@ def _takes_rows(layer: nn.Linear) -> bool:
     except Exception:  # any that a forward of another kind may raise on this shape
         return False
     return isinstance(result, torch.Tensor) and tuple(result.shape) == (2, 3, layer.out_features)
+
+
+def _of_its_own(layer: nn.Module) -> bool:
+    """Whether a model has written a layer with a matrix from nothing (I-BERT's); a quantizer's layers are PEFT's to know."""
+    kind = type(layer)
+    return (
+        kind.__module__.startswith(_MODELS)
+        and hasattr(layer, "in_features")
+        and not isinstance(layer, nn.Linear)
+        and getattr(layer._parameters.get("weight"), "ndim", 0) == 2
+    )
 
 
 def without_adapters(model: nn.Module) -> dict[str, str]:
@@ -92,4 +103,6 @@ def without_adapters(model: nn.Module) -> dict[str, str]:
                 found[full] = f"{type(module).__name__} reads the weight without calling the layer"
             elif isinstance(layer, nn.Linear) and not _takes_rows(layer):
                 found[full] = f"a {type(layer).__name__} computes something else than x W^T"
+            elif _of_its_own(layer):
+                found[full] = f"a {type(layer).__name__} is no Linear, and PEFT has no layer for it"
     return found

@@ -1,0 +1,224 @@
+"""The families of the sweep: every model type of the installed transformers that has a class with a head, as a tiny model.
+
+`LISTED` is made from transformers' own tables of classes, so a type that a new release brings is there by itself. What sizes
+and inputs the names of the fields cannot tell stands in `FIELDS` and `INPUTS`; what cannot be built here in `LEFT_OUT`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from inputs import inputs_for
+from shrinking import DROP, IMAGE, WIDTH, small
+from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
+
+# Where a type has several heads, the first of these tasks decides.
+TASKS = (
+    "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ", "SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM", "CTC",
+    "IMAGE_CLASSIFICATION", "MASKED_LM", "SEQUENCE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "TOKEN_CLASSIFICATION",
+    "VIDEO_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "ZERO_SHOT_IMAGE_CLASSIFICATION", "PRETRAINING",
+)  # fmt: skip
+
+# Angles of a head of 16 for time, height and width.
+ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+_BLOCKS = {"depths": [1, 1, 1, 1], "hidden_sizes": [32, 32, 64, 64]}
+_MAMBA_OR_ATTENTION = ["mamba", "attention"]
+
+# Sizes that the names of the fields do not tell.
+FIELDS: dict[str, dict[str, Any]] = {
+    "altclip": {"text_config": {"project_dim": WIDTH}},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 97, "encoder_hash_byte_group_size": [3],
+    },
+    "canary": {"pad_token_id": 0},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 100, "IMGIMGAZ": 101},
+        "vq_config": {
+            "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "resolution": 32, "latent_channels": 32,
+            "embed_dim": 16, "num_embeddings": 16, "attn_resolutions": [],
+        },
+    },
+    "cohere_asr": {"pad_token_id": 0, "decoder_start_token_id": 1},
+    "convnext": {**_BLOCKS, "num_stages": 4},
+    "convnextv2": {**_BLOCKS, "num_stages": 4},
+    "cpmant": {"dim_ff": 96, "dim_head": 16},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots1": {"num_key_value_heads": 2, "layer_types": ["full_attention"] * 2, "head_dim": 16, "moe_intermediate_size": 32},
+    "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 32, "position_embedding_type": "rotary"},
+    "esmc": {"num_key_value_heads": 4, "vocab_size": 128},
+    "fsmt": {"src_vocab_size": 128, "tgt_vocab_size": 128},
+    "glm46v": {"text_config": {"rope_parameters": ROTATED}},
+    "glm4v": {"text_config": {"rope_parameters": ROTATED}},
+    "glm4v_moe": {"text_config": {"rope_parameters": {**ROTATED, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}}},
+    "glm_ocr": {"text_config": {"rope_parameters": ROTATED}},
+    "glmga": {"text_config": {"rope_parameters": ROTATED}},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "layer_types": _MAMBA_OR_ATTENTION},
+    "inkling2_text": {"vocab_size": 128, "unpadded_vocab_size": 128},
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
+    "layoutlmv3": {"coordinate_size": 11, "shape_size": 10, "visual_embed": False},
+    "levit": {
+        "hidden_sizes": [32, 64, 64], "key_dim": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1],
+        "image_size": 64, "patch_size": 16,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"channel_shrink_ratio": 4, "hidden_size": 96},
+    "longcat_flash": {"num_hidden_layers": 4, "num_layers": 2, "qk_head_dim": DROP, "head_dim": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "mobilebert": {"embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32, "num_attention_heads": 2},
+    "moonshine": {"decoder_num_key_value_heads": 4, "encoder_num_key_value_heads": 4, "pad_token_id": 0},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"layers_block_type": _MAMBA_OR_ATTENTION},
+    "paddleocr_vl": {"text_config": {"rope_parameters": ROTATED}},
+    "perceiver": {"d_latents": 32, "num_latents": 4, "d_model": 64, "num_self_attends_per_block": 1},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": ROTATED}},
+    "qwen2_vl": {"text_config": {"rope_parameters": ROTATED}},
+    "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "roc_bert": {
+        "shape_vocab_size": 128, "shape_embed_dim": 32, "pronunciation_vocab_size": 128, "pronunciation_embed_dim": 32,
+    },
+    "segformer": {**_BLOCKS, "num_attention_heads": [1, 2, 2, 4], "num_encoder_blocks": 4},
+    "swinv2": {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 2]},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "wav2vec2-conformer": {"vocab_size": 32},
+    "xlstm": {"head_dim": DROP, "qk_dim_factor": 1.0, "v_dim_factor": 1.0, "chunk_size": 4},
+    "zamba": {
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32,
+        "attention_hidden_size": 128, "num_key_value_heads": 4,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 8, "mamba_headdim": 16,
+        "num_key_value_heads": 4, "attention_head_dim": 32, "attention_hidden_size": 128, "adapter_rank": 8,
+        "num_mem_blocks": 1, "use_shared_attention_adapter": False,
+    },
+}  # fmt: skip
+
+
+def _tokens(*shape: int) -> Any:
+    return torch.randint(4, 90, shape, generator=torch.Generator().manual_seed(5))
+
+
+def _noise(*shape: int) -> Any:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(6))
+
+
+def _pictures(config: Any) -> dict[str, Any]:
+    return {"pixel_values": _noise(2, 3, IMAGE, IMAGE)}
+
+
+# Inputs that `forward`'s signature does not tell; None takes one away.
+INPUTS: dict[str, Callable[[Any], Mapping[str, Any]]] = {
+    "altclip": _pictures,
+    "chinese_clip": _pictures,
+    "clipseg": _pictures,
+    "tipsv2": _pictures,
+    "bert/multiple_choice": lambda config: {
+        "input_ids": _tokens(2, 2, 12), "attention_mask": None, "labels": torch.tensor([0, 1]),
+    },
+    "seamless_m4t": lambda config: {"input_features": _noise(2, 24, 160), "attention_mask": None},
+    "seamless_m4t_v2": lambda config: {"input_features": _noise(2, 24, 160), "attention_mask": None},
+    "wav2vec2-bert": lambda config: {"input_features": _noise(2, 24, 160)},
+    "audio-spectrogram-transformer": lambda config: {"input_values": _noise(2, config.max_length, config.num_mel_bins)},
+    "videoprism": lambda config: {"pixel_values_videos": _noise(2, 2, 3, IMAGE, IMAGE)},
+    "videoprism_vision_model": lambda config: {"pixel_values_videos": _noise(2, 2, 3, IMAGE, IMAGE), "pixel_values": None},
+    "omniasr_ctc": lambda config: {"input_values": None, "input_features": _noise(2, 1600)},
+    "perceiver": lambda config: {"pixel_values": None, "inputs": _noise(2, 3, 224, 224)},
+    "lxmert": lambda config: {
+        "visual_feats": _noise(2, 4, config.visual_feat_dim), "visual_pos": _noise(2, 4, 4), "labels": _tokens(2, 12),
+    },
+    "visual_bert": lambda config: {"visual_embeds": _noise(2, 4, config.visual_embedding_dim), "labels": None},
+    "pix2struct": lambda config: {"flattened_patches": _noise(2, 4, 2 + 3 * 64), "pixel_values": None},
+    "pi0": lambda config: {"state": _noise(2, config.max_state_dim)},
+    "instructblip": lambda config: {"qformer_input_ids": _tokens(2, 8)},
+    "idefics": lambda config: {"pixel_values": _noise(2, 1, 3, IMAGE, IMAGE)},
+    "splinter": lambda config: {
+        "start_positions": torch.tensor([[1], [2]]), "end_positions": torch.tensor([[3], [4]]),
+        "question_positions": torch.tensor([[2], [3]]),
+    },
+    "siglip2": lambda config: {
+        "pixel_values": _noise(2, 16, 3 * config.vision_config.patch_size**2),
+        "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long), "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
+    },
+}  # fmt: skip
+
+# Types that this list leaves out -> why.
+LEFT_OUT: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type with one of its classes."""
+
+    name: str
+    model_type: str
+    task: str
+    class_name: str
+    saved_as: str | None = None  # the class that wrote the checkpoint, where it is another
+
+    @property
+    def kind(self) -> Any:
+        return getattr(transformers, self.class_name)
+
+    def config(self) -> Any:
+        return small(CONFIG_MAPPING[self.model_type], **FIELDS.get(self.model_type, {}))
+
+    def build(self) -> Any:
+        return getattr(transformers, self.saved_as or self.class_name)(self.config()).float()
+
+    def inputs(self, model: Any) -> dict[str, Any]:
+        given = inputs_for(model) | INPUTS.get(self.name, lambda config: {})(model.config)
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def _listed() -> dict[str, Family]:
+    found: dict[str, Family] = {}
+    for task in TASKS:
+        for model_type, classes in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items():
+            if model_type not in found and model_type not in LEFT_OUT:
+                class_name = classes if isinstance(classes, str) else classes[0]
+                found[model_type] = Family(model_type, model_type, task, class_name)
+    return dict(sorted(found.items()))
+
+
+# Other heads of types above: heads with parts, poolers; and text classes on the checkpoint of a model that sees.
+HEADS = {
+    "SEQUENCE_CLASSIFICATION": (
+        "llama", "gemma3_text", "bert", "roberta", "distilbert", "albert", "deberta-v2", "electra", "modernbert", "mpnet",
+        "mobilebert", "longformer", "xlnet", "fnet", "funnel", "squeezebert", "big_bird", "bart", "gpt2", "t5",
+    ),
+    "TOKEN_CLASSIFICATION": ("qwen3", "bert", "modernbert"),
+    "QUESTION_ANSWERING": ("bert",),
+    "MULTIPLE_CHOICE": ("bert",),
+    "MASKED_LM": ("bert", "xlm-roberta"),
+    "AUDIO_CLASSIFICATION": ("whisper", "wav2vec2"),
+    "ZERO_SHOT_IMAGE_CLASSIFICATION": ("clip", "siglip"),
+    "CAUSAL_LM": ("qwen3_5", "gemma3", "mistral3"),
+}  # fmt: skip
+
+
+def _variants() -> dict[str, Family]:
+    found = {}
+    for task, types in HEADS.items():
+        for model_type in types:
+            class_name = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").get(model_type)
+            if class_name is not None and class_name != LISTED[model_type].class_name:
+                name = f"{model_type}/{task.lower()}"
+                text_of = LISTED[model_type].class_name if task == "CAUSAL_LM" else None
+                found[name] = Family(name, model_type, task, class_name, text_of)
+    return found
+
+
+LISTED = _listed()
+LISTED |= _variants()
