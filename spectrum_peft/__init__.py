@@ -36,11 +36,13 @@ _MODULE_OF = {
     "merge_into_base": "export",
     "parameter_groups": "train.optim",
     "probe_gradients": "probe",
+    "push_folder": "push",
+    "push_model": "tuner.pushing",
     "quantization_config_for": "tuner.loading",
     "scan_weights": "scan",
 }
 # Modules whose names are of no use while PEFT does not know the method.
-_ON_PEFT = frozenset({"memory", "train.callback", "tuner", "tuner.config", "tuner.loading"})
+_ON_PEFT = frozenset({"memory", "train.callback", "tuner", "tuner.config", "tuner.loading", "tuner.pushing"})
 
 __all__ = sorted(_MODULE_OF)
 
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from .memory import estimate_memory, fit_to_memory
     from .plan import make_plan
     from .probe import calibration_batches, probe_gradients
+    from .push import push_folder
     from .records import GradientReport, Plan, SnrReport
     from .scan import scan_weights
     from .scanner import SpectrumScanner
@@ -95,3 +98,4 @@ if TYPE_CHECKING:
     from .tuner import SpectrumModel
     from .tuner.config import SpectrumConfig
     from .tuner.loading import load_model_with_spectrum, quantization_config_for
+    from .tuner.pushing import push_model

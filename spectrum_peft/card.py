@@ -180,6 +180,13 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else "-" if value is None else str(value)
 
 
+def snippet(folder: Path, name: str, base: str | None = None) -> str:
+    """Code that loads what a folder holds, from where it is called `name`."""
+    results = _mapping(folder / RESULTS_FILE)
+    adapter, config = _mapping(folder / "adapter_config.json"), _mapping(folder / "config.json")
+    return _snippet(name, adapter, config, results.get("task"), base or adapter.get("base_model_name_or_path"))
+
+
 def _snippet(
     folder: str, adapter: Mapping[str, Any], config: Mapping[str, Any], task: str | None, base: str | None
 ) -> str:

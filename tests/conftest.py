@@ -81,18 +81,22 @@ def seeded() -> torch.Generator:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """A running stand-in for the hub, empty; huggingface_hub asks it, with a cache of its own and no token."""
-    from huggingface_hub import close_session, constants
+    import transformers.utils.hub
+    from huggingface_hub import close_session, constants, hf_api
     from stand_in_hub import StandIn
 
     with StandIn() as server:
         # What variables of the environment set when huggingface_hub is imported.
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
         where = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", where)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # keeps the address that it saw first
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # peft reads it itself
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setenv("SPECTRUM_PEFT_CACHE", str(tmp_path / "scans"))
         yield server

@@ -244,6 +244,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(404)
             else:
                 self._send(blob, {"ETag": f'"{blob.sha256[:32]}"'})  # a storage of its own has etags of its own
+        elif parts == ["api", "whoami-v2"]:
+            if self.headers.get("Authorization"):
+                self._json({"name": "me", "type": "user", "orgs": []})
+            else:
+                self._refuse(401, None, "Invalid username or password.")
         elif parts[0] == "api" and parts[1] in ("models", "datasets"):
             self._about(parts)
         elif "resolve" in parts:
@@ -449,9 +454,9 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = Blob(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
                 there = self.hub.objects.get(value["oid"])
+                everything = (b for r in self.hub.repos.values() for c in r.commits.values() for b in c.values())
                 known = next(
-                    (b for c in repo.commits.values() for b in c.values() if b.sha256 == value["oid"]),
-                    None if there is None else Blob(there),
+                    (b for b in everything if b.sha256 == value["oid"]), None if there is None else Blob(there)
                 )
                 if known is None:
                     self._refuse(400, None, f"{value['path']}: its object was not uploaded")

@@ -36,6 +36,7 @@ from . import (
     plan,
     plot,
     probe,
+    push,
     scan,
     train,
 )
@@ -56,6 +57,7 @@ VERBS: dict[str, Verb] = {
         compare,
         merge,
         export,
+        push,
         memory,
         plot,
         demo,

@@ -36,6 +36,7 @@ def send(
     kind: Kind = "model",
     private: bool | None = None,
     revision: str | None = None,
+    token: str | None = None,
 ) -> Sent:
     """Commit files to a repository, which is made where there is none; others that it holds stay.
 
@@ -45,7 +46,7 @@ def send(
     Args:
         files: path in the repository -> file here, or bytes. repo_id: ORG/NAME.
         message: of the commit. private: of a repository that is made; None for the account's default.
-        revision: branch that gets the commit, None for the main one.
+        revision: branch that gets the commit, None for the main one. token: None for the stored one.
     Raises:
         OptionError: no such form of an id. HubError: offline, not logged in, no access, an upload that broke.
     """
@@ -55,9 +56,9 @@ def send(
         raise OptionError(f"the repository to push to is {quoted(repo_id)}, wanted ORG/NAME.")
     if offline():
         raise HubError(f"{repo_id!r}: nothing is pushed, HF_HUB_OFFLINE forbids to ask the hub.")
-    if get_token() is None:
+    if (token or get_token()) is None:
         raise HubError(f"{repo_id!r}: nothing is pushed, nobody is logged in (hf auth login, or HF_TOKEN).")
-    api = HfApi()
+    api = HfApi(token=token)
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
     with asked(repo_id, revision, kind):
         patiently(lambda: api.create_repo(repo_id, private=private, repo_type=kind, exist_ok=True))

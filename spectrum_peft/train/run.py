@@ -33,6 +33,7 @@ from .history import write_history
 from .output import check_output, clear_killed, clear_output
 from .preview import encoded_run
 from .processes import check_rows_agree, gather_when_saving
+from .pushing import check_base, pushed
 from .rate_race import LearningRateRace, heat_steps
 from .settle import Run, settle
 from .steps import steps_of
@@ -61,6 +62,10 @@ def train(
     run = settle(options, rest, plan_options, flags)
     args, task = run.args, run.task.name
     output = Path(args.output_dir)
+    # The trainer's own pushes send whatever lies in the folder; ours comes at the end.
+    pushes, args.push_to_hub = args.push_to_hub, False
+    if pushes:
+        check_base(options.model, real_weights=run.mode is not None and run.mode.plain_model and not options.quantization)
     check_output(output, overwrite=bool(options.overwrite_output_dir), resumed=run.resume is not None)
     clear_killed(output)
     print(introduction(run, rest))
@@ -166,6 +171,8 @@ def train(
         write_text(output / RESULTS_FILE, json.dumps(finite_only(results), indent=1) + "\n")
         write_history(trainer.state.log_history, output, run.name)
         write_card(output)
+        if pushes:
+            print(pushed(output, args))
     return results
 
 

@@ -32,6 +32,7 @@ from . import freeze_to_plan, settle_plan
 from .apply import plan_for, report_for
 from .classes import check_config, class_for, class_of, config_for, refuse_class, weightless
 from .config import PEFT_TYPE, SpectrumConfig, candidates_of
+from .pushing import give_push
 from .stored_bases import loading_of
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,8 @@ def load_model_with_spectrum(
     """Load a checkpoint and its tokenizer, ready to train what the plan says.
 
     `full` and `spectrum` on a float base give the plain model with `requires_grad` set, so that `save_pretrained` writes
-    a standard checkpoint. Every other mode, and `spectrum` on a quantized base, gives a `PeftModel`.
+    a standard checkpoint. Every other mode, and `spectrum` on a quantized base, gives a `PeftModel`. `model.push_to_hub` is
+    `push_model` with the tokenizer, and with the report that the config was given.
 
     Args:
         model_name: hub id or local folder.
@@ -128,7 +130,9 @@ def load_model_with_spectrum(
         )
     with loading(model_name), whole_weights():
         model = loader.from_pretrained(model_name, dtype=wanted, device_map=device_map, **{**kwargs, **remote})
-    return made_trainable(model, config), load_tokenizer(model_name, **revision, **remote)
+    model, tokenizer = made_trainable(model, config), load_tokenizer(model_name, **revision, **remote)
+    give_push(model, tokenizer, config.resolved_report())
+    return model, tokenizer
 
 
 def load_model_with_peft(

@@ -36,10 +36,11 @@ ARROWS = {
     "plan": "",
     "plots": "",
     "card": "plots",
+    "push": "card weights",
     # models
-    "tuner": "devices plan probe scan weights",
+    "tuner": "card devices plan probe push scan weights",
     "memory": "plan tuner weights",
-    "train": "arguments card data devices memory plan plots probe scan tuner",
+    "train": "arguments card data devices memory plan plots probe push scan tuner",
     "export": "card tuner weights",
     # all of it together
     "doctor": "devices scan weights",
