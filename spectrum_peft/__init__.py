@@ -40,6 +40,7 @@ _MODULE_OF = {
     "push_model": "tuner.pushing",
     "quantization_config_for": "tuner.loading",
     "scan_weights": "scan",
+    "tune": "cli.tune",
 }
 # Modules whose names are of no use while PEFT does not know the method.
 _ON_PEFT = frozenset({"memory", "train.callback", "tuner", "tuner.config", "tuner.loading", "tuner.pushing"})
@@ -83,6 +84,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from .cli.tune import tune
     from .errors import SpectrumError
     from .export import export_gguf, export_lora, merge_into_base
     from .memory import estimate_memory, fit_to_memory

@@ -39,6 +39,7 @@ from . import (
     push,
     scan,
     train,
+    tune,
 )
 from .terminal import shown
 from .verb import PROG, Verb
@@ -55,6 +56,7 @@ VERBS: dict[str, Verb] = {
         generate,
         chat,
         compare,
+        tune,
         merge,
         export,
         push,

@@ -37,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of `probe`; without it the first training rows are probed where it is needed",
     )
     add("--calibration-samples", type=int, metavar="N", help="training rows that are probed; default 256")
+    add(
+        "--stop-at-step", type=int, metavar="N",
+        help="stop there with a checkpoint, on the schedule of the whole run; --resume-from-checkpoint goes on",
+    )  # fmt: skip
     switch(parser, "--force", default=False, help="use a report or plan although its fingerprint differs")
     switch(parser, "--help-trainer", default=False, help="list the flags of the task's own training arguments")
     add_data_options(parser)

@@ -34,6 +34,12 @@ _OF_TRAINING = (
 )  # fmt: skip
 
 
+def named(file: str, until: int | None) -> str:
+    """The name of a cell's file that belongs to the step where the cell stopped; the plain one where it ran to its end."""
+    stem, dot, ending = file.partition(".")
+    return file if until is None else f"{stem}-{until}{dot}{ending}"
+
+
 @dataclass(frozen=True)
 class Asked:
     """What is measured after training, as `matrix.measures_of` says it."""
@@ -41,6 +47,7 @@ class Asked:
     forgetting: dict[str, str] | None = None
     generation: dict[str, Any] | None = None
     speed: dict[str, int] | None = None
+    scores: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class CellFile:
     scan_seconds: float | None
     keep_model: bool
     versions: dict[str, str]
+    until: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,8 @@ def measure(
 ) -> dict[str, Any]:
     """Train where it is not done yet, measure what `cell.json` asks for, write `cell_results.json`.
 
+    A cell that is asked for a part of its steps stops there with a checkpoint, and its files have that step in their names.
+
     Args:
         folder: of the cell, as `runs.prepare` makes it.
         train: does the run of `train.yaml`; returns what `train_results.json` holds.
@@ -115,20 +125,21 @@ def measure(
     """
     end_with_the_comparison()
     cell, settings = read_cell(folder)
-    model = folder.resolve() / MODEL
+    model, until = folder.resolve() / MODEL, cell.get("until")
     results: dict[str, Any] = {name: cell[name] for name in ("label", "seed", "control", "versions")}
     results["metrics"] = {}
     source = settings["model"]
     if cell["trained"]:
-        if not (folder / RESULTS_FILE).is_file():
+        whole = folder / named(RESULTS_FILE, until)
+        if not whole.is_file():
             load, before = OtherLoad(), os.times()
             train()
             after = os.times()
             own = sum(after[:4]) - sum(before[:4])  # of this process and of its children, in user and system mode
             results["other_cores"] = load.cores(own)
             # `train` writes it into the model's folder when that is whole; here it says that the model is.
-            write_text(folder / RESULTS_FILE, (model / RESULTS_FILE).read_text(encoding="utf-8"))
-        trained = read_mapping(folder / RESULTS_FILE)
+            write_text(whole, (model / RESULTS_FILE).read_text(encoding="utf-8"))
+        trained = read_mapping(whole)
         source = str(model)
         results |= {name: trained[name] for name in _OF_TRAINING}
         scan = cell["scan_seconds"] if cell["scan_seconds"] is not None else trained["setup_seconds"]["scan"]
@@ -138,10 +149,14 @@ def measure(
     wanted = cell["measure"]
     if wanted:
         results |= _measured(source, wanted, options_for, results["metrics"])
-    if cell["trained"] and not cell["keep_model"]:
+    if cell["trained"] and not cell["keep_model"] and until is None:
         # Before the cell counts as finished: nothing looks after it then.
         shutil.rmtree(model, ignore_errors=True)
-    write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_text(folder / named(RESULTS, until), json.dumps(results, indent=1) + "\n")
+    if until is not None:  # it may go on from its checkpoint
+        for path in model.iterdir():
+            if path.is_file():
+                path.unlink()
     return results
 
 
@@ -165,6 +180,16 @@ def _measured(
         rows = read_dataset(ask["dataset"], ask["split"])
         rows = select_columns(rows, saved.task.name, ask["dataset"], {})
         found["general"] = saved.metrics(rows)
+    if ask := wanted.get("scores"):
+        from .scores import score_rows
+
+        found["scores"] = {}
+        for one in ask:  # each a set of rows; of one that the report shows, every metric
+            rows = saved.rows(one["dataset"])
+            scored = score_rows(saved, rows, one["metric"], one["max_new_tokens"], one["dataset"])
+            found["scores"][one["name"]] = scored
+            if one["shown"]:
+                metrics |= saved.metrics(rows) | {one["metric"]: scored["value"]}
     judged = saved.options.eval_dataset or saved.options.dataset
     if ask := wanted.get("generation"):
         if not saved.options.eval_dataset and not saved.options.eval_split:

@@ -136,6 +136,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join([f"{_plain(summary['label'])}{mark}{failed}", rate_text(rate), *cells]) + " |")
     if results["best"]:
         lines += ["", f"\\* not told apart from the best in {METRICS[results['metric']].title}"]
+    for one in results.get("sections", ()):
+        lines += ["", f"**{_plain(one['title'])}**", "", "| " + " | ".join(map(_plain, one["heads"])) + " |"]
+        lines += ["| --- " * len(one["heads"]) + "|"]
+        lines += ["| " + " | ".join(map(_plain, row)) + " |" for row in one["rows"]]
     machine = results["machine"]
     lines += ["", *(f"- {_plain(note)}" for note in results["notes"])]
     lines.append(

@@ -68,6 +68,7 @@ class Cell:
         arguments: flags for the trainer as they were written on the command line.
         measure: what is measured after training; see `cell.measure`.
         inputs: what stands behind the names in `train` and `measure`: digests of weights and of data files.
+        until: the step where it stops for now, with a checkpoint; None: it runs to its end. The folder is the same.
     """
 
     label: str
@@ -77,6 +78,7 @@ class Cell:
     measure: Mapping[str, Any]
     inputs: Mapping[str, str]
     contestant: Contestant | None = None
+    until: int | None = None
 
     @property
     def peft(self) -> Mapping[str, Any] | None:

@@ -211,6 +211,15 @@ def _contestants(results: Mapping[str, Any]) -> str:
     return _table(titles, rows, "contestants")
 
 
+def _sections(results: Mapping[str, Any]) -> str:
+    """Further tables, which others than the comparison have added: {title, heads, rows}, all text."""
+    found = ""
+    for i, one in enumerate(results.get("sections", ())):
+        rows = ["<tr>" + "".join(_cell(_text(text), text) for text in row) + "</tr>" for row in one["rows"]]
+        found += f"<h2>{_text(one['title'])}</h2>{_table([(head, '') for head in one['heads']], rows, f'section-{i}')}"
+    return found
+
+
 def _runs(results: Mapping[str, Any]) -> str:
     metrics = [n for n in METRICS if any(n in r.get("metrics", {}) for r in results["cells"])]
     others = [n for n in (*FORGETTING, *FIGURES) if any(r.get(n) is not None for r in results["cells"])]
@@ -301,6 +310,7 @@ def html(results: Mapping[str, Any], pictures: Mapping[str, tuple[str, Path]]) -
 {_failures(results)}
 <h2>Pictures</h2>
 <div class="plots">{drawn}</div>
+{_sections(results)}
 <h2>Runs</h2>
 {_runs(results)}
 <h2>Machine</h2>

@@ -31,7 +31,7 @@ from ..machine import machine, versions
 from ..plan import MODES
 from ..records import RESULTS_FILE, SnrReport, read_mapping, write_text
 from ..scan import CRITERIA
-from .cell import MODEL, RESULTS, STARTED_BY
+from .cell import MODEL, RESULTS, STARTED_BY, named
 from .figures import as_markdown
 from .matrix import Cell, Contestant, cells_of, contestants_of, file_digest
 from .outcome import Outcome
@@ -221,10 +221,11 @@ def _folder(output: Path, cell: Cell) -> Path:
 def finished_results(output: Path, cell: Cell, with_model: bool = False) -> dict[str, Any] | None:
     """What a finished cell measured; None where there is no such cell, or its model was wanted and is not there."""
     folder = _folder(output, cell)
-    if not (folder / RESULTS).is_file() or (with_model and cell.contestant and not (folder / MODEL).is_dir()):
+    results = folder / named(RESULTS, cell.until)
+    if not results.is_file() or (with_model and cell.contestant and not (folder / MODEL).is_dir()):
         return None
     try:
-        return read_mapping(folder / RESULTS)
+        return read_mapping(results)
     except CheckpointError:  # cut off, or changed by hand: the cell is measured again
         return None
 
@@ -282,12 +283,19 @@ def prepare(comparison: Comparison, cell: Cell, scans: Mapping[str, Path]) -> Pa
     """Make the cell's folder and what its process reads; what an earlier try left there is taken up or removed."""
     folder = _folder(comparison.output, cell)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / RESULTS_FILE).is_file():  # it died while it trained
-        shutil.rmtree(folder / MODEL, ignore_errors=True)
+    checkpoint: Path | None = None
+    if not (folder / named(RESULTS_FILE, cell.until)).is_file():  # it died while it trained, or it goes on
+        checkpoint = None if cell.until is None else _checkpoint_before(folder / MODEL, cell.until)
+        if checkpoint is None:
+            shutil.rmtree(folder / MODEL, ignore_errors=True)
     elif (cell.measure or comparison.asked["keep_models"]) and not (folder / MODEL).is_dir():
         # Its figures are there, and the model that is asked for is not: it is trained again.
-        (folder / RESULTS_FILE).unlink()
+        (folder / named(RESULTS_FILE, cell.until)).unlink()
     train = {**cell.train, "output_dir": str((folder / MODEL).resolve())}
+    if checkpoint is not None:
+        train["resume_from_checkpoint"] = str(checkpoint.resolve())
+    if cell.until is not None:
+        train |= {"stop_at_step": cell.until, "save_total_limit": 1}
     if Path(train["model"]).exists():
         train["model"] = str(Path(train["model"]).resolve())
     for name in ("dataset", "eval_dataset"):
@@ -309,10 +317,19 @@ def prepare(comparison: Comparison, cell: Cell, scans: Mapping[str, Path]) -> Pa
         "control": cell.contestant.control if cell.contestant else None, "arguments": list(cell.arguments),
         "measure": dict(cell.measure), "inputs": dict(cell.inputs), "scan_seconds": scan_seconds,
         "keep_model": comparison.asked["keep_models"],
-        "versions": versions(),
+        "versions": versions(), "until": cell.until,
     }  # fmt: skip
     write_text(folder / "cell.json", json.dumps(written, indent=1) + "\n")
     return folder
+
+
+def _checkpoint_before(model: Path, until: int) -> Path | None:
+    """The newest whole checkpoint of a cell that was asked for a part of its steps, if that was a smaller part than now."""
+    from ..train.checkpoints import problem_of
+
+    found = {int(path.name.rpartition("-")[2]): path for path in model.glob("checkpoint-*")}
+    steps = sorted((step for step in found if step < until), reverse=True)
+    return next((found[step] for step in steps if problem_of(found[step]) is None), None)
 
 
 def run_cell(

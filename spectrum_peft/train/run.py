@@ -38,7 +38,7 @@ from .rate_race import LearningRateRace, heat_steps
 from .settle import Run, settle
 from .steps import steps_of
 from .tasks import Task, build_trainer, evaluate, examples_of
-from .watch import FiniteLoss, RankLog, StepClock
+from .watch import FiniteLoss, RankLog, StepClock, StopAt
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,8 @@ def train(
         callbacks.insert(0, callback)
     elif hasattr(model.base_model, "update_and_allocate"):
         callbacks.append(RankLog())
+    if options.stop_at_step is not None:
+        callbacks.append(StopAt(options.stop_at_step))
     trainer = build_trainer(
         task,
         model=model,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import transformers
 
 from ..arguments import Rest
 from ..data import read_rows
-from ..errors import CheckpointError, OptionError
+from ..errors import CheckpointError, DataError, OptionError
 from ..probe import DEFAULT_SAMPLES, calibration_batches, probe_gradients
 from ..records import RESULTS_FILE, GradientReport, checked, finite_only, is_file, read_mapping
 from ..records.schema import Name
@@ -135,12 +136,32 @@ class Saved:
 
     def metrics(self, rows: datasets.Dataset) -> dict[str, float]:
         """The metrics of `tasks.evaluate`."""
+        with self._trainer(rows) as trainer:
+            return evaluate(self.task.name, trainer, trainer.train_dataset)
+
+    def metrics_of_rows(self, rows: datasets.Dataset) -> list[dict[str, float]]:
+        """The same of each row alone; of one without a token to predict, zeros.
+
+        Of language modelling the rows are those that the trainer keeps: the same ones whatever the model is.
+        """
+        found = []
+        with self._trainer(rows) as trainer:
+            for i in range(len(trainer.train_dataset)):
+                try:
+                    found.append(evaluate(self.task.name, trainer, trainer.train_dataset.select([i])))
+                except DataError:
+                    found.append({"loss": 0.0, "perplexity": 1.0, "token_accuracy": 0.0, "tokens": 0})
+        return found
+
+    @contextlib.contextmanager
+    def _trainer(self, rows: datasets.Dataset) -> Iterator[Any]:
+        """A trainer that has prepared these rows."""
         with tempfile.TemporaryDirectory() as scratch:
             options = argparse.Namespace(**{**vars(self.options), "output_dir": scratch, "seed": None})
             defaults = default_arguments(options, self.task, 0.0, self.model.dtype)
             defaults |= {"bf16": False, "fp16": False, "gradient_checkpointing": False}
             args = trainer_arguments(self.task.name, self.rest, defaults, self.flags)
-            trainer = build_trainer(
+            yield build_trainer(
                 self.task.name,
                 model=self.model,
                 tokenizer=self.tokenizer,
@@ -150,7 +171,6 @@ class Saved:
                 data=data_choices(options, args),
                 rewards=rewards_of(options, self.task, rows),
             )
-            return evaluate(self.task.name, trainer, trainer.train_dataset)
 
 
 @dataclasses.dataclass(frozen=True)

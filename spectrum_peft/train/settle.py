@@ -104,6 +104,8 @@ def settle(
     check_fsdp_version(args)
     if not 0 <= args.learning_rate < math.inf:
         raise OptionError(f"learning_rate is {args.learning_rate:g}, wanted a rate of at least 0.")
+    if options.stop_at_step is not None and options.stop_at_step < 1:
+        raise OptionError(f"stop_at_step is {options.stop_at_step}, wanted at least 1.")
     if plan is not None:
         _refuse_other_options(plan, plan_options, options.plan)
     resume = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)

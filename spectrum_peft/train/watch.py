@@ -1,4 +1,4 @@
-"""What a run is watched for: step times, a loss that is no number, ranks that move."""
+"""What a run is watched for: step times, a loss that is no number, the step where it is to stop, ranks that move."""
 
 from __future__ import annotations
 
@@ -46,6 +46,18 @@ class FiniteLoss(TrainerCallback):
 _NOT_FINITE = (
     "A lower learning rate may help; `spectrum-peft scan` tells whether the checkpoint itself holds such values."
 )
+
+
+class StopAt(TrainerCallback):
+    """Ends a run after a step, with a checkpoint to go on from; what is planned over the whole run, rates first, stays so."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.step:
+            control.should_training_stop = True
+            control.should_save = True
 
 
 class RankLog(TrainerCallback):

@@ -47,6 +47,7 @@ ARROWS = {
     "scanner": "memory plan scan",
     "compare": "arguments data plan plots scan train tuner weights",
     "demo": "plan plots scan scanner",
+    "tuning": "compare data devices memory plan tuner",
 }
 # One door for each library that is heavy, optional or changes under our feet.
 DOORS = {
@@ -60,6 +61,7 @@ DOORS = {
     "wrapt": {"__init__"},
     "aenum": {"tuner"},
     "rouge_score": {"train"},
+    "optuna": {"tuning"},
 }
 # Who asks transformers what a checkpoint's names mean, where they are not those that most decoders share.
 ASKS = {"weights/layouts.py"}

@@ -1,0 +1,220 @@
+"""The stages on planted answers: what wins, what goes on, what is run once, what is refused.
+
+Cells answer from a formula here: the stages, the database and the folder are real, the training is not. What real cells do is
+tested in test_real_cells.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import spectrum_peft
+from spectrum_peft.cli.main import main
+from spectrum_peft.compare.matrix import Cell
+from spectrum_peft.compare.outcome import Outcome
+from spectrum_peft.errors import SpectrumError
+from spectrum_peft.machine import versions
+from spectrum_peft.tuning import prices, stages
+
+Tune = Callable[..., dict[str, Any]]
+# How good each contestant is at its best rate, and where that is.
+PLANTED = {"lora r16": (1.2, 1e-3), "real 0.25 random": (1.3, 3e-4), "full": (1.0, 1e-4)}
+
+
+class World:
+    """What the cells answer.
+
+    Attributes:
+        ran: (label, rate, until, seed) of the cells as they were run.
+        seconds: of a step, as the cells say.
+        fails: labels whose cells fail.
+        interrupt: raised at the cell of this number.
+    """
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[str, float, int | None, int | None]] = []
+        self.seconds = 0.01
+        self.fails: set[str] = set()
+        self.interrupt: int | None = None
+
+    def run_cell(self, comparison: Any, cell: Cell, scans: Any, refresh: Any = None) -> Outcome:
+        steps = cell.train["max_steps"] if cell.until is None else cell.until
+        rate = cell.train["learning_rate"]
+        if self.interrupt is not None and len(self.ran) == self.interrupt:
+            self.interrupt = None
+            raise KeyboardInterrupt
+        self.ran.append((cell.label, rate, cell.until, cell.seed))
+        folder = comparison.output / "cells" / cell.folder
+        if cell.label in self.fails:
+            return Outcome(cell, None, "the loss is nan at step 1", folder / "log.txt")
+        best, at = PLANTED[cell.label]
+        value = best + 0.3 * math.log10(rate / at) ** 2 + 1 / steps
+        rows = [value + 0.1 * math.sin(7 * i) + 0.03 * math.sin(i * (cell.seed or 1) + 50 * rate) for i in range(16)]
+        value = sum(rows) / len(rows)
+        model = folder / "model"
+        model.mkdir(parents=True, exist_ok=True)
+        (model / "train_results.json").write_text("{}")
+        scored = {"value": value, "rows": rows}
+        results = {
+            "label": cell.label, "seed": cell.seed, "control": None, "versions": versions(), "metrics": {"loss": value},
+            "scores": {"search": scored, "evaluation": scored}, "mode": cell.train["mode"], "task": "causal_lm",
+            "dtype": "float32", "quantization": None,
+            "new_head": False, "learning_rate": rate, "trainable_parameters": 10, "total_parameters": 100,
+            "steps": steps, "step_seconds": [self.seconds] * steps, "input_tokens": 100, "peak_memory_bytes": 2**20,
+            "saved_bytes": 100, "before": None, "loss_curve": [[1, 2.0]], "setup_seconds": {"scan": 0.0, "model": 0.1},
+        }  # fmt: skip
+        return Outcome(cell, results, None, folder / "log.txt")
+
+
+_DRY_RUNS: dict[str, Any] = {}
+
+
+def _once(estimate: Callable[..., Any]) -> Callable[..., Any]:
+    """The dry runs of the tests here are made once: there are four contestants."""
+
+    def run(model: Any, config: Any, **settings: Any) -> Any:
+        key = repr((model, config.mode, config.criterion, sorted(settings.items(), key=str)))
+        if key not in _DRY_RUNS:
+            _DRY_RUNS[key] = estimate(model, config, **settings)
+        return _DRY_RUNS[key]
+
+    return run
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
+    found = World()
+    monkeypatch.setattr(stages, "run_cell", found.run_cell)
+    monkeypatch.setattr(stages, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(prices, "estimate_memory", _once(prices.estimate_memory))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i} squared is {i * i}"}) + "\n" for i in range(80))
+    )
+    return found
+
+
+@pytest.fixture
+def tune(tiny_llama_folder: Path, world: World) -> Callable[..., dict[str, Any]]:
+    def run(**changes: Any) -> dict[str, Any]:
+        given: dict[str, Any] = {
+            "memory": "4GiB", "max_steps": 6, "batch_size": 4, "dtype": "float32", "contestants": ["full"],
+            "learning_rates": [1e-4, 1e-3],
+        }  # fmt: skip
+        return spectrum_peft.tune(str(tiny_llama_folder), "train.jsonl", output_dir="tuned", **(given | changes))
+
+    return run
+
+
+def test_the_planted_best_wins_at_its_rate_and_what_is_far_behind_is_not_run_to_the_end(
+    tune: Tune, world: World
+) -> None:
+    found = tune()
+    assert found["tune"]["winner"] == "full" and found["tune"]["rate"] == 1e-4
+    recipe = yaml.safe_load(Path("tuned/recipe.yaml").read_text())
+    assert recipe["mode"] == "full" and recipe["learning_rate"] == 1e-4 and recipe["max_steps"] == 6
+    assert Path(recipe["dataset"]) == Path("train.jsonl").resolve()
+    # Controls are in the finals at their own best rates, each with three seeds, whatever their place.
+    finals = {(label, rate) for label, rate, until, _ in world.ran if until is None}
+    assert {("lora r16", PLANTED["lora r16"][1]), ("real 0.25 random", PLANTED["real 0.25 random"][1])} <= finals
+    assert all(sum(r[0] == label and r[2] is None for r in world.ran) == 3 for label, _ in finals)
+    at = [sum(r[2] == until for r in world.ran) for until in (2, 6)]
+    assert at[0] >= 6 > at[1]
+    assert ("full", 1e-5) in {r[:2] for r in world.ran}  # the best of the grid was at its edge
+    # A run that goes on has been through the rungs before it; nothing is run twice.
+    assert len(set(world.ran)) == len(world.ran)
+    for label, rate, until, seed in world.ran:
+        assert until != 6 or (label, rate, 2, seed) in world.ran
+    assert [p.name for p in Path("tuned/model").iterdir()] == ["train_results.json"]
+    assert not list(Path("tuned/cells").glob("*/model"))
+    page = Path("tuned/report.html").read_text()
+    assert "What each stage spent" in page and "The race after 2 steps" in page
+    assert re.search(r"full at 0\.0001 .* than lora r16 .*interval .* of its memory", found["tune"]["sentence"])
+    spent = {row["stage"]: row for row in found["tune"]["stages"]}
+    assert spent["rung 0"]["runs"] == at[0] and spent["finals"]["runs"] == 3 * len(finals)
+
+    world.ran.clear()
+    again = tune()
+    assert world.ran == [] and again["tune"]["sentence"] == found["tune"]["sentence"]
+
+
+@pytest.mark.parametrize("at", [0, 7, 14])
+def test_a_tune_that_is_interrupted_goes_on_and_runs_nothing_twice(tune: Tune, world: World, at: int) -> None:
+    world.interrupt = at
+    with pytest.raises(KeyboardInterrupt):
+        tune()
+    if at == 14:  # the best so far is there
+        assert yaml.safe_load(Path("tuned/recipe.yaml").read_text())["mode"]
+    found = tune()
+    assert found["tune"]["winner"] == "full"
+    assert len(set(world.ran)) == len(world.ran)
+
+
+def test_cells_that_fail_are_told_and_the_race_goes_on(
+    tune: Tune, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.fails = {"full"}
+    found = tune()
+    assert found["tune"]["winner"] == "lora r16"
+    assert "full at 0.0001, seed 1000, 2 steps: failed: the loss is nan" in capsys.readouterr().out
+    assert "failed" in {row["fate"] for row in found["tune"]["race"][0]["runs"]}
+
+
+def test_when_all_fail_one_line_says_so(tune: Tune, world: World) -> None:
+    world.fails = set(PLANTED)
+    with pytest.raises(SpectrumError, match=r"all \d+ runs of the race failed, the first: the loss is nan"):
+        tune()
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"memory": "1MiB", "batch_size": 1}, "memory is 1.0 MiB, into which nothing fits less 5%: the smallest is"),
+    ({"memory": "24"}, "memory is '24': the unit is missing"),
+    ({"metric": "accuracy"}, "metric is 'accuracy', which the task 'causal_lm' has not"),
+    ({"metric": "los"}, "metric is 'los'. Did you mean 'loss'"),
+    ({"metric": "nowhere:score"}, "metric is 'nowhere:score': ModuleNotFoundError"),
+    ({"hours": 1e-5}, "hours is 1e-05, too few"),
+    ({"seeds": [0, 1]}, "seeds are [0, 1], wanted at least three"),
+    ({"mode": "lora"}, "mode is one run's, and tune makes many: use contestants"),
+    ({"learning_rate": 1e-3}, "learning_rate is one run's, and tune makes many: use learning_rates"),
+    ({"contestants": ["fulll"]}, "'fulll' is none. Did you mean 'full'"),
+    ({"search_rows": 60}, "train.jsonl: has 80 rows, too few to split: 60 that the search judges by, 16 for the end"),
+    ({"search_rows": 3}, "search_rows is 3, wanted a whole number above 15"),
+    ({"better": "up"}, "better is 'up', wanted higher or lower"),
+    ({"max_stepz": 3}, "unknown key 'max_stepz'"),
+])  # fmt: skip
+def test_a_wrong_wish_is_one_line_before_anything_is_trained(
+    tune: Tune, world: World, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(SpectrumError, match=re.escape(says)):
+        tune(**changes)
+    assert all(label == "lora r16" for label, *_ in world.ran)  # nothing but the run that is timed
+
+
+def test_another_tune_or_something_else_in_the_folder_is_refused(tune: Tune, tiny_llama_folder: Path) -> None:
+    tune()
+    with pytest.raises(SpectrumError, match=re.escape("tuned: holds another tune, whose batch_size is 4, here 8")):
+        tune(batch_size=8)
+    tune(hours=100)  # how long it may take is no other tune
+    Path("other").mkdir()
+    Path("other/notes.txt").write_text("mine")
+    argv = ["tune", "--model", str(tiny_llama_folder), "--dataset", "train.jsonl", "-o", "other"]
+    assert main(argv) == 2 and Path("other/notes.txt").read_text() == "mine"
+
+
+def test_the_command_line_says_the_same_as_the_function(tune: Tune, world: World, tiny_llama_folder: Path) -> None:
+    first = tune()
+    argv = [
+        "tune", "--model", str(tiny_llama_folder), "--dataset", "train.jsonl", "--memory", "4GiB", "--max-steps", "6",
+        "--batch-size", "4", "--dtype", "float32", "--contestants", "full", "--learning-rates", "1e-4", "1e-3", "-o", "tuned",
+    ]  # fmt: skip
+    world.ran.clear()
+    assert main(argv) == 0 and world.ran == []
+    assert json.loads(Path("tuned/results.json").read_text())["tune"]["winner"] == first["tune"]["winner"]
