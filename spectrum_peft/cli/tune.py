@@ -163,7 +163,7 @@ def _tune(given: Mapping[str, Any], train: Mapping[str, Any], output: Any, sourc
     with tempfile.TemporaryDirectory() as scratch:
         shared.output_dir, shared.mode = scratch, "lora"
         settled = settle(shared, trainer, given_plan_options(shared), flags)
-    if settled.task.labelled:
+    if settled.task.head is not None:
         require_scikit_learn()
 
     def compared(rows: Sequence[Mapping[str, Any]], **changes: Any) -> Any:

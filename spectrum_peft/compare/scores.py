@@ -14,13 +14,12 @@ from typing import Any
 from ..errors import DataError, OptionError, one_line
 from .settings import METRICS
 
-# Metrics that are a mean over rows; macro-F1 is one over classes, and its rows are right or wrong.
-_OF_ROWS = {
-    "loss": "loss",
-    "perplexity": "loss",
-    "token_accuracy": "token_accuracy",
-    "accuracy": "accuracy",
-    "macro_f1": "accuracy",
+# What a row scores where the metric is no mean over rows, and the sign that makes it point the same way.
+_STANDS_FOR = {
+    "perplexity": ("loss", 1),
+    "macro_f1": ("accuracy", 1),
+    "micro_f1": ("exact_sets", 1),
+    "r2": ("loss", -1),
 }
 
 
@@ -49,9 +48,9 @@ def score_rows(saved: Any, rows: Any, metric: str, max_new_tokens: int, source: 
         metric: key of `METRICS`, or a user's `module:function` of (model, tokenizer, rows) that returns one number, or one for
             each row, whose mean is taken.
     Returns:
-        `value`: the metric; `rows`: one number for each row, or None where there are none. Their mean is the metric, but for
-        perplexity (they are losses) and macro-F1 (1 where the row is right). A loss is weighed by the row's tokens, so that the
-        mean is that over all tokens.
+        `value`: the metric; `rows`: one number for each row, or None where there are none. Their mean is the metric where that is
+        a mean over rows; for perplexity and R2 they are losses, for an F1 1 where the row is right. What is a mean over tokens
+        is weighed by the row's tokens.
     Raises:
         DataError: the user's function raised, or what it returned is not finite.
     """
@@ -60,18 +59,16 @@ def score_rows(saved: Any, rows: Any, metric: str, max_new_tokens: int, source: 
     if METRICS[metric].tasks is None:
         return _by_completion(saved, rows, metric, max_new_tokens, source)
     found = saved.metrics_of_rows(rows)
-    if metric in ("loss", "perplexity", "token_accuracy") and "tokens" in found[0]:
-        weights = [row["tokens"] for row in found]
-        mean = sum(weights) / len(weights)
-        of_rows = [row[_OF_ROWS[metric]] * w / mean for row, w in zip(found, weights, strict=True)]
-    else:
-        of_rows = [row[_OF_ROWS[metric]] for row in found]
+    name, sign = _STANDS_FOR.get(metric, (metric, 1))
+    if any(name not in row for row in found):
+        return {"value": saved.metrics(rows)[metric], "rows": None}
+    if "tokens" not in found[0]:
+        return {"value": saved.metrics(rows)[metric], "rows": [sign * row[name] for row in found]}
+    weights = [row["tokens"] for row in found]
+    mean = sum(weights) / len(weights)
+    of_rows = [row[name] * w / mean for row, w in zip(found, weights, strict=True)]
     value = sum(of_rows) / len(of_rows)
-    if metric == "perplexity":
-        value = math.exp(min(value, 700.0))
-    if metric == "macro_f1":
-        value = saved.metrics(rows)["macro_f1"]
-    return {"value": value, "rows": of_rows}
+    return {"value": math.exp(min(value, 700.0)) if metric == "perplexity" else value, "rows": of_rows}
 
 
 def _by_completion(saved: Any, rows: Any, metric: str, max_new_tokens: int, source: str) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..compare.settings import METRICS, Metric, number_within
+from ..compare.settings import HEADED, METRICS, TEXT, Metric
 from ..errors import OptionError, near_matches, quoted
 from ..memory import parse_bytes
+from ..records.schema import number_within
 
 # What `tune` reads itself; every other key goes to the verb `train` and to the trainer's own arguments.
 KEYS: dict[str, str] = {
@@ -82,7 +83,7 @@ def read_tune(given: Mapping[str, Any], *, train: Mapping[str, Any], task: str, 
             hint = f"use {instead}" if instead else "leave it out"
             raise OptionError(f"{source}: {key} is one run's, and tune makes many: {hint}.")
     values: dict[str, Any] = {
-        "memory": None, "hours": None, "metric": "accuracy" if task == "classification" else "loss", "better": None,
+        "memory": None, "hours": None, "metric": HEADED.get(task, "loss"), "better": None,
         "batch_size": 8, "contestants": None, "learning_rates": None, "finalists": 3, "seeds": [0, 1, 2], "search_rows": None,
         "error": 0.05, "storage": None, "max_new_tokens": 256,
     }  # fmt: skip
@@ -134,8 +135,13 @@ def _direction(values: Mapping[str, Any], task: str, source: str) -> bool:
         user_metric(metric)
         METRICS[metric] = Metric(metric.rpartition(":")[2], better != "lower", None)
         return better != "lower"
-    text = task != "classification" and task != "dpo"
-    known = [name for name, m in METRICS.items() if ":" not in name and (text if m.tasks is None else task in m.tasks)]
+    if task not in TEXT and task not in HEADED:
+        raise OptionError(f"{source}: task is {task!r}, and tune judges {', '.join(sorted({*TEXT, *HEADED}))} only.")
+    known = [
+        name
+        for name, m in METRICS.items()
+        if ":" not in name and (task in TEXT if m.tasks is None else task in m.tasks)
+    ]
     if metric not in known:
         if metric in METRICS:
             raise OptionError(
