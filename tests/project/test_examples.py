@@ -58,3 +58,32 @@ def test_what_cannot_be_done_is_said_in_one_line(
 def test_the_examples_stay_short() -> None:
     assert len((EXAMPLES / "plain_loop.py").read_text().splitlines()) <= 40
     assert len((EXAMPLES / "swap_modes.py").read_text().splitlines()) < 80
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "inside"),
+    [
+        pytest.param("vision_language.py", True, {"multi_modal", "merger"}, marks=pytest.mark.slow),
+        pytest.param("speech_to_text.py", False, set(), marks=pytest.mark.slow),
+        ("image_classification.py", True, {"classifier"}),
+        pytest.param("speech_ctc.py", False, {"lm_head"}, marks=pytest.mark.slow),
+        pytest.param("modernbert_tokens.py", True, {"classifier"}, marks=pytest.mark.slow),
+    ],
+)
+def test_models_that_see_hear_or_read(
+    name: str,
+    adapter: bool,
+    inside: set[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The loss falls, and what has no place in the base is in the file that is left."""
+    import safetensors.torch
+
+    run(name, "--out", str(tmp_path / "out"), monkeypatch=monkeypatch)
+    first, last = map(float, capsys.readouterr().out.splitlines()[-1].removeprefix("loss ").split(" -> "))
+    assert last < 0.9 * first
+    file = "adapter_model.safetensors" if adapter else "model.safetensors"
+    kept = safetensors.torch.load_file(tmp_path / "out" / file)
+    assert not inside or any(part in key for key in kept for part in inside)
