@@ -56,10 +56,15 @@ class SpectrumError(Exception):
     """Base of every error that is caused by an input: a file, a value, an option, a model that does not fit.
 
     The message becomes one line of at most 1,000 characters, with control characters as escapes; of what it quotes, 200.
+
+    Args:
+        shell: what the command line says instead, where the message speaks of calls that nobody makes there. Keywords, as in
+            `spectrum_ratio=0.5`, become flags by themselves.
     """
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: Any, shell: str | None = None) -> None:
         super().__init__(*(_shown(a) if isinstance(a, str) else a for a in args))
+        self.shell = None if shell is None else _shown(shell)
 
 
 class OptionError(SpectrumError, ValueError):

@@ -43,6 +43,7 @@ from . import (
 )
 from .terminal import shown
 from .verb import PROG, Verb
+from .words import flags_by_name, wording
 
 # In the order of the overview: that of the work.
 VERBS: dict[str, Verb] = {
@@ -105,7 +106,8 @@ def _main(argv: Sequence[str] | None) -> int:
         _let_the_first_speak()
         if debug:
             traceback.print_exception(error)
-        print(f"{PROG}: error: {one_line(error)}", file=sys.stderr)
+        verb = VERBS.get(argv[0]) if argv else None
+        print(f"{PROG}: error: {wording(error, flags_by_name(verb, VERBS.values()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)

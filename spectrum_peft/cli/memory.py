@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sharding", help="data_parallel, zero1, zero2, zero3 or fsdp2")
     add("--devices", type=int, metavar="N", help="that the training is sharded over")
     add_load_options(parser)
-    add_plan_options(parser)
+    add_plan_options(parser, several_modes=True)
 
 
 def _number_or_auto(text: str) -> int | str:
@@ -90,7 +90,6 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     elif options.fit and options.output:  # a plan to train by needs scores
         from ..scan import scan_weights
 
-        print(f"no --report was given: scanning {model}")
         wanted = chosen.get("criterion", OPTIONS["criterion"])
         report = scan_weights(
             model,
@@ -102,11 +101,11 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         )
     else:
         report = memory.report_of_config(model, chosen.get("criterion", "first"), seed=chosen.get("seed", 0), **where)
-    mode = chosen.pop("mode", None)
+    modes = chosen.pop("mode", None)
     if options.fit:
         margin = {} if options.margin is None else {"margin": options.margin}
         fit = memory.find_fit(
-            model, report, mode=mode or "spectrum", budget=options.fit, gradients=options.gradients, **margin,
+            model, report, mode=modes or "spectrum", budget=options.fit, gradients=options.gradients, **margin,
             **chosen, **settings,
         )  # fmt: skip
         print(fit.plan.notes[-1])
@@ -116,7 +115,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     ratio = chosen.pop("spectrum_ratio", None)
     ratios = {} if ratio is None else {"ratios": [ratio]}
     rows = memory.memory_table(
-        model, report, modes=None if mode is None else [mode], **ratios, gradients=options.gradients, plan_options=chosen,
+        model, report, modes=modes, **ratios, gradients=options.gradients, plan_options=chosen,
         **settings,
     )  # fmt: skip
     print(memory.describe_table(rows))

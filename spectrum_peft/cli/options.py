@@ -20,10 +20,13 @@ from ..records import GradientReport, MemoryReport, Plan, SnrReport, is_stream, 
 # None stands for "not given" everywhere: defaults of plan options live in `plan.OPTIONS` and nowhere else.
 
 
-def add_plan_options(parser: argparse.ArgumentParser) -> None:
+def add_plan_options(parser: argparse.ArgumentParser, several_modes: bool = False) -> None:
     add = parser.add_argument_group("plan options (defaults: `spectrum_peft.plan.OPTIONS`)").add_argument
     group = parser._action_groups[-1]
-    add("--mode", help=", ".join(MODES))
+    if several_modes:
+        add("--mode", nargs="+", metavar="MODE", help=", ".join(MODES) + "; of several --fit takes the first that fits")
+    else:
+        add("--mode", help=", ".join(MODES))
     add(
         "--criterion",
         help="score of a matrix: spectrum, mp, mean_std, row_norm, kappa, fisher, random, last, first, spaced",

@@ -102,13 +102,14 @@ def _as_lora(
         entry = by_name.get(update.name)
         if isinstance(update, Value) and entry is not None and entry.action == "train":
             assert state.plan is not None
+            seen = f"mode {state.plan.mode!r} trains real weights, first {update.name}: that is no low-rank update, so there "
             raise OptionError(
-                f"mode {state.plan.mode!r} trains real weights, first {update.name}: that is no low-rank update, so "
-                "there is no LoRA of it. Merge it: merge_into_base(adapter, base, out), or spectrum-peft merge."
+                f"{seen}is no LoRA of it. Merge it: merge_into_base(adapter, base, out).",
+                shell=f"{seen}is no LoRA of it. Merge it: spectrum-peft merge.",
             )
     low = [u for u in updates if isinstance(u, LowRank)]
     if not low:
-        raise OptionError(f"{state.where}: holds no low-rank update; merge it instead (merge_into_base).")
+        raise OptionError(f"{state.where}: holds no low-rank update; merge it instead.")
     root = math.sqrt if state.config.get("use_rslora") else float
     ranks = {u.key: u.factors()[1].shape[-2] for u in low}
     alphas = {u.key: _whole_number(u.scale * root(ranks[u.key])) for u in low}
@@ -125,7 +126,7 @@ def _as_lora(
     if by_weight and any(u.magnitude is not None for u in low if u.module in by_weight):
         raise OptionError(
             f"{sorted(by_weight)[0]}: plain peft puts no DoRA beside it in a model of type {model_type!r}, whose experts "
-            "transformers fuses. Merge the adapter instead: merge_into_base(adapter, base, out)."
+            "transformers fuses. Merge the adapter instead."
         )
     tensors: dict[str, Tensor] = {}
     saved = list(state.config.get("modules_to_save") or ())

@@ -20,7 +20,8 @@ def quantization_settings(given: Any, plan: Plan | None) -> dict[str, Any]:
     if given in (None, "none"):
         raise OptionError(
             "onto='dequantized': nothing says how the base was quantized in training; give quantization='nf4', 'fp4', "
-            "'int8' or the BitsAndBytesConfig (--quantization)."
+            "'int8' or the BitsAndBytesConfig.",
+            shell="onto='dequantized': nothing says how the base was quantized in training; give quantization=nf4, fp4 or int8.",
         )
     if not isinstance(given, str):
         return dict(given if isinstance(given, Mapping) else given.to_dict())

@@ -40,7 +40,7 @@ def place(folder: str, model: str | None, commit: str | None, content: str | Non
     if model is None or not is_hub_id(model):
         raise OptionError(
             f"model_id is {model!r}: a record on the hub is found by the hub id of its model, which this one does not say; "
-            "give model_id='ORG/MODEL'."
+            "give it as ORG/MODEL."
         )
     state = commit if commit is not None and is_commit(commit) else f"content-{content[:12]}" if content else "unknown"
     return Place(folder, model, state, name)
@@ -76,5 +76,5 @@ def the_one(found: Iterable[Place], repo_id: str, what: str, *, model: str, comm
         raise HubError(f"{repo_id}: has no {what} of {of}.{there}")
     shown = ", ".join(sorted(p.path for p in mine)[:6])
     raise OptionError(
-        f"{repo_id}: has {len(mine)} of {model}, wanted one: {shown}. Name one with file=, or its commit."
+        f"{repo_id}: has {len(mine)} of {model}, wanted one: {shown}. Name one by its file, or its commit."
     )

@@ -114,7 +114,7 @@ class RangeReader:
         if response.status_code != 206:
             raise HubError(
                 f"{where}: the server ignores ranges (status {response.status_code}, wanted 206), so one tensor cannot be read "
-                "alone: fetch the files (--download, download=True)."
+                "alone: fetch the files (download=True)."
             )
         said, wanted = response.headers.get("Content-Range"), f"bytes {begin}-{end - 1}/{file.size}"
         if said != wanted:

@@ -52,7 +52,7 @@ def config_of(model: Any, revision: str | None, trust_remote_code: bool) -> Any:
         if "trust_remote_code" in reason:
             raise OptionError(
                 f"{text}: its model class is code in the repository itself, which is run only with "
-                "trust_remote_code=True (--trust-remote-code)."
+                "trust_remote_code=True."
             ) from error
         raise CheckpointError(f"{text}: no config of a model that could be built ({reason}).") from error
 
@@ -66,7 +66,7 @@ def model_class_of(model: Any, config: Any, model_class: Any, trust_remote_code:
     if remote and class_of(config).__name__.startswith("AutoModel") and not trust_remote_code:
         raise OptionError(
             f"config of type {config.model_type!r} names its model class {next(iter(remote.values()))!r} in a "
-            "repository, whose code is run only with trust_remote_code=True (--trust-remote-code)."
+            "repository, whose code is run only with trust_remote_code=True."
         )
     return class_of(config)
 

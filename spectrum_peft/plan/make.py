@@ -70,7 +70,8 @@ def make_plan(
         what = f"mode {checked['mode']!r}" if MODES[checked["mode"]].needs_data else what
         raise OptionError(
             f"{what} needs gradients on data: give calibration_data=calibration_batches(dataset, tokenizer) to "
-            "SpectrumConfig, or gradients=probe_gradients(model, batches) to make_plan."
+            "SpectrumConfig, or gradients=probe_gradients(model, batches) to make_plan.",
+            shell=f"{what} needs gradients on data: give gradients=FILE, which `spectrum-peft probe` writes.",
         )
     if gradients is not None and gradients.stats:
         gradients = _with_names_of(report, gradients)
@@ -169,7 +170,8 @@ def _scored_by(gradients: GradientReport | None, report: SnrReport) -> SnrReport
     if not masses:
         raise OptionError(
             "criterion 'fisher' scores by the Fisher mass, which these gradients do not have: they were measured with "
-            "fisher=False. Wanted probe_gradients(model, batches)."
+            "fisher=False. Wanted probe_gradients(model, batches).",
+            shell="criterion 'fisher' scores by the Fisher mass, which these gradients do not have: run `spectrum-peft probe`.",
         )
     stats = tuple(
         dataclasses.replace(

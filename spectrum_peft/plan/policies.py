@@ -165,10 +165,11 @@ def _importance(
     wanted = min(int(options["svd_rank"]), *stat.shape)
     if len(stat.importance) < wanted:
         have = f"{len(stat.importance)} of them" if stat.importance else "none"
+        rank = options["svd_rank"]
+        seen = f"svd_rank={rank} looks at {wanted} components of {candidate.name}, the gradients know {have}"
         raise OptionError(
-            f"svd_rank={options['svd_rank']} looks at {wanted} components of {candidate.name}, the gradients know {have}: "
-            f"probe_gradients(model, batches, svd_rank={options['svd_rank']}), or `spectrum-peft probe --svd-rank "
-            f"{options['svd_rank']}`."
+            f"{seen}: wanted those of probe_gradients(model, batches, svd_rank={rank}).",
+            shell=f"{seen}: wanted those of `spectrum-peft probe --svd-rank {rank}`.",
         )
     return stat.importance[:wanted]
 
@@ -246,9 +247,10 @@ def _check_compared(taken: Sequence[PlanEntry], gradients: GradientReport) -> No
     some = [members[0] for members in by_shape.values() if len(members) > 1]
     # A report of no samples stands for gradients that are not known yet.
     if some and not compared and gradients.samples:
+        seen = f"the gradients compare no two matrices, of {some[0]} and its like: they were measured with directions=0. Wanted "
         raise OptionError(
-            f"the gradients compare no two matrices, of {some[0]} and its like: they were measured with directions=0. Wanted "
-            "probe_gradients(model, batches), or `spectrum-peft probe` without --directions 0."
+            f"{seen}those of probe_gradients(model, batches).",
+            shell=f"{seen}those of `spectrum-peft probe` without it.",
         )
 
 
@@ -362,9 +364,12 @@ def _column_scores(name: str, inside: int, by: str, gradients: GradientReport | 
     stat = None if gradients is None else gradients.by_name.get(name)
     if stat is None or len(stat.columns) != inside:
         have = f"{len(stat.columns)} of them" if stat is not None and stat.columns else "none"
+        seen = (
+            f"columns_by={by!r} chooses by scores of the {inside} columns of {name}, the gradients hold {have}: wanted "
+        )
         raise OptionError(
-            f"columns_by={by!r} chooses by scores of the {inside} columns of {name}, the gradients hold {have}: "
-            f"probe_gradients(model, batches, columns={by!r}), or `spectrum-peft probe --columns {by}`."
+            f"{seen}those of probe_gradients(model, batches, columns={by!r}).",
+            shell=f"{seen}those of `spectrum-peft probe --columns {by}`.",
         )
     return stat.columns
 

@@ -51,7 +51,7 @@ class Fingerprint:
             if mine != theirs:
                 message = f"{this} does not belong to {that}: fingerprint {part} is {mine[:12]}, wanted {theirs[:12]}."
                 if not force:
-                    raise MismatchError(message + " Make it anew from this checkpoint, or pass force=True (--force).")
+                    raise MismatchError(message + " Make it anew from this checkpoint, or give force=True.")
                 return message + " Used all the same (force)."
             if part == "content":
                 return None

@@ -107,7 +107,9 @@ def scan_or_take(
     if row.needs_data:
         raise OptionError(
             f"criterion {criterion!r} needs gradients on data, which a scan of weights does not have: scan with the default "
-            "criterion, and give make_plan gradients=probe_gradients(model, batches), or SpectrumConfig calibration_data."
+            "criterion, and give make_plan gradients=probe_gradients(model, batches), or SpectrumConfig calibration_data.",
+            shell=f"criterion {criterion!r} needs gradients on data, which a scan of weights does not have: scan with the "
+            "default criterion, and give `spectrum-peft plan` gradients=FILE, which `spectrum-peft probe` writes.",
         )
     roles = _checked_roles(score)
     jobs = _checked_jobs(jobs)
@@ -156,6 +158,7 @@ def scan_or_take(
                 "values are too large, or too far apart."
             ) from error
 
+    logger.info("scanning %s: %d matrices, criterion %s", source.model_id or "the model", len(wanted), criterion)
     unfinished = PartialResults(cache_folder() / "partial" / f"{key}.jsonl", shapes)
     with unfinished as partial, one_torch_thread(), one_openblas_thread(), torch.no_grad():
         rest = [(name, info) for name, info in wanted if name not in partial.results]

@@ -291,8 +291,6 @@ def report_for(options: argparse.Namespace, plan_options: Mapping[str, Any], sco
     if scored and options.report == "auto":
         seed = plan_options.get("seed", OPTIONS["seed"])
         return find_report(options.model, criterion, options.revision, seed, download=True)  # the model is loaded next
-    if scored:
-        print(f"no --report was given: scanning {options.model}")
     return scan_weights(
         options.model,
         criterion=criterion,

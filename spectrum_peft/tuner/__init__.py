@@ -6,6 +6,8 @@ save `lora_A` and `lora_B`, and with another prefix a missing one would load wit
 
 from __future__ import annotations
 
+import warnings
+
 from aenum import extend_enum
 from peft import PeftType
 from peft.utils import register_peft_method
@@ -26,6 +28,11 @@ from .shared import share_in_dtype
 if PeftType[PEFT_TYPE] not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="spectrum", config_cls=SpectrumConfig, model_cls=SpectrumModel, prefix="lora_")
 find_plans()
+
+# PEFT and TRL ask every model, and TRL's configs set, by names that transformers 5.24 calls deprecated: theirs to mend.
+warnings.filterwarnings(
+    "ignore", message=r"`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated", category=FutureWarning
+)
 
 __all__ = [
     "SpectrumLayer",

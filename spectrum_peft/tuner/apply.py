@@ -199,8 +199,6 @@ def _settled(model: nn.Module, config: SpectrumConfig, layers: bool) -> Plan:
     if report is None:
         by_data = options["criterion"] == "fisher"  # whose scores the gradients hold: names and shapes will do
         score = ("linear",) if MODES[config.mode].selective and not by_data else ()
-        if score:
-            logger.info("no report was given: scanning the model (a finished scan of the same weights is used again)")
         criterion = OPTIONS["criterion"] if by_data else options["criterion"]
         report = scan_weights(base_of(model), criterion, score=score, cache=bool(score), seed=config.seed)
     else:

@@ -343,7 +343,9 @@ def _plan_before_loading(model_name: str, skeleton: nn.Module | None, config: Sp
     if by_data and gradients is None:
         raise OptionError(
             f"criterion {options['criterion']!r} chooses by gradients, and which modules stay unquantized must be known before "
-            "the model is loaded. Probe the float model first (probe_gradients, or the command `probe`) and give gradients=."
+            "the model is loaded. Probe the float model first (probe_gradients) and give gradients=.",
+            shell=f"criterion {options['criterion']!r} chooses by gradients, and which modules stay unquantized must be known "
+            "before the model is loaded. Probe the float model first (`spectrum-peft probe`) and give gradients=FILE.",
         )
     if report is None:
         criterion = OPTIONS["criterion"] if by_data else options["criterion"]

@@ -802,7 +802,7 @@ def test_another_base_than_the_plans_is_refused_unless_forced(
     folder = adapter_of("llama", "spectrum")[0]
     other = tmp_path / "other"
     ARCHITECTURES["llama"].build(seed=9).save_pretrained(other)
-    with pytest.raises(MismatchError, match=r"fingerprint content is .*--force"):
+    with pytest.raises(MismatchError, match=r"fingerprint content is .*force=True"):
         merge_into_base(folder, other, tmp_path / "merged")
     report = merge_into_base(folder, other, tmp_path / "merged", force=True)
     assert any("force" in note for note in report.notes)
@@ -1001,7 +1001,7 @@ def test_a_base_that_is_only_there_in_four_bit(base_of: Callable[..., Path], tmp
 
 def test_onto_dequantized_needs_to_know_how(adapter_of: Callable[..., Any], tmp_path: Path) -> None:
     folder, _, model = adapter_of("llama", "peft")
-    with pytest.raises(OptionError, match=r"nothing says how the base was quantized.*--quantization"):
+    with pytest.raises(OptionError, match=r"nothing says how the base was quantized.*quantization='nf4'"):
         merge_into_base(folder, out=tmp_path / "merged", onto="dequantized")
     with pytest.raises(OptionError, match=r"quantization is 'nf5'.*Did you mean 'nf4'"):
         merge_into_base(folder, out=tmp_path / "merged", onto="dequantized", quantization="nf5")

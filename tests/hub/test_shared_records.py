@@ -70,7 +70,7 @@ def test_a_report_of_a_folder_is_pushed_under_a_name_only(
 ) -> None:
     report = scan_weights(tiny_llama_folder)
     report = dataclasses.replace(report, notes=(f"with the adapter in {tiny_llama_folder} applied", "a plain note"))
-    with pytest.raises(OptionError, match="give model_id='ORG/MODEL'"):
+    with pytest.raises(OptionError, match="give it as ORG/MODEL"):
         report.push_to_hub(SHARED)
     with pytest.raises(HubError, match="nobody is logged in"):
         report.push_to_hub(SHARED, model_id=MODEL)

@@ -150,3 +150,32 @@ def test_a_registration_that_fails_does_not_break_the_import_of_peft(monkeypatch
     with pytest.raises(SpectrumError, match=r"could not be registered with PEFT: .*spectrum_peft\.tuner"):
         spectrum_peft.__getattr__("SpectrumConfig")
     assert spectrum_peft.__getattr__("make_plan") is not None  # what does not need PEFT goes on working
+
+
+_SESSION = """
+import sys
+import spectrum_peft
+import datasets, transformers
+from trl import SFTConfig, SFTTrainer
+from spectrum_peft import SpectrumCallback, SpectrumConfig, load_model_with_spectrum
+transformers.utils.logging.disable_progress_bar()
+options = {"max_steps": 1, "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "learning_rate": 2e-4}
+rows = datasets.Dataset.from_dict({"text": ["one and two"] * 4})
+datasets.disable_progress_bars()
+config = SpectrumConfig(mode="alors", r=2, task_type="CAUSAL_LM")
+model, tokenizer = load_model_with_spectrum(sys.argv[1], config, dtype="float32")
+args = SFTConfig(sys.argv[2], **options)
+trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=[SpectrumCallback()])
+trainer.train()
+trainer.save_model()
+"""
+
+
+def test_a_session_that_trains_warns_of_nothing(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """No line at import or in training that the user did not cause and cannot mend."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SESSION, str(tiny_llama_folder), str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if not line.startswith("[transformers] The tokenizer has new")]
+    assert said == []
