@@ -241,7 +241,10 @@ def _train(mode: str, model: Path, files: Mapping[str, Path], output: Path, step
             "--dataset", str(files["train"]), "--eval-dataset", str(files["held-out"]), "--output-dir", folder,
             "--max-steps", str(steps), *TRAIN_FLAGS,
         ]  # fmt: skip
-        print(f"Training {mode!r}, {steps} steps at learning rate {MODES[mode].default_lr:g} (log: {log})", flush=True)
+        print(
+            f"Training {mode!r}, {steps} steps at learning rate {MODES[mode].rate_for(steps):g} (log: {log})",
+            flush=True,
+        )
         with log.open("w") as file:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False)
         if done.returncode:

@@ -19,7 +19,7 @@ from msgspec import Meta
 from .. import names
 from ..arguments import LORA_FIELDS
 from ..errors import OptionError, near_matches, quoted
-from ..plan import MODES, OPTIONS, Mode, get_mode
+from ..plan import LONG_RUN, MODES, OPTIONS, Mode, get_mode
 from ..records import SnrReport
 from ..records.schema import MOST_LISTED, SCALAR, WHOLE, Name, Wanted
 from .settings import FILE_KEYS, KEYS, Comparison, rate_or_auto, rate_text
@@ -270,8 +270,10 @@ def _rated(
     rates = comparison.asked["learning_rates"]
     if isinstance(rates, Mapping):
         rates = rates.get(label, rates.get(mode))
-    rates = rates or [get_mode(mode).default_lr]
     factors = comparison.asked["learning_rate_factors"]
+    if not rates and factors == [1.0]:
+        return [Contestant(label, dict(settings), control, peft)]  # the run takes its mode's own
+    rates = rates or [get_mode(mode).rate_for(comparison.steps or LONG_RUN)]
     rates = [r if r == "auto" else float(f"{r * factor:.6g}") for r in rates for factor in factors]
     rates = list(dict.fromkeys(rates))
     return [

@@ -82,6 +82,9 @@ def summary_of(contestant: Contestant, rows: Sequence[Mapping[str, Any]], confid
     }  # fmt: skip
     if not finished:
         return summary
+    rates = {r["learning_rate"] for r in finished}
+    if len(rates) == 1:  # the mode's own, or one that every run has found
+        summary["settings"]["learning_rate"] = rates.pop()
     for name in METRICS:
         values = [finite_number(r["metrics"].get(name)) for r in finished]
         if None not in values:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..arguments import Parser
 from ..records.schema import number_within
 
 # What `compare` reads itself; every other key goes to the verb `train` and to the trainer's own arguments.
@@ -100,6 +101,14 @@ class Comparison:
     @property
     def metric(self) -> str:
         return str(self.asked["metric"])
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of every cell, where `max_steps` says them."""
+        finder = Parser(add_help=False)
+        finder.add_argument("--max-steps", "--max_steps", type=int, default=self.train.get("max_steps"))
+        found = finder.parse_known_args(list(self.arguments))[0].max_steps
+        return found if isinstance(found, int) and found > 0 else None
 
 
 def rate_or_auto(name: str, value: Any) -> float | str:

@@ -20,7 +20,7 @@ from .candidates import in_towers
 from .diff import diff_plans
 from .explain import explain, format_table
 from .make import make_plan, worth_probing
-from .modes import MODES, Mode, get_mode
+from .modes import LONG_RUN, MODES, Mode, get_mode
 from .options import (
     COLUMNS_BY,
     COLUMNS_BY_DATA,
@@ -39,6 +39,7 @@ __all__ = [
     "COLUMNS_BY_DATA",
     "CRITERIA",
     "DEFAULT_RATIO",
+    "LONG_RUN",
     "MODES",
     "OPTIONS",
     "Mode",

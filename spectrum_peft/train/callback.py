@@ -52,9 +52,12 @@ def slower_by(arguments: type[TrainingArguments]) -> float:
     return next((_SLOWER[c.__name__] for c in arguments.__mro__ if c.__name__ in _SLOWER), 1.0)
 
 
-def usual_rate(mode: str, args: TrainingArguments) -> float:
-    """The learning rate that a mode usually takes, under the trainer that these arguments are for."""
-    return MODES[mode].default_lr / slower_by(type(args))
+def usual_rates(mode: str, args: TrainingArguments) -> tuple[float, float]:
+    """The learning rates that a mode usually takes under the trainer that these arguments are for: in a long run, and in this
+    one; in the shortest where its steps are not known yet."""
+    slower = slower_by(type(args))
+    long, steps = MODES[mode].default_lr / slower, args.max_steps if args.max_steps > 0 else 1
+    return long, long if slower != 1 else MODES[mode].rate_for(steps)
 
 
 class SpectrumCallback(TrainerCallback, ExportableState):
@@ -133,11 +136,11 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         share_in_dtype(model, self._sharing.computes_in)
         self._refuse_reentrant_sharing(args)
         self._stop_backward_early(args, model)
-        default = usual_rate(self.plan.mode, args)
-        if args.learning_rate and not 1 / _RATE_FACTOR <= args.learning_rate / default <= _RATE_FACTOR:
+        low, high = usual_rates(self.plan.mode, args)
+        if args.learning_rate and not low / _RATE_FACTOR <= args.learning_rate <= high * _RATE_FACTOR:
             logger.warning(
-                "learning_rate=%g; the usual rate of mode %r with %s is about %g", args.learning_rate, self.plan.mode,
-                type(args).__name__, default,
+                "learning_rate=%g; the usual rate of mode %r with %s is about %s", args.learning_rate, self.plan.mode,
+                type(args).__name__, f"{low:g}" if low == high else f"{low:g} (long runs) to {high:g}",
             )  # fmt: skip
 
     def _take_plan(self, model: Any) -> None:

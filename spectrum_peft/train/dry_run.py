@@ -25,7 +25,7 @@ from .arguments import config_of, quiet_progress
 from .output import check_output
 from .preview import counted, encoded_run, first_rows, tokenizer_of
 from .rate_race import SHARE, heat_steps
-from .run import introduction, load_run, report_for
+from .run import introduction, load_run, report_for, settle_rate
 from .settle import Run, settle
 from .steps import steps_of
 from .tasks import build_trainer
@@ -45,7 +45,7 @@ def dry_run(options: argparse.Namespace, rest: Rest, plan_options: dict[str, Any
     check_output(
         Path(run.args.output_dir or ""), overwrite=bool(options.overwrite_output_dir), resumed=run.resume is not None
     )
-    print(introduction(run, rest))
+    print(introduction(run))
     counts = counted(run, options)
     for name, found in counts.items():
         print(f"{name}: {found}")
@@ -53,6 +53,7 @@ def dry_run(options: argparse.Namespace, rest: Rest, plan_options: dict[str, Any
         print(first_rows(run, options))
     steps = steps_of(run, options, counts["training"].left)
     print(_steps_line(run, steps))
+    print(settle_rate(run, steps))
     if run.race and run.resume is None:
         print(f"learning rate race: short runs of {heat_steps(steps)} steps, together at most {SHARE:.0%} of the run's")
     if run.peft is not None:

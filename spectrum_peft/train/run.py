@@ -19,13 +19,13 @@ from ..arguments import LORA_FIELDS, Rest
 from ..card import write_card
 from ..devices import peak_memory, reset_peak_memory
 from ..errors import CheckpointError, DataError, OptionError
-from ..plan import OPTIONS, check_options, needs_gradients
+from ..plan import MODES, OPTIONS, check_options, needs_gradients
 from ..probe import DEFAULT_SAMPLES, calibration_batches
 from ..records import RESULTS_FILE, SnrReport, finite_only, write_text
 from ..scan import find_report, scan_weights
 from ..tuner.config import SpectrumConfig
 from ..tuner.loading import load_model_with_peft, load_model_with_spectrum, load_tokenizer
-from .arguments import given_fields, quiet_progress, remote_options
+from .arguments import quiet_progress, remote_options
 from .calibration import calibration_rows
 from .callback import SpectrumCallback, slower_by
 from .checkpoints import saving
@@ -68,11 +68,10 @@ def train(
         check_base(options.model, real_weights=run.mode is not None and run.mode.plain_model and not options.quantization)
     check_output(output, overwrite=bool(options.overwrite_output_dir), resumed=run.resume is not None)
     clear_killed(output)
-    print(introduction(run, rest))
+    print(introduction(run))
     check_rows_agree(run.train_rows)
     run = encoded_run(run, options)
-    if run.race and run.resume is None:
-        heat_steps(steps_of(run, options, len(run.train_rows)))
+    print(settle_rate(run, 0 if run.rate_given else steps_of(run, options, len(run.train_rows))))
     transformers.set_seed(args.seed)  # a new head and new adapters are random
     memory_before = peak_memory()
     model, tokenizer, report, setup = load_run(run, options, plan_options)
@@ -182,17 +181,32 @@ def too_long(task: Task) -> str:
     return "an answer is longer than" if task.drops == "long" else "the prompt alone fills"
 
 
-def introduction(run: Run, rest: Rest) -> str:
-    """Two lines: mode, task and dtype; the learning rate and where it comes from."""
+def introduction(run: Run) -> str:
+    """One line: mode, task and dtype."""
     method = f"PEFT's {run.name}" if run.mode is None else f"mode {run.name}"
-    usual = "that of mode 'lora'" if run.mode is None else f"the default of mode {run.name!r}"
-    slower = slower_by(type(run.args))
-    usual += f", over {slower:g} for {run.task.name}" if slower != 1 else ""
-    source = "set by you" if "learning_rate" in given_fields(rest) else usual
-    rate = f"{run.args.learning_rate:g} ({source})"
-    if run.race:
-        rate = f"auto: a race that begins at {run.args.learning_rate:g}, {usual}"
-    return f"{method}, task {run.task.name}, {run.why}\nlearning rate {rate}"
+    return f"{method}, task {run.task.name}, {run.why}"
+
+
+def settle_rate(run: Run, steps: int) -> str:
+    """Set the learning rate that a run of so many steps usually takes, where the user gave none; one line that says which.
+
+    Raises:
+        OptionError: the rate is to be raced for, and the run is too short.
+    """
+    mode, slower = run.mode or MODES["lora"], slower_by(type(run.args))
+    whose = "that of mode 'lora'" if run.mode is None else f"the default of mode {run.name!r}"
+    if slower != 1:  # nothing was measured of how these go with the length of a run
+        usual, why = mode.default_lr / slower, f"{whose}, over {slower:g} for {run.task.name}"
+    else:
+        usual, why = mode.rate_for(steps), f"{whose} for {steps:,} steps"
+    if run.rate_given:
+        return f"learning rate {run.args.learning_rate:g} (set by you)"
+    run.args.learning_rate = usual
+    if not run.race:
+        return f"learning rate {usual:g} ({why})"
+    if run.resume is None:
+        heat_steps(steps)
+    return f"learning rate auto: a race that begins at {usual:g} ({why})"
 
 
 def load_run(

@@ -21,7 +21,15 @@ from ..records import EXPORTED, Plan, read_mapping
 from ..tuner.classes import refuse_class
 from ..tuner.loading import check_quantizable, checked_peft_config
 from ..tuner.stored_bases import loading_of
-from .arguments import config_of, default_arguments, dtype_of, renamed_columns, take_auto_rate, trainer_arguments
+from .arguments import (
+    config_of,
+    default_arguments,
+    dtype_of,
+    given_fields,
+    renamed_columns,
+    take_auto_rate,
+    trainer_arguments,
+)
 from .callback import slower_by
 from .checkpoints import checkpoint_to_resume
 from .encoding import DataChoices
@@ -48,6 +56,7 @@ class Run:
         data: what of the rows is shown and learnt.
         rewards: functions and folders of models that judge what is written, for tasks that take them.
         race: `learning_rate: auto`: the rate is found before the first step.
+        rate_given: the user set the learning rate.
     """
 
     name: str
@@ -66,6 +75,7 @@ class Run:
     data: DataChoices
     rewards: tuple[Any, ...] = ()
     race: bool = False
+    rate_given: bool = False
 
 
 Rows = tuple[datasets.Dataset, datasets.Dataset | None]
@@ -153,6 +163,7 @@ def settle(
         data,
         rewards,
         race,
+        "learning_rate" in given_fields(rest),
     )
 
 

@@ -54,6 +54,12 @@ def test_learning_rates_of_adapters_are_ten_times_those_of_real_weights():
     assert {m.default_lr for m in MODES.values() if m.action in {"lora", "shared"}} == {2e-4}
 
 
+def test_a_shorter_run_takes_a_higher_rate_by_the_root_of_its_length():
+    for mode in MODES.values():
+        for steps, factor in ((10**6, 1), (4000, 1), (1000, 2), (250, 4), (40, 10), (25, 160**0.5), (1, 160**0.5)):
+            assert mode.rate_for(steps) == pytest.approx(mode.default_lr * factor, rel=0.051)  # two digits
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_plain_model_can_carry_out_real_weights_only(mode):
     assert MODES[mode].plain_model == MODES[mode].real_weights

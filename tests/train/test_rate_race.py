@@ -230,7 +230,7 @@ def test_train_finds_the_rate_and_says_so(flags: list[str], tmp_path: Path, caps
     results = json.loads((out / "train_results.json").read_text())
     race = results["learning_rate_race"]
     assert results["learning_rate"] == min(race, key=lambda heat: heat["loss"])["rate"]
-    assert race[0]["rate"] == MODES["lora"].default_lr
+    assert race[0]["rate"] == MODES["lora"].rate_for(160)
     assert "learning rate auto" in capsys.readouterr().out
 
 
