@@ -482,8 +482,8 @@ def rates() -> str:
     ]
     return (
         f"{table(heads, rows)}\nWithin a factor of two of the best rate, of {len(best)}: the usual rate of long runs "
-        f"{hits['usual']}, the default {hits['default']} ({hits['default'] / len(best):.0%}), the same rule fitted on the other data sets "
-        f"{hits['fitted']} ({hits['fitted'] / len(best):.0%}).\n"
+        f"{hits['usual']}, the default {hits['default']} ({hits['default'] / len(best):.0%}), the same rule fitted on the other "
+        f"data sets {hits['fitted']} ({hits['fitted'] / len(best):.0%}).\n"
     )
 
 
