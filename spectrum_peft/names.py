@@ -20,6 +20,7 @@ HEADS = frozenset(
 )  # fmt: skip
 # Modules that are a head where they lie outside the blocks, and something else inside.
 _OUTER_HEADS = HEADS | {"head", "proj_out"}
+# CTRL's table is `transformer.w`, outside the blocks (transformers, modeling_ctrl.py): see `role`.
 _EMBEDDING = re.compile(
     r"(^|[._])embed(?!_out)|(^|_)emb$|^wte$|^wpe$|^shared$|relative_attention_bias|rotary|word_embeddings"
 )
@@ -153,7 +154,7 @@ def role(name: str, shape: Sequence[int] | None) -> Role:
         return "head"
     if "norm" in owner.lower():  # one row for each head
         return "norm"
-    if _EMBEDDING.search(owner) or (block_index(name) is None and "embeddings" in name.split(".")):
+    if _EMBEDDING.search(owner) or (block_index(name) is None and (owner == "w" or "embeddings" in name.split("."))):
         return "embedding"
     if owner in _ROUTERS or "router" in name.split("."):
         return "router"

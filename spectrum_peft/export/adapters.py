@@ -62,18 +62,19 @@ class TrainedAdapter:
         return []
 
     @property
-    def model_type(self) -> str | None:
-        """transformers' word for the base's family, of its config where that is at hand."""
-        found = self.described.get("model_type")
-        if found is None and self.state.base:
+    def base_config(self) -> Mapping[str, Any]:
+        """transformers' config of the base, of whatever is at hand; empty where nothing is."""
+        if "model_type" not in self.described and self.state.base:
             from transformers import AutoConfig
 
             try:
                 revision = self.state.config.get("revision")
-                found = AutoConfig.from_pretrained(self.state.base, revision=revision, local_files_only=True).model_type
+                found = AutoConfig.from_pretrained(self.state.base, revision=revision, local_files_only=True)
             except (OSError, ValueError, KeyError):
-                return None
-        return found
+                return {}
+            fields: Mapping[str, Any] = found.to_dict()
+            return fields
+        return self.described
 
     @property
     def noted(self) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def export_lora(
         config = json.loads(json.dumps(state.config, default=_as_json))
         tensors = {key: stored.whole() for key, stored in state.tensors.items()}
     else:
-        config, tensors = _as_lora(state, source.model_type, uniform_rank)
+        config, tensors = _as_lora(state, source.base_config, uniform_rank)
     with whole_folder(target) as folder:
         order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
         header = header_bytes({k: (tensors[k].dtype, tuple(tensors[k].shape)) for k in order}, {"format": "pt"}, order)
@@ -91,10 +91,10 @@ def _as_json(value: Any) -> Any:
 
 
 def _as_lora(
-    state: AdapterState, model_type: str | None, uniform_rank: bool = False
+    state: AdapterState, base: Mapping[str, Any], uniform_rank: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(adapter_config.json, {key: tensor}) of a plain LoRA with the same function."""
-    from ..tuner.retargeting import retargeted  # brings peft, which no merge needs
+    from ..tuner.retargeting import retargeted, types_in  # brings peft, which no merge needs
 
     updates = state.updates(state.planned())
     by_name = {} if state.plan is None else state.plan.by_name
@@ -121,12 +121,12 @@ def _as_lora(
         padding = _Padding(rank, scale)
         ranks, alphas = dict.fromkeys(ranks, rank), dict.fromkeys(alphas, alpha)
     # Where peft would take a module for an old name of fused experts, the layer is named as the parameter that it has.
-    by_weight = retargeted(model_type, (u.module for u in low if u.experts is None))
+    by_weight = retargeted(types_in(base), (u.module for u in low if u.experts is None))
     fused = {u.key for u in low if u.experts is not None or u.module in by_weight}
     if by_weight and any(u.magnitude is not None for u in low if u.module in by_weight):
         raise OptionError(
-            f"{sorted(by_weight)[0]}: plain peft puts no DoRA beside it in a model of type {model_type!r}, whose experts "
-            "transformers fuses. Merge the adapter instead."
+            f"{sorted(by_weight)[0]}: plain peft puts no DoRA beside it in a model of type {base.get('model_type')!r}, whose "
+            "experts transformers fuses. Merge the adapter instead."
         )
     tensors: dict[str, Tensor] = {}
     saved = list(state.config.get("modules_to_save") or ())

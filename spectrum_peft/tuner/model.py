@@ -56,7 +56,7 @@ from .places import (
 )
 from .plain_lora import held_as_saved, saved_as_held
 from .ranks import RankChange, allocate, live_rank, moments, set_rank, set_scaling
-from .retargeting import retargeted
+from .retargeting import retargeted, types_in
 from .shared import refuse_unshareable, share_factors
 from .weighted import OF_FACTORS, check_summands, concatenated, fill, sum_config, sum_plan
 
@@ -140,8 +140,9 @@ class SpectrumModel(LoraModel):
                 f"{config.target_parameters[0]} is a candidate. Leave them out with exclude_modules, or rescore_every."
             )
         config.rank_pattern, config.alpha_pattern = patterns_of(adapters, config, allocated)
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        config.retargeted = frozenset(retargeted(model_type, (names.module_name(e.name) for e in adapters)))
+        described = getattr(model, "config", None)
+        types = types_in(described) if hasattr(described, "to_dict") else ()
+        config.retargeted = frozenset(retargeted(types, (names.module_name(e.name) for e in adapters)))
         self._save_whole_modules(config, model, [e for e in plan.entries if is_saved(e, config)])
 
     def _save_whole_modules(self, config: SpectrumConfig, model: nn.Module, entries: list[PlanEntry]) -> None:

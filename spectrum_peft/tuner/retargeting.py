@@ -7,18 +7,34 @@ that older versions of transformers had as modules, dense and shared MLPs as wel
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
 from peft import LoraConfig
 
 
-def retargeted(model_type: str | None, modules: Iterable[str]) -> set[str]:
-    """The modules that peft, asked for an adapter on them in a model of this type, would not put it on."""
+def types_in(config: Any) -> Iterator[str]:
+    """The `model_type` of a config, as transformers' object or plain data, and of the configs inside it.
+
+    A checkpoint names the whole (`qwen3_omni_moe`), the class that opens it may be of a part (`qwen3_omni_moe_thinker`), and
+    peft asks the live model's.
+    """
+    fields = config if isinstance(config, Mapping) else config.to_dict()
+    for key, value in fields.items():
+        if key == "model_type" and isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping) or hasattr(value, "model_type"):
+            yield from types_in(value)
+
+
+def retargeted(model_types: Iterable[str], modules: Iterable[str]) -> set[str]:
+    """The modules that peft, asked for an adapter on them in a model of any of these types, would not put it on."""
     modules = list(modules)
-    if model_type is None:
-        return set()
+    return {module for kind in dict.fromkeys(model_types) for module in _retargeted(kind, modules)}
+
+
+def _retargeted(model_type: str, modules: Iterable[str]) -> set[str]:
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     except ImportError:  # a peft before the conversion, or a transformers before the fused experts
