@@ -323,13 +323,17 @@ class SpectrumCallback(TrainerCallback, ExportableState):
 
         Here the gradients are zero and the checkpoint of this step is not written yet.
         """
-        every = None if self.plan is None else self.plan.options.get("rescore_every")
         tuner = tuner_of(model)
-        if every is None or tuner is None or state.global_step >= state.max_steps:
-            return
-        at_epoch_end = state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-6
-        if at_epoch_end if every == "epoch" else state.global_step % every == 0:
+        if tuner is not None and self.evaluates_at(state):
             self._rescore(state, model, tuner, optimizer)
+
+    def evaluates_at(self, state: TrainerState) -> bool:
+        """Whether ranks are evaluated again at the end of the step that `state` is at."""
+        every = None if self.plan is None else self.plan.options.get("rescore_every")
+        if every is None or state.global_step >= state.max_steps:
+            return False
+        at_epoch_end = state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-6
+        return at_epoch_end if every == "epoch" else state.global_step % every == 0
 
     def _rescore(self, state: TrainerState, model: Any, tuner: SpectrumModel, optimizer: Any) -> None:
         adapter = tuner.active_adapters[0]

@@ -38,6 +38,7 @@ from .rate_race import LearningRateRace, heat_steps
 from .settle import Run, settle
 from .steps import steps_of
 from .tasks import Task, build_trainer, evaluate, examples_of
+from .tracking import report_plan
 from .watch import FiniteLoss, RankLog, StepClock, StopAt
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,8 @@ def train(
         data=run.data,
         rewards=run.rewards,
     )
+    if callback is not None and args.report_to not in ([], ["none"]):
+        report_plan(trainer)
     race = LearningRateRace(trainer) if run.race else None
     if race is not None:
         trainer.add_callback(race)
