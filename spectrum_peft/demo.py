@@ -210,9 +210,10 @@ def run(output: Path, steps: int = 24) -> dict[str, Any]:
     plots.save(plots.heat_map(report, scanner.plan), output / "scores.png")
     best = max((e for e in scanner.plan.entries if e.trains), key=lambda e: e.score or 0.0)
     plots.save(plots.spectrum(spectrum_of(str(model), best.name)), output / "one-matrix.png")
-    plots.save(
-        plots.curves([_curve(r) for r in runs], title="SmolLM2-135M on Python's help topics"), output / "curves.png"
-    )
+    drawn = [_curve(r) for r in runs]
+    title = "SmolLM2-135M on Python's help topics; below, the difference to full"
+    whole = next(curve["label"] for curve, r in zip(drawn, runs, strict=True) if r["mode"] == "full")
+    plots.save(plots.curves(drawn, title=title, reference=whole), output / "curves.png")
     results = {
         "model": "SmolLM2-135M-Instruct",
         "ratio": RATIO,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from . import names
-from .errors import CheckpointError, InstallError, OptionError
+from .errors import CheckpointError, InstallError, OptionError, near_matches
 from .records import GradientReport, Plan, SnrReport, move_over
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _INFINITE: dict[str, Any] = {"facecolor": "#d9d9d9", "edgecolor": "#6b6b6b", "ha
 _CELL = 0.32  # inches
 _DPI = 160
 _SHORT_LEGEND = 6  # lines
-_MANY_POINTS = 60  # of a curve, above which its running mean is drawn over it
+_MANY_POINTS = 30  # of a curve, above which its running mean is drawn over it
 
 
 class SpectrumLike(Protocol):
@@ -116,10 +116,12 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
 
 
 def heat_map(report: SnrReport, plan: Plan | None = None) -> Figure:
-    """Scores by block (across) and kind (down), on a log scale; what the plan chose is marked by a dot.
+    """How high each matrix scores among those of its kind, by block (across) and kind (down); what the plan chose has a dot.
 
-    Several matrices of one kind in one block (experts) share a cell: their mean score, marked where any is chosen.
-    Infinite scores are hatched, zeros say so, what has no score stays white. Dots of adapters grow with the rank.
+    Scores of different kinds cannot be compared: a kind's shape alone moves them by factors. The colour is therefore the
+    rank of a score within its row, from the lowest to the highest, equal ones alike. Several matrices of one kind in one block
+    (experts) share a cell: their mean score, marked where any is chosen. Infinite scores are hatched, zeros say so, what has
+    no score stays white. Dots of adapters grow with the rank.
 
     Raises:
         OptionError: the report has no score in a block.
@@ -161,7 +163,7 @@ def heat_map(report: SnrReport, plan: Plan | None = None) -> Figure:
     model = report.model_id or "model"
     if Path(model).is_absolute():  # a folder: where it lies says nothing
         model = Path(model).name
-    title = f"{model}: score by matrix"
+    title = f"{model}: scores, each kind by itself"
     if plan is not None:
         matrices = [e for e in plan.entries if e.action != "save"]
         title += f"; {plan.mode} trains {sum(e.trains for e in matrices)} of {len(matrices)}"
@@ -186,42 +188,34 @@ def _words(text: str) -> Any:
 
 
 def _colour_cells(figure: Figure, axes: Axes, grid: np.ndarray, criterion: str) -> None:
-    from matplotlib.colors import LogNorm, Normalize
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    finite = grid[np.isfinite(grid)]
-    positive = finite[finite > 0]
-    norm: Normalize
-    if len(positive) and len(positive) >= len(finite) / 2:
-        # A few extreme scores would leave one shade to all the others: what is more than 3 times off is cut (an arrow).
-        low, high = np.quantile(positive, [0.02, 0.98])
-        low, high = max(low / 3, positive.min()), min(high * 3, positive.max())
-        high = high if high > low else 2 * low
-        norm = LogNorm(low, high)
-    else:  # a criterion with negative scores, or hardly any above zero
-        low, high = (finite.min(), finite.max()) if len(finite) else (0, 1)
-        norm = Normalize(low, high)
-    shown = np.ma.masked_invalid(grid)
-    if isinstance(norm, LogNorm):
-        shown = np.ma.masked_where(shown <= 0, shown)
-    image = axes.imshow(shown, cmap="cividis", norm=norm, aspect="equal")
+    shown = np.ma.masked_invalid(ranks_within_rows(grid))
+    image = axes.imshow(shown, cmap="cividis", vmin=0, vmax=1, aspect="equal")
     axes.set_xticks(np.arange(grid.shape[1] + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(grid.shape[0] + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1.2)
     axes.tick_params(which="minor", length=0)
-    ends = bool((finite < low).any()), bool((finite > high).any())
-    extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get(ends, "neither")
     beside = axes.inset_axes((1 + 0.4 / grid.shape[1], 0, 0.5 / grid.shape[1], 1))
-    bar = figure.colorbar(image, cax=beside, extend=extend, extendfrac=0.07)
+    bar = figure.colorbar(image, cax=beside)
     bar.outline.set_visible(False)
-    bar.set_label(f"score ({criterion})" + (", log scale" if isinstance(norm, LogNorm) else ""), fontsize=9)
+    bar.set_ticks([0, 0.5, 1], labels=["lowest", "middle", "highest"])
+    bar.set_label(f"rank within its kind\n({criterion})", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    if isinstance(norm, LogNorm):
-        few = high / low < 30  # too short a scale for powers of ten alone
-        bar.locator = LogLocator(subs=(1, 2, 5) if few else (1,))
-        bar.formatter = FuncFormatter(lambda value, _: f"{value:g}")
-        bar.ax.yaxis.set_minor_formatter(NullFormatter())
-        bar.update_ticks()
+
+
+def ranks_within_rows(grid: np.ndarray) -> np.ndarray:
+    """0 for the lowest number of each row and 1 for its highest, evenly between; equal ones share the mean of their places.
+
+    Args:
+        grid: (rows, columns) float64. NaN and infinite cells have no rank: NaN.
+    """
+    ranks = np.full(grid.shape, np.nan)
+    for row, values in enumerate(grid):
+        finite = np.isfinite(values)
+        known = np.sort(values[finite])
+        if known.size:
+            places = np.searchsorted(known, values[finite]) + np.searchsorted(known, values[finite], side="right") - 1
+            ranks[row, finite] = places / 2 / max(known.size - 1, 1) if known.size > 1 else 0.5
+    return ranks
 
 
 def _special_cells(axes: Axes, grid: np.ndarray) -> list[Any]:
@@ -451,24 +445,36 @@ def curves(
     y_label: str = "training loss",
     title: str = "",
     size: tuple[float, float] = (7.6, 4.4),
+    reference: str | None = None,
 ) -> Figure:
     """Training curves of several runs in one picture.
 
-    Curves of many points are drawn faint under their running mean over a twentieth of the run.
+    Curves of many points are drawn faint under their running mean over a twentieth of the run, ten points at least.
 
     Args:
         runs: mappings with `label`, `steps` and `loss` (two lists of one length); with `held_out` ({step: loss}) these
             are drawn as marks.
         size: width and height in inches; a long legend below comes on top of it.
+        reference: label of a run. Below the curves stands how much higher the smoothed loss of each other run is, step by step:
+            the runs saw the same batches, so that what all batches share goes.
     Raises:
-        OptionError: no run, or lists of different lengths; the message names the run.
+        OptionError: no run, lists of different lengths, or a reference that is none of the runs; the message names it.
         InstallError: matplotlib is missing.
     """
     if not runs:
         raise OptionError("there is no run to draw.")
+    labels = [run["label"] for run in runs]
+    if reference is not None and reference not in labels:
+        raise OptionError(f"reference is {reference!r}." + near_matches(reference, labels))
     figure = _figure(*size)
-    axes = figure.add_subplot()
+    axes, below = figure.add_subplot(), None
+    if reference is not None:
+        figure.clear()
+        figure.set_figheight(size[1] * 1.45)
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.6))
+        _quiet(below)
     _quiet(axes)
+    smoothed: list[tuple[np.ndarray, np.ndarray]] = []
     for i, run in enumerate(runs):
         label, steps, loss = run["label"], np.asarray(run["steps"], float), np.asarray(run["loss"], float)
         if steps.shape != loss.shape or steps.ndim != 1:
@@ -480,7 +486,8 @@ def curves(
         colour, line = _COLOURS[i % len(_COLOURS)], _LINES[i % len(_LINES)]
         if len(loss) > _MANY_POINTS:
             axes.plot(steps, loss, color=colour, alpha=0.25, linewidth=0.8)
-            loss = _running_mean(loss, len(loss) // 20)
+            loss = _running_mean(loss, max(len(loss) // 20, 10))
+        smoothed.append((steps, loss))
         last = f": {loss[-1]:.4g}" if len(loss) else ""
         axes.plot(steps, loss, color=colour, linestyle=line, linewidth=1.9, label=_literal(f"{label}{last}"))
         if held_out := run.get("held_out"):
@@ -488,11 +495,25 @@ def curves(
                 list(held_out), list(held_out.values()), linestyle="none", marker=_mark(i),
                 color=colour, markeredgecolor="white", markersize=7, label=_literal(f"{run['label']}, held out"),
             )  # fmt: skip
-    axes.set_xlabel("step")
+    if below is not None:
+        _draw_differences(below, smoothed, labels.index(reference))
+        below.set_ylabel(f"above {_literal(str(reference).partition(' (')[0])}")
+    (axes if below is None else below).set_xlabel("step")
     axes.set_ylabel(y_label)
     axes.set_title(title, loc="left", fontsize=11)
     _legend(figure, axes)
     return figure
+
+
+def _draw_differences(axes: Axes, runs: Sequence[tuple[np.ndarray, np.ndarray]], reference: int) -> None:
+    """Each run's loss less the reference's, at the steps that both have."""
+    steps, loss = runs[reference]
+    axes.axhline(0, color=_COLOURS[reference % len(_COLOURS)], linestyle=_LINES[reference % len(_LINES)], linewidth=1.2)
+    for i, (own_steps, own) in enumerate(runs):
+        if i != reference:
+            shared, here, there = np.intersect1d(own_steps, steps, return_indices=True)
+            colour, line = _COLOURS[i % len(_COLOURS)], _LINES[i % len(_LINES)]
+            axes.plot(shared, own[here] - loss[there], color=colour, linestyle=line, linewidth=1.6)
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:

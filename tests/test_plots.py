@@ -15,6 +15,7 @@ from spectrum_peft.plan import make_plan
 from spectrum_peft.records import Fingerprint, Plan, PlanEntry
 
 pytest.importorskip("matplotlib", reason='needs the extra "plot"')
+from matplotlib.text import Text
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,32 @@ def test_every_chosen_matrix_and_no_other_has_a_dot(llama_report, mode):
     assert dots(plots.heat_map(report)) == []
 
 
-def test_the_cells_hold_the_scores_by_kind_and_block(llama_report):
+def test_the_cells_hold_the_ranks_within_their_kind_by_block(llama_report):
     report = llama_report(12)
-    grid = shown(plots.heat_map(report))
+    figure = plots.heat_map(report)
+    grid = shown(figure)
     kinds = sorted({s.kind for s in report.stats if s.score is not None})
     assert grid.shape == (len(kinds), 12)
     for stat in report.stats:
         if stat.score is not None:
-            assert grid[kinds.index(stat.kind), int(stat.name.split(".")[2])] == stat.score
+            below = sum(s.kind == stat.kind and s.score < stat.score for s in report.stats if s.score is not None)
+            assert grid[kinds.index(stat.kind), int(stat.name.split(".")[2])] == pytest.approx(below / 11)
+    figure.canvas.draw()
+    drawn = {text.get_text() for text in figure.findobj(Text)}
+    assert {"rank within its kind\n(spectrum)", "lowest", "highest"} <= drawn
+
+
+def test_equal_scores_have_one_colour_and_what_has_no_rank_none():
+    grid = np.array([[3.0, 1.0, 1.0, math.inf], [math.nan, 7.0, math.nan, math.nan], [math.nan] * 4])
+    expected = [[1.0, 0.25, 0.25, math.nan], [math.nan, 0.5, math.nan, math.nan], [math.nan] * 4]
+    np.testing.assert_allclose(plots.ranks_within_rows(grid), expected)
+
+
+def test_what_a_kind_scores_as_a_whole_and_how_far_apart_does_not_show(llama_report):
+    """Any rising function of the scores of a kind leaves the picture as it is."""
+    report = llama_report(9)
+    moved = with_scores(report, lambda s: math.exp(s.score) if "mlp" in s.kind else 1e3 * s.score - 5)
+    np.testing.assert_array_equal(shown(plots.heat_map(report)), shown(plots.heat_map(moved)))
 
 
 def test_each_tier_has_its_own_size_and_line_in_the_legend(llama_report):
@@ -89,22 +108,6 @@ def test_a_zero_is_written_into_its_cell(llama_report):
     assert [t.get_text() for t in figure.axes[0].texts] == ["0"]
 
 
-def test_a_far_outlier_does_not_take_the_colours_of_the_rest(llama_report):
-    first = "model.layers.0.self_attn.q_proj.weight"
-    report = llama_report(20)
-    usual = plots.heat_map(report).axes[0].images[0].norm.vmax
-    loud = plots.heat_map(with_scores(report, lambda s: 1e9 if s.name == first else s.score))
-    assert loud.axes[0].images[0].norm.vmax < 4 * usual
-
-
-def test_scores_that_are_mostly_not_positive_are_drawn_on_a_linear_scale(llama_report):
-    from matplotlib.colors import LogNorm
-
-    report = with_scores(llama_report(4), lambda s: -s.score)
-    assert not isinstance(plots.heat_map(report).axes[0].images[0].norm, LogNorm)
-    assert isinstance(plots.heat_map(llama_report(4)).axes[0].images[0].norm, LogNorm)
-
-
 @pytest.mark.parametrize("value", [0.0, 1.0, math.inf])
 def test_a_report_of_equal_scores_can_be_drawn(llama_report, tmp_path, value):
     report = with_scores(llama_report(3), lambda s: value)
@@ -116,8 +119,8 @@ def test_experts_share_a_cell_that_shows_their_mean(llama_report):
     figure = plots.heat_map(report, make_plan(report))
     kinds = sorted({s.kind for s in report.stats if s.score is not None})
     row = kinds.index("mlp.experts.down_proj")
-    mean = sum(report.scores[f"model.layers.1.mlp.experts.down_proj[{e}]"] for e in range(4)) / 4
-    assert shown(figure)[row, 1] == pytest.approx(mean)
+    means = [sum(report.scores[f"model.layers.{i}.mlp.experts.down_proj[{e}]"] for e in range(4)) for i in range(3)]
+    assert list(shown(figure)[row]) == [sorted(means).index(mean) / 2 for mean in means]
     assert len(dots(figure)) == len(make_plan(report).trainable_names)
 
 
@@ -288,3 +291,19 @@ def test_components_of_a_plan_that_has_none_are_refused(llama_report):
         plots.components({"a": make_plan(llama_report(2), mode="alors")})
     with pytest.raises(OptionError, match="no plan"):
         plots.components({})
+
+
+def test_the_difference_to_a_reference_is_drawn_step_by_step():
+    runs = [
+        {"label": "full (lr 1)", "steps": [1, 2, 3], "loss": [3.0, 2.0, 1.0]},
+        {"label": "lora (lr 2)", "steps": [2, 3, 4], "loss": [2.5, 1.25, 1.0]},
+    ]
+    figure = plots.curves(runs, reference="full (lr 1)")
+    zero, line = figure.axes[1].lines
+    assert set(zero.get_ydata()) == {0}
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([2, 3], [0.5, 0.25])
+    assert figure.axes[1].get_ylabel() == "above full" and len(plots.curves(runs).axes) == 1
+    with pytest.raises(
+        OptionError, match=r"reference is 'full'. Did you mean 'full \(lr 1\)'|reference is 'full'. Known"
+    ):
+        plots.curves(runs, reference="full")

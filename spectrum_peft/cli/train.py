@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from ..arguments import Rest, flags_of, switch
 from ..errors import OptionError
-from ..records import EXPORTED
+from ..records import EXPORTED, write_text
 from .options import (
     add_data_options,
     add_load_options,
@@ -42,6 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop there with a checkpoint, on the schedule of the whole run; --resume-from-checkpoint goes on",
     )  # fmt: skip
     switch(parser, "--force", default=False, help="use a report or plan although its fingerprint differs")
+    switch(parser, "--init", default=False, help="write a commented YAML for --model that fits --memory, and stop")
+    add("--memory", metavar="SIZE", help="with --init: of the card, 24GiB; default: of the one that is there")
+    add(
+        "--from-axolotl",
+        metavar="FILE",
+        help="write a YAML for an axolotl config, naming what is not understood, and stop",
+    )
+    add("-o", "--output", metavar="FILE", help="of --init and --from-axolotl; default: the terminal")
     switch(parser, "--help-trainer", default=False, help="list the flags of the task's own training arguments")
     add_data_options(parser)
     add(
@@ -87,6 +96,12 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     if options.help_trainer:
         print(trainer_help(options.task or "causal_lm"))
         return
+    if options.init or options.from_axolotl:
+        _write_config(options)
+        return
+    for name in ("memory", "output"):
+        if getattr(options, name) is not None:
+            raise OptionError(f"--{name} is for --init{' and --from-axolotl' if name == 'output' else ''}.")
     for name in ("model", "dataset", "output_dir"):
         required(options, name, f"--{name.replace('_', '-')}")
     if options.time_steps is not None and not options.dry_run:
@@ -111,6 +126,29 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         else:
             merge_into_base(options.output_dir, out=written)
         print(f"wrote {written}")
+
+
+def _write_config(options: argparse.Namespace) -> None:
+    check_writable(options.output)
+    if options.from_axolotl:
+        from ..train.axolotl import imported
+
+        text, unknown = imported(options.from_axolotl)
+        for line in unknown:
+            print(f"not understood: {line}", file=sys.stderr)
+    else:
+        from ..train.arguments import config_of, task_for
+        from ..train.recipe import card_here, init, with_head
+
+        model = required(options, "model", "--model")
+        task, memory = task_for(options), options.memory or card_here()
+        config = with_head(config_of(model, options), task)
+        text = init(model, config, task, memory, lambda line: print(line, file=sys.stderr))
+    if options.output:
+        write_text(options.output, text)
+        print(f"wrote {options.output}")
+    else:
+        print(text, end="")
 
 
 VERB = Verb(

@@ -104,6 +104,13 @@ def figure_of(summary: Mapping[str, Any], name: str) -> Mapping[str, Any] | None
     return found if found is None or isinstance(found, Mapping) else None
 
 
+def of_base(results: Mapping[str, Any], name: str) -> float | None:
+    """A figure of the base before training; None where it has none, or one that is no number."""
+    base = results["untrained"]
+    value = base["metrics"].get(name, base.get(name))
+    return value if isinstance(value, int | float) else None
+
+
 def order(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Contestants by the metric that ranks, best first; those without one at the end."""
     metric, higher = results["metric"], METRICS[results["metric"]].higher
@@ -134,6 +141,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         failed = f" ({len(summary['failed'])} failed)" if summary["failed"] else ""
         rate = summary["settings"].get("learning_rate")
         lines.append("| " + " | ".join([f"{_plain(summary['label'])}{mark}{failed}", rate_text(rate), *cells]) + " |")
+    if results["untrained"]:
+        values = [shown(name, of_base(results, name)) for name, _ in heads]
+        lines.append("| " + " | ".join(["*untrained base*", "", *values]) + " |")
     if results["best"]:
         lines += ["", f"\\* not told apart from the best in {METRICS[results['metric']].title}"]
     for one in results.get("sections", ()):

@@ -20,3 +20,15 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+// A table that is wider than the page fades at its right edge until its last column is seen, and says so below.
+for (const box of document.querySelectorAll(".wide")) {
+  const hint = box.nextElementSibling;
+  const look = () => {
+    const hidden = box.scrollWidth - box.clientWidth;
+    box.classList.toggle("more", hidden - box.scrollLeft > 1);
+    if (hint && hint.classList.contains("more-columns")) hint.hidden = hidden <= 1;
+  };
+  box.addEventListener("scroll", look, { passive: true });
+  addEventListener("resize", look);
+  look();
+}

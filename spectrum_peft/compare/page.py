@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import plots
 from ..records import SnrReport
-from .figures import FIGURES, FORGETTING, columns, figure_of, order, shown, spread
+from .figures import FIGURES, FORGETTING, columns, figure_of, of_base, order, shown, spread
 from .settings import METRICS, rate_text
 
 if TYPE_CHECKING:
@@ -155,8 +155,9 @@ def _table(heads: Sequence[tuple[str, str]], rows: Sequence[str], name: str) -> 
     head = "".join(f'<th scope="col" title="{_text(why)}"><button>{_text(title)}</button></th>' for title, why in heads)
     body = "\n".join(rows)
     return (
-        f'<div class="wide"><table class="sortable" id="{name}"><thead><tr>{head}</tr></thead>'
-        f"<tbody>\n{body}\n</tbody></table></div>"
+        f'<div class="wide" tabindex="0" role="region" aria-label="{name}"><table class="sortable" id="{name}">'
+        f"<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+        '<p class="hint more-columns" hidden>There are more columns to the right: scroll the table sideways.</p>'
     )
 
 
@@ -201,11 +202,10 @@ def _contestants(results: Mapping[str, Any]) -> str:
                 cells.append(_cell(_text(shown(name, figure["mean"])) + half, figure["mean"]))
         start = '<tr class="best">' if best else "<tr>"
         rows.append(f"{start}{''.join(cells)}</tr>")
-    if base := results["untrained"]:
+    if results["untrained"]:
         cells = [_cell("untrained base", len(rows), "th", ' scope="row"'), _cell("", "")]
         for name, _ in heads:
-            value = base["metrics"].get(name, base.get(name))
-            value = value if isinstance(value, int | float) else None
+            value = of_base(results, name)
             cells.append(_cell(_text(shown(name, value)), "" if value is None else value))
         rows.append(f'<tr class="base">{"".join(cells)}</tr>')
     return _table(titles, rows, "contestants")

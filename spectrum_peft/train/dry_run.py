@@ -109,6 +109,8 @@ def _memory_of(run: Run, options: argparse.Namespace, plan: Plan, counts: RowCou
     config = copy.deepcopy(config_of(options.model, options))
     for name, value in run.head.items():
         setattr(config, name, value)
+    if run.head and config.pad_token_id is None:  # the trainer takes the tokenizer's
+        config.pad_token_id = 0
     length = args.max_length if getattr(args, "packing", False) else counts.longest
     notes = []
     if run.task.rewarded:
