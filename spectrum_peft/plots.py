@@ -32,7 +32,7 @@ _INFINITE: dict[str, Any] = {"facecolor": "#d9d9d9", "edgecolor": "#6b6b6b", "ha
 _CELL = 0.32  # inches
 _DPI = 160
 _SHORT_LEGEND = 6  # lines
-_MANY_POINTS = 30  # of a curve, above which its running mean is drawn over it
+_MANY_POINTS = 20  # of a curve, above which its running mean is drawn over it
 
 
 class SpectrumLike(Protocol):
@@ -449,7 +449,7 @@ def curves(
 ) -> Figure:
     """Training curves of several runs in one picture.
 
-    Curves of many points are drawn faint under their running mean over a twentieth of the run, ten points at least.
+    Curves of many points are drawn faint under their running mean over a twentieth of the run, five points at least.
 
     Args:
         runs: mappings with `label`, `steps` and `loss` (two lists of one length); with `held_out` ({step: loss}) these
@@ -486,7 +486,7 @@ def curves(
         colour, line = _COLOURS[i % len(_COLOURS)], _LINES[i % len(_LINES)]
         if len(loss) > _MANY_POINTS:
             axes.plot(steps, loss, color=colour, alpha=0.25, linewidth=0.8)
-            loss = _running_mean(loss, max(len(loss) // 20, 10))
+            loss = _running_mean(loss, max(len(loss) // 20, 5))
         smoothed.append((steps, loss))
         last = f": {loss[-1]:.4g}" if len(loss) else ""
         axes.plot(steps, loss, color=colour, linestyle=line, linewidth=1.9, label=_literal(f"{label}{last}"))
