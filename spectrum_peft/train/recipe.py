@@ -110,14 +110,17 @@ def written(recipe: Recipe, found: MemoryReport, title: str) -> str:
     ]
     if TASKS[recipe.task].relative:
         head.append(
-            "#   The loss of this trainer may need up to a third more than the step of text that is counted, with both answers."
+            "#   Counted as a step of text with both answers; the loss of this trainer may need up to a third more."
         )
     return "\n".join([*head, *_body(recipe)]) + "\n"
 
 
 def _body(recipe: Recipe) -> Iterator[str]:
     task, row = TASKS[recipe.task], MODES[recipe.mode]
-    rate = row.default_lr / slower_by(task.arguments_class())
+    if (slower := slower_by(task.arguments_class())) != 1:
+        rate = f"# learning_rate: {row.default_lr / slower:.1e} # the default of this mode and task"
+    else:
+        rate = "# learning_rate: auto # a race on your own rows; the default goes with the length of the run"
     yield _line("model", recipe.model)
     yield _line("task", recipe.task)
     yield _line("dataset", "train.jsonl", f"rows with {_ROWS[recipe.task]}; a hub id, or a file")
@@ -130,7 +133,7 @@ def _body(recipe: Recipe) -> Iterator[str]:
     yield _line("dtype", "bfloat16", "what trains is held in float32")
     if recipe.quantization:
         yield _line("quantization", recipe.quantization, "the base, which is frozen")
-    yield f"# learning_rate: {rate:.1e} # the default of this mode and task"
+    yield rate
     yield ""
     yield _line(
         "per_device_train_batch_size", recipe.batch_size, "less of it, and more of the next, where memory is short"
