@@ -89,6 +89,7 @@ def test_the_predicted_peak_is_current(name: str, recipes: Any) -> None:
     assert text == recipes.text_of(name), f"python benchmarks/recipes.py --only {name}"
 
 
+@pytest.mark.slow
 def test_a_recipe_that_does_not_fit_is_refused(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, what, recipe = recipes.RECIPES[_SMALLEST]
     monkeypatch.setitem(recipes.RECIPES, _SMALLEST, (1, what, recipe))
