@@ -567,7 +567,45 @@ def kills() -> str:
     )
 
 
+def hub() -> str:
+    """What a scan over the network reads, holds and takes, against a stand-in."""
+    data = result("hub")
+    parts, goals = data["parts"], data["goals"]
+    rows = []
+    for part, name in (("bytes", "Llama-2-7B's shapes"), ("real", "SmolLM2-135M")):
+        found = parts[part]
+        scored, ratio = found["scored_bytes"] / 1e6, found["ratio"]
+        rows.append(
+            [f"{name}: bytes sent over {scored:,.0f} MB scored", f"{ratio:.4f}", f"<= {goals['bytes_ratio']}",
+             _yes(ratio <= goals["bytes_ratio"])]
+        )  # fmt: skip
+        peak, disk = found["peak_bytes"], found["disk_bytes"]
+        rows.append(
+            [f"{name}: peak of the process", f"{peak / 2**30:.2f} GiB", "< 1.5 GiB", _yes(peak < goals["peak_bytes"])]
+        )
+        rows.append(
+            [f"{name}: on the disk afterwards", f"{disk / 1e3:,.0f} kB", "< 50 MB", _yes(disk < goals["disk_bytes"])]
+        )
+    for rate, found in parts["overlap"].items():
+        median = statistics.median
+        halves = f"fetching {found['fetching_seconds']:.1f} s, scoring {median(found['scoring_seconds']):.1f} s"
+        spread = found["overlap"]
+        rows.append([f"SmolLM2-135M at {rate}: {halves}", f"{median(found['seconds']):.1f} s together", "", ""])
+        seen = f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})"
+        reached = _yes(spread["median"] <= goals["overlap"])
+        rows.append([f"SmolLM2-135M at {rate}: over the slower half", seen, f"<= {goals['overlap']}", reached])
+    busy = max(max(found["other_cores"]) for found in parts["overlap"].values())
+    note = f"other processes, the server included, held up to {busy:.1f} of these cores"
+    made_by = f"(`python benchmarks/hub.py`; {machine(data)}; {note})"
+    return table(["measured", "", "goal", "reached"], rows) + f"\n{made_by}\n"
+
+
+def _yes(reached: bool) -> str:
+    return "yes" if reached else "no"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "hub": hub,
     "modes": modes, "claims": claims, "demo": demo, "scan": scan, "rates": rates,
     "scan_short": partial(scan, short=True), "dispatches": dispatches, "fuzz": fuzz, "kills": kills, "onto": onto, "merge": merge,
     **{f"similarity_{part}": partial(similarity, part) for part in ("kinds", "sketches", "sharing")},

@@ -115,14 +115,14 @@ def push_folder(
     if base is not None and not hub.is_hub_id(base):
         raise OptionError(f"base is {base!r}, wanted the hub id of the base, ORG/NAME.")
     trained_from = [adapter.get("base_model_name_or_path"), results.get("model"), plan.model_id if plan else None]
-    if adapter and base is None and not _is_on_hub(trained_from[0]):
+    if adapter and base is None and not is_on_hub(trained_from[0]):
         raise OptionError(
             f"{folder}: its base is {trained_from[0]!r}, a folder that nobody else has; base='ORG/NAME' (--base) names it on the "
             "hub."
         )
     instead = {str(folder.resolve()): repo, str(folder): repo}
     for path in trained_from:
-        if path and not _is_on_hub(str(path)):
+        if path and not is_on_hub(str(path)):
             instead[str(path)] = base or Path(str(path)).name
     contents: dict[str, Path | bytes] = dict(files)
     for name in sorted(_TEXTS & files.keys()):
@@ -132,12 +132,12 @@ def push_folder(
             contents[name] = after.encode()
     if CARD not in files:
         picture = PICTURE if PICTURE in files else None
-        shown = base or next((str(p) for p in trained_from if _is_on_hub(p)), None)
+        shown = base or next((str(p) for p in trained_from if is_on_hub(p)), None)
         contents[CARD] = card_of(folder, results, plan, name=repo, picture=picture, base=shown).encode()
     said = message or f"{'adapter' if adapter else 'model'} trained with spectrum_peft"
     sent = hub.send(contents, repo, message=said, private=private, revision=revision, token=token)
     return Pushed(
-        sent, tuple(left), snippet(folder, repo, base or next((str(p) for p in trained_from if _is_on_hub(p)), None))
+        sent, tuple(left), snippet(folder, repo, base or next((str(p) for p in trained_from if is_on_hub(p)), None))
     )
 
 
@@ -152,8 +152,9 @@ def push_record(path: str | os.PathLike[str], repo_id: str, *, model_id: str | N
     return record.push_to_hub(repo_id, model_id=model_id, **how)
 
 
-def _is_on_hub(name: Any) -> bool:
-    return isinstance(name, str) and hub.is_hub_id(name) and not Path(name).exists()
+def is_on_hub(name: Any) -> bool:
+    """Whether a base is named by a hub id: with an organization, or one of the old ones without."""
+    return isinstance(name, str) and (hub.is_hub_id(name) or hub.is_hub_id(f"x/{name}")) and not Path(name).exists()
 
 
 def _own_repository(folder: Path, token: str | None) -> str:

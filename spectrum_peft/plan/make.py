@@ -94,6 +94,11 @@ def make_plan(
     units = sorted((u for u in units if u.name not in tied_to), key=lambda u: natural_key(u.name))
     linear = [u for u in units if u.role == "linear"]
     kept = narrowed(linear, units, candidates)
+    seen = {EXPERT.sub(r"\g<name>", s.name) for s in report.stats if s.score is not None}
+    scored = [u for u in kept if u.name in seen]
+    unscored = len(kept) - len(scored) if mode.selective and scored and candidates is None else 0
+    if unscored:  # a scan of some kinds or layers
+        kept = scored
     if not kept:
         raise OptionError("the report lists no linear matrix that a plan could choose.")
     # Whoever names candidates, or trains the whole, means them in every tower, unless told otherwise.
@@ -126,7 +131,12 @@ def make_plan(
         model_id=report.model_id,
         revision=report.revision,
         total_parameters=total_parameters(report),
-        notes=(*_about(kept, reached, checked, outside), *draft.notes, *notes),
+        notes=(
+            *_about(kept, reached, checked, outside),
+            *draft.notes,
+            *notes,
+            *[f"{unscored} matrices were not scored: no candidates, they stay frozen."] * bool(unscored),
+        ),
     )
 
 

@@ -341,6 +341,6 @@ def _progress(
 def _traffic(received: int, tensors: list[TensorInfo], seconds: float) -> str:
     stored = sum(t.stored_bytes for t in tensors)
     return (
-        f"read {received / 1e6:,.1f} MB of {stored / 1e6:,.1f} MB from the hub in {seconds:.0f} s "
-        f"({received / 1e6 / max(seconds, 1e-3):.1f} MB/s); none of it was stored"
+        f"read {received / 1e6:,.1f} MB from the hub in {seconds:.0f} s ({received / 1e6 / max(seconds, 1e-3):.1f} MB/s), of a "
+        f"checkpoint of {stored / 1e6:,.1f} MB; none of it was stored"
     )

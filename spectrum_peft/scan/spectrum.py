@@ -37,7 +37,7 @@ def spectrum_of(model_or_path: Any, name: str, revision: str | None = None) -> S
     Raises:
         CheckpointError: no such tensor (near names are shown), or not a matrix.
     """
-    source = open_weights(model_or_path, revision)
+    source = open_weights(model_or_path, revision, download=False)
     base, expert = split_expert(name)
     info = next((t for t in source.tensors() if t.name == base), None)
     if info is not None and info.experts and expert is None:

@@ -8,8 +8,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from ..errors import OptionError
-from ..hub import is_hub_id
-from ..push import Pushed, push_folder
+from ..push import Pushed, is_on_hub, push_folder
 
 
 def check_base(model: str, *, real_weights: bool) -> None:
@@ -17,7 +16,7 @@ def check_base(model: str, *, real_weights: bool) -> None:
     Raises:
         OptionError: before a run whose adapter nobody could load: its base is a folder of this machine.
     """
-    if not real_weights and (Path(model).exists() or not is_hub_id(model)):
+    if not real_weights and not is_on_hub(model):
         raise OptionError(
             f"--push-to-hub: an adapter on {model!r}, a folder that nobody else has, cannot be loaded by others: train from the "
             "hub id of the base, or push the folder afterwards with `spectrum-peft push FOLDER --base ORG/NAME`."

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from stand_in_hub import Blob, StandIn
 
-from spectrum_peft import scan_weights
+from spectrum_peft import make_plan, scan_weights
 from spectrum_peft.errors import CheckpointError, HubError, OptionError
 from spectrum_peft.hub import ranges
 from spectrum_peft.records import SnrReport
@@ -120,6 +120,13 @@ def test_kinds_and_layers_read_only_what_they_name(hub: StandIn, tiny_llama_fold
     local = scan_weights(tiny_llama_folder, kinds=["q_proj", "mlp.down_proj"], layers=[1, 2])
     assert local.scores == part.scores and local.fingerprint == whole.fingerprint
     assert any("only matrices of the kinds q_proj, mlp.down_proj in the layers 1-2" in note for note in part.notes)
+
+
+def test_a_plan_of_a_part_chooses_in_that_part(tiny_llama_folder: Path) -> None:
+    report = scan_weights(tiny_llama_folder, kinds="q_proj,down_proj", layers="2-3")
+    plan = make_plan(report, mode="spectrum", spectrum_ratio=0.5)
+    assert {e.name for e in plan.entries} == set(report.scores) and len(plan.trainable_names) == 2
+    assert "24 matrices were not scored: no candidates, they stay frozen." in plan.notes
 
 
 @pytest.mark.parametrize(
