@@ -117,8 +117,7 @@ def push_folder(
     trained_from = [adapter.get("base_model_name_or_path"), results.get("model"), plan.model_id if plan else None]
     if adapter and base is None and not is_on_hub(trained_from[0]):
         raise OptionError(
-            f"{folder}: its base is {trained_from[0]!r}, a folder that nobody else has; base='ORG/NAME' (--base) names it on the "
-            "hub."
+            f"{folder}: its base is {trained_from[0]!r}, a folder that nobody else has; base='ORG/NAME' names it on the hub."
         )
     instead = {str(folder.resolve()): repo, str(folder): repo}
     for path in trained_from:

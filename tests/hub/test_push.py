@@ -73,7 +73,7 @@ def test_an_adapter_goes_with_its_records_and_nothing_else(
 ) -> None:
     hub.add(BASE, tiny_llama_folder)
     with pytest.raises(
-        OptionError, match=r"its base is '/.*', a folder that nobody else has; base='ORG/NAME' \(--base\)"
+        OptionError, match=r"its base is '/.*', a folder that nobody else has; base='ORG/NAME' names it on the hub"
     ):
         push_folder(adapter, TO)
     before = {p: p.read_bytes() for p in adapter.rglob("*") if p.is_file()}
