@@ -114,7 +114,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     Args:
         out: is not there, or an empty folder.
     Raises:
-        CheckpointError: it cannot be written, or there is no room.
+        CheckpointError: it cannot be written, there is no room, or somebody removes it meanwhile.
     """
     try:
         out = Path(os.path.realpath(out))
@@ -125,13 +125,20 @@ def whole_folder(out: Path) -> Iterator[Path]:
         raise CheckpointError(f"{out}: cannot be written ({getattr(error, 'strerror', None) or error}).") from error
     try:
         temporary.chmod(0o777 & ~_umask())
+        # Whoever removes the folder meanwhile removes files; those that come later make it anew, and it would look whole.
+        mark = temporary / ".begun"
+        mark.touch()
         yield temporary
+        mark.unlink()
         if out.is_dir():
             out.rmdir()  # empty, as was checked; a folder that was filled meanwhile is not replaced
         temporary.rename(out)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error}).") from error
+    except CheckpointError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(str(error).replace(str(temporary), str(out))) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
