@@ -5,6 +5,7 @@
 
 steps: one run in mode `alors` on a tiny model, saved, evaluated and re-evaluated again and again; resident memory that no file
 stands behind is read after each re-evaluation, and its slope is that of a line through the second half of the run.
+control: the same with plain LoRA by peft, without re-evaluation and without this package: what the libraries keep.
 adapters: a folder with many adapters of one base; each is scanned and exported in turn in one process, and one is merged.
 layers: a model of many narrow blocks through scan, plan, train and merge, each command in its own process, beside one with a
 tenth of the blocks.
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +74,16 @@ def slope(at: list[int], values: list[int]) -> float:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def steps(folder: Path, steps: int, every: int) -> dict[str, Any]:
+def steps(folder: Path, steps: int, every: int, ours: bool = True) -> dict[str, Any]:
     """
     Args:
         every: steps from one re-evaluation, and from one saving and evaluation, to the next.
+        ours: mode `alors`; else peft's LoRA, which knows nothing of this package.
     """
     import psutil
     import torch
-    from transformers import TrainerCallback
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from spectrum_peft import SpectrumCallback, SpectrumConfig
@@ -97,18 +101,24 @@ def steps(folder: Path, steps: int, every: int) -> dict[str, Any]:
                 memory.append(common.private() or psutil.Process().memory_info().rss)
                 files.append(psutil.Process().num_fds() if hasattr(psutil.Process, "num_fds") else 0)
 
-    config = SpectrumConfig(mode="alors", spectrum_ratio=0.5, r=8, rescore_every=every, task_type="CAUSAL_LM")
-    model, tokenizer = load_model_with_spectrum(str(build(folder, layers=4)), config, dtype=torch.float32)
+    base = build(folder, layers=4)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    callback = SpectrumCallback()
+    if ours:
+        config = SpectrumConfig(mode="alors", spectrum_ratio=0.5, r=8, rescore_every=every, task_type="CAUSAL_LM")
+        model, _ = load_model_with_spectrum(str(base), config, dtype=torch.float32)
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = get_peft_model(plain, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     rows = read_dataset(str(folder / "rows.jsonl"))
     arguments = SFTConfig(
         output_dir=str(folder / "run"), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-3, max_length=32,
         save_strategy="steps", save_steps=every, save_total_limit=2, eval_strategy="steps", eval_steps=every,
         logging_steps=every, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, seed=0,
     )  # fmt: skip
-    callback = SpectrumCallback()
     trainer = SFTTrainer(
         model=model, args=arguments, train_dataset=rows, eval_dataset=rows.select(range(8)), processing_class=tokenizer,
-        callbacks=[callback, Reads()],
+        callbacks=[*([callback] if ours else []), Reads()],
     )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train()
@@ -118,7 +128,7 @@ def steps(folder: Path, steps: int, every: int) -> dict[str, Any]:
         "seconds": trainer.state.log_history[-1]["train_runtime"],
         "re_evaluations": len(callback.history),
         "saved": steps // every,
-        "trainable_bytes": 4 * callback.plan.trainable_parameters,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "at": at,
         "memory": memory,
         "slope_bytes_per_step": slope(at, memory),
@@ -231,6 +241,7 @@ def entries(folder: Path, count: int) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "steps": steps,
+    "control": partial(steps, ours=False),
     "adapters": adapters,
     "layers": layers,
     "entries": entries,
@@ -251,12 +262,7 @@ def measured(part: str, sizes: Mapping[str, int]) -> dict[str, Any]:
 def run(part: str, sizes: Mapping[str, int]) -> dict[str, Any]:
     """One part in this process."""
     with tempfile.TemporaryDirectory() as scratch:
-        given = {
-            "steps": ("steps", "every"),
-            "adapters": ("adapters",),
-            "layers": ("layers",),
-            "entries": ("entries",),
-        }[part]
+        given = ("steps", "every") if part in ("steps", "control") else (part,)
         return PARTS[part](Path(scratch), *(sizes[name] for name in given))
 
 

@@ -604,10 +604,46 @@ def _yes(reached: bool) -> str:
     return "yes" if reached else "no"
 
 
+def long_runs() -> str:
+    """What stays bounded when there is much of something (`benchmarks/long.py`)."""
+    data = result("long")
+    rows = []
+    for name, title in {"steps": "mode `alors`", "control": "plain LoRA by peft, for comparison"}.items():
+        run = data[name]
+        moved = f", re-evaluated {run['re_evaluations']} times" if run["re_evaluations"] else ""
+        grown = (run["memory"][-1] - run["memory"][len(run["memory"]) // 2]) / 2**20
+        rows.append([
+            f"{run['steps']:,} steps, {title}", f"saved and evaluated {run['saved']} times{moved}",
+            f"memory grows by {run['slope_bytes_per_step'] / 1024:.1f} KiB a step in the second half ({grown:.1f} MiB), "
+            f"{run['open_files'][1] - run['open_files'][0]} more files open",
+        ])  # fmt: skip
+    crowd = data["adapters"]
+    first, last = (1000 * crowd[k]["median"] for k in ("first_tenth", "last_tenth"))
+    rows.append([
+        f"{crowd['adapters']:,} adapters in a folder", "each scanned and exported, in one process",
+        f"{first:.0f} ms each at first, {last:.0f} ms at last; memory grows by "
+        f"{crowd['slope_bytes_per_adapter'] / 1024:.1f} KiB an adapter, {crowd['files_left_open']} files left open",
+    ])  # fmt: skip
+    plan = data["entries"]
+    rows.append([
+        f"{plan['entries']:,} plan entries", f"{plan['bytes'] / 1e6:.0f} MB of JSON",
+        f"{plan['save_seconds']:.0f} s to save, {plan['load_seconds']:.0f} s to load, peak {plan['peak_bytes'] / 2**20:.0f} MiB",
+    ])  # fmt: skip
+    few, many = data["layers"]["layers"]
+    for name, row in data["layers"]["commands"].items():
+        times, peaks = row["cpu_seconds"], [peak / 2**20 for peak in row["peak_bytes"]]
+        rows.append([
+            f"{many} blocks: {name}", f"{times[1]:.0f} s of CPU time, {times[0]:.0f} s for {few} blocks",
+            f"peak {peaks[1]:.0f} MiB, {peaks[0]:.0f} MiB for {few} blocks",
+        ])  # fmt: skip
+    return table(["much of", "", "what it took"], rows) + f"\n(`python benchmarks/long.py`; {machine(data)})\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "hub": hub,
     "modes": modes, "claims": claims, "demo": demo, "scan": scan, "rates": rates,
-    "scan_short": partial(scan, short=True), "dispatches": dispatches, "fuzz": fuzz, "kills": kills, "onto": onto, "merge": merge,
+    "scan_short": partial(scan, short=True), "dispatches": dispatches, "fuzz": fuzz, "kills": kills,
+    "long": long_runs, "onto": onto, "merge": merge,
     **{f"similarity_{part}": partial(similarity, part) for part in ("kinds", "sketches", "sharing")},
     **{f"memory_{part}": partial(memory, f"memory_{part}") for part in _MEMORY},
     **{f"adapters_{part}": partial(adapters, part) for part in ("claims", "setup", "layers", "svd")},
