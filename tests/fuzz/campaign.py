@@ -153,7 +153,7 @@ def in_a_process(name: str, first: int, count: int, seconds: float) -> dict[str,
 
 
 def campaign(minutes: float, seed: int, only: str | None = None) -> dict[str, Any]:
-    """Inputs for every reader, shared out so that each has the same time; plain data for docs/reliability.md."""
+    """Inputs for every reader, the time shared out by their weights; plain data for docs/reliability.md."""
     from readers import READERS
 
     from spectrum_peft.machine import machine
@@ -163,7 +163,7 @@ def campaign(minutes: float, seed: int, only: str | None = None) -> dict[str, An
     began = time.perf_counter()
     for i, name in enumerate(names):
         left = minutes * 60 - (time.perf_counter() - began)
-        share = max(left / (len(names) - i), 1.0)
+        share = max(left * READERS[name].weight / sum(READERS[n].weight for n in names[i:]), 1.0)
         count = max(10, int(share / (READERS[name].cost + 0.004)))
         rows[name] = in_a_process(name, seed * 1_000_000, count, 5 * share + 120)
         total = rows[name]["taken"] + rows[name]["refused"]

@@ -45,6 +45,7 @@ class Reader:
     read: what is done with them; the folder is thrown away afterwards.
     parse, write: the file as plain data and back; None where only its bytes are changed.
     cost: seconds of a reading, roughly: dear readers get fewer inputs.
+    weight: how many readers' time it gets in a campaign.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Reader:
     parse: Callable[[bytes], Any] | None = None
     write: Callable[[Any], bytes] = as_json
     cost: float = 0.002
+    weight: int = 1
 
 
 def _yaml(data: Any) -> bytes:
@@ -155,6 +157,7 @@ def _adapter(folder: Path) -> None:
         "modules_to_save": None, "trainable_token_indices": None, "init_lora_weights": True, "bias": "none",
     }  # fmt: skip
     (adapter / "adapter_config.json").write_text(json.dumps(config))
+    byte_tokenizer().save_pretrained(adapter)
 
 
 def _own_adapter(folder: Path) -> None:
@@ -315,11 +318,14 @@ def _merge(folder: Path) -> None:
 
 
 def _load(folder: Path) -> None:
-    """As `evaluate` and `probe` do."""
+    """As `evaluate`, `probe` and `generate` do: load, judge some tokens, write on."""
     from spectrum_peft.tuner.loading import load_trained
 
-    byte_tokenizer().save_pretrained(folder / "adapter")
-    load_trained(str(folder / "adapter"), dtype="float32")
+    model, _ = load_trained(str(folder / "adapter"), dtype="float32")
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        model(input_ids=ids, labels=ids)
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
 
 
 def _read_train(folder: Path) -> None:
@@ -387,10 +393,11 @@ READERS = {
         Reader("adapter's tensors, merged", "adapter/adapter_model.safetensors", _adapter, _merge, header_of, with_header, cost=0.02),  # noqa: E501
         Reader("adapter of ours, merged", "adapter/adapter_config.json", _own_adapter, _merge, json.loads, cost=0.02),
         Reader("base's config, merged", "base/config.json", _adapter, _merge, json.loads, cost=0.02),
-        Reader("adapter's config, loaded", "adapter/adapter_config.json", _adapter, _load, json.loads, cost=0.1),
-        Reader("adapter's tensors, loaded", "adapter/adapter_model.safetensors", _adapter, _load, header_of, with_header, cost=0.1),  # noqa: E501
-        Reader("adapter of ours, loaded", "adapter/adapter_config.json", _own_adapter, _load, json.loads, cost=0.1),
-        Reader("base's config, loaded", "base/config.json", _adapter, _load, json.loads, cost=0.1),
+        Reader("adapter's config, loaded", "adapter/adapter_config.json", _adapter, _load, json.loads, cost=0.1, weight=4),
+        Reader("adapter's tensors, loaded", "adapter/adapter_model.safetensors", _adapter, _load, header_of, with_header, cost=0.1, weight=4),  # noqa: E501
+        Reader("adapter of ours, loaded", "adapter/adapter_config.json", _own_adapter, _load, json.loads, cost=0.1, weight=4),
+        Reader("base's config, loaded", "base/config.json", _adapter, _load, json.loads, cost=0.1, weight=4),
+        Reader("adapter's tokenizer, loaded", "adapter/tokenizer.json", _adapter, _load, json.loads, cost=0.1, weight=2),
         Reader("train config", "train.yaml", _train_config, _read_train, yaml.safe_load, _yaml, cost=0.01),
         Reader("compare config", "compare.yaml", _compare_config, _read_compare, yaml.safe_load, _yaml, cost=0.01),
         Reader("cell", "cell.json", _cell, read_cell, json.loads),
