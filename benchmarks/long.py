@@ -4,7 +4,7 @@
     python benchmarks/long.py --parts steps --steps 200
 
 steps: one run in mode `alors` on a tiny model, saved, evaluated and re-evaluated again and again; resident memory that no file
-stands behind is read after each re-evaluation, and its slope is that of a line through the second half of the run.
+stands behind is read between them, after what is free has gone back to the system; the slope is of a line through the second half.
 control: the same with plain LoRA by peft, without re-evaluation and without this package: what the libraries keep.
 adapters: a folder with many adapters of one base; each is scanned and exported in turn in one process, and one is merged.
 layers: a model of many narrow blocks through scan, plan, train and merge, each command in its own process, beside one with a
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -71,6 +72,15 @@ def slope(at: list[int], values: list[int]) -> float:
     return float(np.polyfit(at[half:], values[half:], 1)[0])
 
 
+def in_use() -> int:
+    """Resident memory that no file stands behind, after what is free has gone back to the system: glibc keeps it otherwise."""
+    import psutil
+
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return common.private() or int(psutil.Process().memory_info().rss)
+
+
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +108,7 @@ def steps(folder: Path, steps: int, every: int, ours: bool = True) -> dict[str, 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step % every == every // 2:  # between two of them
                 at.append(state.global_step)
-                memory.append(common.private() or psutil.Process().memory_info().rss)
+                memory.append(in_use())
                 files.append(psutil.Process().num_fds() if hasattr(psutil.Process, "num_fds") else 0)
 
     base = build(folder, layers=4)
@@ -164,7 +174,7 @@ def adapters(folder: Path, count: int) -> dict[str, Any]:
         scan_weights(str(crowd / str(i)), "last")
         export_lora(crowd / str(i), out)
         seconds.append(time.perf_counter() - began)
-        memory.append(common.private() or psutil.Process().memory_info().rss)
+        memory.append(in_use())
         shutil.rmtree(out)
     opened = (psutil.Process().num_fds() if hasattr(psutil.Process, "num_fds") else 0) - files
     began = time.perf_counter()
