@@ -4,7 +4,7 @@
     python benchmarks/long.py --parts steps --steps 200
 
 steps: one run in mode `alors` on a tiny model, saved, evaluated and re-evaluated again and again; resident memory that no file
-stands behind is read between them, after what is free has gone back to the system; the slope is of a line through the second half.
+stands behind is read between them, after what is free has gone back to the system; the slope is that of the second half.
 control: the same with plain LoRA by peft, without re-evaluation and without this package: what the libraries keep.
 adapters: a folder with many adapters of one base; each is scanned and exported in turn in one process, and one is merged.
 layers: a model of many narrow blocks through scan, plan, train and merge, each command in its own process, beside one with a
