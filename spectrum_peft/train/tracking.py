@@ -1,8 +1,8 @@
 """What wandb, tensorboard, trackio and the like get to see of a plan: its choice as config, its re-evaluations as figures.
 
 Everything goes the trainer's own way, so whatever `report_to` names gets it: reporters write the model's config down when
-training begins, and every figure of a log. This callback stands before them, puts the plan into the config while they look, and adds to
-the log of a step at which ranks moved.
+training begins, and every figure of a log. This callback stands before them, puts the plan into the config while they look, and
+adds to the log of a step at which ranks moved.
 """
 
 from __future__ import annotations

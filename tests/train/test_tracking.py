@@ -26,7 +26,8 @@ def test_tensorboard_has_the_plan_and_every_re_evaluation(tiny_llama_folder: Pat
     out = tmp_path / "out"
     line = (
         f"train --model {tiny_llama_folder} --dataset {rows} --mode alors --ratio 0.5 --rescore-every 2 --max-steps 5 "
-        f"--dtype float32 --logging-steps 100 --per-device-train-batch-size 2 --report-to tensorboard --learning-rate 0.05 --output-dir {out}"
+        f"--dtype float32 --logging-steps 100 --per-device-train-batch-size 2 --report-to tensorboard --learning-rate 0.05 "
+        f"--output-dir {out}"
     )
     assert main(line.split()) == 0
     [folder] = {path.parent for path in out.rglob("events.out.tfevents.*")}
