@@ -20,6 +20,7 @@ import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
+from stand_in_hub import StandIn
 from transformers import Trainer, TrainingArguments
 
 from spectrum_peft import SpectrumCallback, SpectrumConfig, export_lora, merge_into_base
@@ -196,6 +197,19 @@ def test_a_lora_of_anybody_else_stays_what_it_is(folders: Path, tmp_path: Path) 
     model.save_pretrained(tmp_path)
     assert type(PeftConfig.from_pretrained(tmp_path)) is LoraConfig
     assert PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is LoraConfig
+
+
+def test_on_the_hub_the_plan_is_found_and_missed_as_in_a_folder(hub: StandIn, folders: Path) -> None:
+    adapter = folders / "alors" / "adapter"
+    hub.add("someone/planned", adapter)
+    hub.add("someone/plain", {p.name: p for p in adapter.iterdir() if p.name != "spectrum_adapter.json"})
+    hub.add("someone/many", {f"inside/{p.name}": p for p in adapter.iterdir()})
+    plan = AdapterState.from_folder(adapter).plan
+    assert PeftConfig.from_pretrained("someone/planned").plan == plan
+    assert type(PeftConfig.from_pretrained("someone/plain")) is LoraConfig
+    assert PeftConfig.from_pretrained("someone/many", subfolder="inside").plan == plan
+    model = PeftModel.from_pretrained(base_of(folders / "alors"), "someone/planned")
+    assert torch.equal(logits(model), torch.load(folders / "alors" / "logits.pt"))
 
 
 def test_what_lies_beside_another_adapter_is_refused(folders: Path, tmp_path: Path) -> None:
