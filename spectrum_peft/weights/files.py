@@ -244,7 +244,7 @@ class FileWeights:
 
         def of_expert(part: str) -> Tensor:
             shape = self._spans[part][1].shape
-            return self._stored(part, slab if len(shape) > 1 and shape[0] == form.shape[0] else None)
+            return self._stored(part, slab if shape and shape[0] == form.shape[0] else None)
 
         return form.values(of_expert)
 

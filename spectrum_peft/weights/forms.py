@@ -284,7 +284,12 @@ def _gptq_and_awq(file: _File) -> Found:
                 f"{name}: is {file.spans[name].dtype} {words}, qzeros {points}, scales {factors}, wanted matrices of GPTQ or AWQ."
             )
         outputs = factors[1]
-        if (words[1] * 8, points) == (outputs, (factors[0], words[1])) and factors[0] and not words[0] % factors[0]:
+        if (
+            (words[1] * 8, points) == (outputs, (factors[0], words[1]))
+            and words[0]
+            and factors[0]
+            and not words[0] % factors[0]
+        ):
             yield (
                 f"{owner}weight",
                 Form(
@@ -310,6 +315,7 @@ def _gptq(file: _File, owner: str, words: Sequence[int], points: Sequence[int], 
         inputs = words[0] * 32 // bits if bits else 0
     if (
         bits not in (2, 3, 4, 8)
+        or not factors[0]
         or words[0] != math.ceil(inputs * bits / 32)
         or words[1] != factors[1]
         or tuple(points) != (factors[0], math.ceil(factors[1] * bits / 32))
@@ -378,6 +384,7 @@ def _packed(file: _File) -> Found:
             or not factors[1]
             or (index is None and inputs % factors[1])
             or (zeros is not None and file.shape(zeros) != (math.ceil(rows * bits / 32), factors[1]))
+            or (zeros is not None and file.dtype(zeros) != torch.int32)
         ):
             raise CheckpointError(
                 f"{name}: is {file.spans[name].dtype} {words} with scales {factors} for a matrix of {(rows, inputs)}, "

@@ -30,8 +30,9 @@ def block_of(
         shape: of the values, (..., rows, columns). scale: of the scales, (..., rows, columns) of blocks, or one number.
         given: sizes that the checkpoint says, which alone tell a block that is not full from a smaller one.
     """
-    sides = tuple(shape[-2:]) if len(shape) > 1 else (1, *shape)
-    counts = _sides_of(scale)
+    if len(shape) < 2 or not _leads(shape, scale):
+        return None
+    sides, counts = tuple(shape[-2:]), _sides_of(shape, scale)
     for block in given:
         if all(math.ceil(side / size) == count for side, size, count in zip(sides, block, counts, strict=True)):
             return block
@@ -40,9 +41,16 @@ def block_of(
     return sides[0] // counts[0], sides[1] // counts[1]
 
 
-def _sides_of(scale: Sequence[int]) -> tuple[int, int]:
-    """Numbers of blocks along rows and columns; a vector has one scale for each row."""
-    if math.prod(scale) == 1:
+def _leads(shape: Sequence[int], scale: Sequence[int]) -> bool:
+    """Whether scales have the leading dimensions of the values, which are experts."""
+    if len(scale) == 1 and len(shape) > 2:
+        return math.prod(scale) == 1 or (len(shape) == 3 and scale[0] == shape[0])
+    return len(scale) < 2 or math.prod(scale) == 1 or tuple(scale[:-2]) == tuple(shape[:-2])
+
+
+def _sides_of(shape: Sequence[int], scale: Sequence[int]) -> tuple[int, int]:
+    """Numbers of blocks along rows and columns; a vector has one scale for each row, or for each expert."""
+    if math.prod(scale) == 1 or (len(scale) == 1 and len(shape) > 2):
         return 1, 1
     return (scale[0], 1) if len(scale) == 1 else (scale[-2], scale[-1])
 
@@ -52,12 +60,14 @@ def scaled(values: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
 
     Args:
         values: (..., rows, columns) of any dtype.
-        scale: (..., ceil(rows / block[0]), ceil(columns / block[1])), one number, or (rows,); floats, or exponents of two.
+        scale: (..., ceil(rows / block[0]), ceil(columns / block[1])), one number, (rows,) of a matrix, or (experts,); floats, or
+            exponents of two.
     Source: DeepSeek-V3, inference/kernel.py `weight_dequant` (where `weight_scale_inv` is the factor, whatever its name says);
         compressed-tensors 0.20, quantization/lifecycle/forward.py `_dequantize`.
     """
     result = values.float()
-    factors = exponents(scale).reshape(*_leading(scale, result), *_sides_of(scale.shape))
+    leading = result.shape[:-2] if scale.numel() > 1 else ()
+    factors = exponents(scale).reshape(*leading, *_sides_of(result.shape, scale.shape))
     width = result.shape[-1]
     if factors.shape[-1] > 1:
         factors = factors.repeat_interleave(block[1], dim=-1)[..., :width]
@@ -66,10 +76,6 @@ def scaled(values: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     for i in range(factors.shape[-2]):  # so that the scales of a whole matrix are never spread out at once
         result[..., i * block[0] : (i + 1) * block[0], :].mul_(factors[..., i : i + 1, :])
     return result
-
-
-def _leading(scale: Tensor, values: Tensor) -> tuple[int, ...]:
-    return tuple(scale.shape[:-2]) if scale.ndim == values.ndim and scale.numel() > 1 else ()
 
 
 def exponents(scale: Tensor) -> Tensor:

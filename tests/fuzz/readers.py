@@ -21,6 +21,7 @@ import torch
 import yaml
 from conftest import _gradients_of, _llama_report, byte_tokenizer
 from mutate import as_json
+from quantizing import FORMATS, mxfp4
 from safetensors.torch import save_file
 
 from spectrum_peft.arguments import take_config
@@ -126,6 +127,15 @@ def _tensors() -> dict[str, torch.Tensor]:
 def _checkpoint(folder: Path) -> None:
     save_file(_tensors(), folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG))
+
+
+def _quantized(folder: Path) -> None:
+    """A file with a matrix in each of the forms that others store."""
+    matrix, tensors = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)), {}
+    for i, (_, quantize, _) in enumerate(FORMATS.values()):
+        tensors |= quantize(f"model.layers.{i}.mlp.up_proj", matrix)[0]
+    tensors |= mxfp4("model.layers.90.mlp.experts.gate_up_proj", matrix.T.reshape(1, 32, 16).contiguous())[0]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def _shards(folder: Path) -> None:
@@ -387,6 +397,7 @@ READERS = {
         Reader("memory report", "memory.json", _memory, lambda f: MemoryReport.load(f / "memory.json"), json.loads),
         Reader("safetensors", "model.safetensors", _checkpoint, _scan, header_of, with_header, cost=0.01),
         Reader("config", "config.json", _checkpoint, _scan, json.loads, cost=0.01),
+        Reader("quantized tensors", "model.safetensors", _quantized, _scan, header_of, with_header, cost=0.05),
         Reader("index", "model.safetensors.index.json", _shards, _scan, json.loads, cost=0.01),
         Reader("GGUF", "model.gguf", _gguf, lambda f: scan_weights(str(f / "model.gguf"), jobs=1, device="cpu"), cost=0.01),
         Reader("adapter's config, merged", "adapter/adapter_config.json", _adapter, _merge, json.loads, cost=0.02),

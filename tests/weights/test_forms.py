@@ -133,6 +133,11 @@ def test_fused_float8_and_pairs_of_four_bits() -> None:
 
     theirs = Fp8Dequantize(None)._dequantize_one
     values = torch.randn(3, 32, 48).to(torch.float8_e4m3fn)
+    by_expert = torch.rand(3)
+    block = block_of(values.shape, by_expert.shape)
+    assert block is not None
+    assert torch.equal(scaled(values, by_expert, block), values.float() * by_expert[:, None, None])
+    assert block_of((32, 48), (3, 2, 3)) is block_of((32,), (2,)) is block_of(values.shape, (2, 2, 3)) is None
     for scale in (torch.rand(3, 2, 3), torch.rand(3, 1, 1), torch.rand(3, 32, 1)):
         block = block_of(values.shape, scale.shape)
         assert block is not None
@@ -182,3 +187,20 @@ def test_a_conv1d_that_gptq_has_turned_scores_as_it_did(tmp_path: Path) -> None:
     quantized, dense = both(tmp_path / "base", tmp_path, quantize, settings, r"c_(attn|proj|fc).weight")
     # A float32 sum over a transposed view takes the numbers in another order.
     assert scan_weights(quantized, "row_norm").scores == pytest.approx(scan_weights(dense, "row_norm").scores, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (3, 1, 1), (3, 2, 3)])
+def test_an_expert_of_fused_float8_is_read_with_its_own_scales(shape: tuple[int, ...], tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    values, scale = torch.randn(3, 32, 48).to(torch.float8_e4m3fn), torch.rand(shape) + 0.5
+    save_file({name: values, f"{name}_scale_inv": scale}, tmp_path / "x.safetensors")
+    weights = open_weights(tmp_path / "x.safetensors")
+    whole = weights.read(name)
+    spread = scale
+    if len(shape) == 3:
+        spread = scale.repeat_interleave(32 // shape[1], 1).repeat_interleave(48 // shape[2], 2)
+    elif shape == (3,):
+        spread = scale[:, None, None]
+    assert torch.equal(whole, values.float() * spread)
+    for e in range(3):
+        assert torch.equal(weights.read(f"{name}[{e}]"), whole[e])
