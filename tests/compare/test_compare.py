@@ -121,6 +121,16 @@ def test_a_name_that_was_dropped_stands_in_a_note() -> None:
     assert not any("'other'" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [("causal_lm", "loss"), ("multi_label", "micro_f1"), ("regression", "loss"), ("token_classification", "macro_f1")],
+)
+def test_each_task_has_its_metric_and_only_what_can_be_judged_alone_is_compared(task: str, metric: str) -> None:
+    assert comparison(task=task).asked["metric"] == metric
+    with pytest.raises(OptionError, match="task is 'dpo', and compare judges causal_lm, classification, multi_label"):
+        comparison(task="dpo")
+
+
 def test_a_quantized_base_has_no_mode_that_trains_all_of_it() -> None:
     one = comparison({"quantization": "nf4"})
     assert "full" not in one.asked["modes"]
@@ -374,6 +384,8 @@ def test_the_untrained_base_is_the_mean_of_its_heads() -> None:
     for one in runs_:
         one.results["before"] = {"loss": 3.0 + one.cell.seed}
     assert collected(*runs_)["untrained"]["metrics"]["loss"] == 3.5
+    [row] = [line for line in as_markdown(collected(*runs_)).splitlines() if "untrained base" in line]
+    assert row.split("|")[3].strip() == "3.5000"  # after the name and the rate
     assert collected(*runs_[:2])["untrained"]["metrics"]["loss"] == 3.0
 
 
