@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def cut_of(run: Run, options: argparse.Namespace, tokenizer: Any) -> Cut:
     return Cut(limit, getattr(args, "truncation_mode", "keep_start") == "keep_end", run.task.drops)
 
 
-def encoded_run(run: Run, options: argparse.Namespace) -> Run:
+def encoded_run(run: Run, options: argparse.Namespace, tell: Callable[[str], None] = print) -> Run:
     """The run with rows of language modelling as tokens, so that what is wrong with them shows before the model is loaded;
     says what became of them. Where the chat template comes from another model, TRL does this, after it has loaded that."""
     template = getattr(run.args, "chat_template_path", None)
@@ -64,7 +64,7 @@ def encoded_run(run: Run, options: argparse.Namespace) -> Run:
         except DataError as error:
             raise DataError(f"{source}: {error}") from error
         counts = count_rows(pieces_of(rows), cut_of(run, options, tokenizer))
-        print(f"{name}: {counts}")
+        tell(f"{name}: {counts}")
         _refuse_nothing(counts, source)
         both.append(without_silent(rows) if counts.silent else rows)
     return dataclasses.replace(run, train_rows=both[0], eval_rows=both[1])
