@@ -23,7 +23,7 @@ from ..records import Plan, SnrReport
 from ..tuner.config import SpectrumConfig, candidates_of
 from .arguments import config_of, quiet_progress
 from .output import check_output
-from .preview import counted, encoded_run, first_rows, tokenizer_of
+from .preview import counted, encoded_run, first_rows, tokenizer_of, unsaid
 from .rate_race import SHARE, heat_steps
 from .run import introduction, load_run, report_for, settle_rate
 from .settle import Run, settle
@@ -181,7 +181,7 @@ def measured_step(run: Run, options: argparse.Namespace, plan_options: dict[str,
     """
     if n < 1:
         raise OptionError(f"--time-steps is {n}, wanted at least 1.")
-    run = encoded_run(run, options)
+    run = encoded_run(run, options, unsaid)
     transformers.set_seed(run.args.seed)
     model, tokenizer, _, _ = load_run(run, options, plan_options)
     clock = StepClock()

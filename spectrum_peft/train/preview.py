@@ -70,6 +70,10 @@ def encoded_run(run: Run, options: argparse.Namespace, tell: Callable[[str], Non
     return dataclasses.replace(run, train_rows=both[0], eval_rows=both[1])
 
 
+def unsaid(line: str) -> None:
+    """For `encoded_run` where what became of the rows is said elsewhere."""
+
+
 def _sets(run: Run, options: argparse.Namespace) -> Iterator[tuple[str, str, datasets.Dataset | None]]:
     yield "training", options.dataset, run.train_rows
     yield "evaluation", options.eval_dataset or options.dataset, run.eval_rows
