@@ -14,7 +14,9 @@ from .verb import Verb
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("path", nargs="?", help="folder that train, merge or export wrote; or the file of a report or a plan")
-    add("--to", metavar="ORG/NAME", help="the repository, made where there is none; default: yours, named as the folder")
+    add(
+        "--to", metavar="ORG/NAME", help="the repository, made where there is none; default: yours, named as the folder"
+    )
     add("--base", metavar="ORG/NAME", help="hub id of the base, for an adapter that was trained on a local folder")
     add("--model-id", metavar="ORG/NAME", help="of a report or a plan: the model that it is of, where it says a folder")
     add("--repo-type", help="of a report or a plan: model (default) or dataset")

@@ -66,7 +66,9 @@ def train(
     # The trainer's own pushes send whatever lies in the folder; ours comes at the end.
     pushes, args.push_to_hub = args.push_to_hub, False
     if pushes:
-        check_base(options.model, real_weights=run.mode is not None and run.mode.plain_model and not options.quantization)
+        check_base(
+            options.model, real_weights=run.mode is not None and run.mode.plain_model and not options.quantization
+        )
     check_output(output, overwrite=bool(options.overwrite_output_dir), resumed=run.resume is not None)
     clear_killed(output)
     print(introduction(run))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -140,6 +142,7 @@ class Queue:
                 raise self.optuna.TrialPruned
             trial.suggest_categorical("contestant", labels)
             trial.suggest_float("learning_rate", 1e-12, 1e3, log=True)
+            trial.set_user_attr("worker", f"{platform.node()}:{os.getpid()}")
             began = time.monotonic()
             results, error = do(task)
             trial.set_user_attr("seconds", time.monotonic() - began)

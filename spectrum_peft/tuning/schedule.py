@@ -14,7 +14,7 @@ from .race import KEPT
 
 MOST_EPOCHS = 3  # of a run whose length was not given, where there are hours
 FEWEST_STEPS = 2 * KEPT**2  # of a whole run: the first rung has two
-MOST_FINALISTS, MOST_SEEDS = 6, 5
+MOST_FINALISTS, MOST_SEEDS = 6, 10
 _CONTROLS = 2  # in the finals beside those that won
 _WIDENED = 1.15  # of the first rung: rates beyond the edges, see `contestants.next_rate`
 _USED = 0.95  # of the hours: planning itself, the report, a step that is slower
@@ -119,6 +119,7 @@ def outline(
     Raises:
         OptionError: the smallest takes longer.
     """
+    finalists = min(finalists, max(0, contestants - _CONTROLS))
     whole = Outline(steps, contestants, rates, finalists, seeds)
     if hours is None:
         return whole
@@ -127,7 +128,10 @@ def outline(
     tried = whole
     smaller = [replace(whole, rates=n) for n in range(rates, 1, -1)] or [whole]
     smaller += [replace(smaller[-1], finalists=n) for n in range(finalists - 1, 0, -1)]
-    smaller += [replace(smaller[-1], contestants=n) for n in range(contestants - 1, _CONTROLS - 1, -1)]
+    smaller += [
+        replace(smaller[-1], contestants=n, finalists=min(smaller[-1].finalists, n - _CONTROLS))
+        for n in range(contestants - 1, _CONTROLS - 1, -1)
+    ]
     smaller += [replace(smaller[-1], rates=1)]
     # A long run tells more than many rates do: the grid is whole as long as a half of the length fits.
     for floor in (max(least, steps // 2), max(least, steps // 4), least):
@@ -192,9 +196,10 @@ def rest(hours: float | None, spent: float, clock: Clock, plan: Outline, *, rung
         found = replace(found, finalists=found.finalists - 1)
     while seconds(found) > left and found.steps > rungs[0]:
         found = replace(found, steps=found.steps - max(1, found.steps // 20))
+    most = min(MOST_FINALISTS, plan.contestants - _CONTROLS)
     while True:
         more = [
-            replace(found, finalists=min(MOST_FINALISTS, found.finalists + 1)),
+            replace(found, finalists=max(found.finalists, min(most, found.finalists + 1))),
             replace(found, seeds=max(found.seeds, min(MOST_SEEDS, found.seeds + 1))),
         ]
         if not last:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+import yaml
 from running import same_bytes
 from safetensors.torch import load_file
 
+import spectrum_peft
 from spectrum_peft.cli.main import main
 from spectrum_peft.compare import read_comparison, runs
 from spectrum_peft.compare.matrix import Cell, Contestant
@@ -114,3 +121,77 @@ def test_a_users_function_that_goes_wrong_is_one_line(body: str, says: str) -> N
     Path(f"{name}.py").write_text(f"def score(model, tokenizer, rows):\n    {body}\n")
     with pytest.raises(DataError, match=says):
         score_rows(FakeSaved(), list(range(6)), f"{name}:score", 4, "d")
+
+
+# --- whole tunes, by processes ---------------------------------------------------------------------------------------
+
+
+def begin(model: Path) -> subprocess.Popen[str]:
+    flags = {
+        "model": model, "dataset": "train.jsonl", "output-dir": "tuned", "memory": "4GiB", "max-steps": 2, "batch-size": 4,
+        "dtype": "float32", "contestants": "full", "learning-rates": 3e-3, "finalists": 1,
+    }  # fmt: skip
+    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "spectrum_peft", "tune", *argv]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=runs._environment()
+    )
+
+
+def trials() -> list[Any]:
+    storage = optuna.storages.RDBStorage(f"sqlite:///{Path('tuned/race.db').resolve()}")
+    names = optuna.get_all_study_names(storage)
+    return [t for name in names for t in optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_share_a_race_and_one_takes_up_what_the_other_was_killed_at(tiny_llama_folder: Path) -> None:
+    first, second = begin(tiny_llama_folder), begin(tiny_llama_folder)
+    try:
+        deadline = time.monotonic() + 900
+        while True:  # until both have ended a run, and the first is at another
+            assert time.monotonic() < deadline and first.poll() is None and second.poll() is None
+            if Path("tuned/race.db").is_file() and Path("tuned/prepared.json").is_file():
+                seen = trials()
+                at = [
+                    t
+                    for t in seen
+                    if t.state.name == "RUNNING" and t.user_attrs.get("worker", "").endswith(f":{first.pid}")
+                ]
+                ended = {t.user_attrs["worker"].rpartition(":")[2] for t in seen if t.state.name == "COMPLETE"}
+                if at and ended == {str(first.pid), str(second.pid)}:
+                    break
+            time.sleep(0.3)
+        first.send_signal(signal.SIGKILL)
+        task = at[0].user_attrs["task"]
+        while not (ends := [t for t in trials() if t.user_attrs.get("task") == task and t.state.name == "COMPLETE"]):
+            assert time.monotonic() < deadline and second.poll() is None
+            time.sleep(0.3)
+    finally:
+        first.kill()
+        second.terminate()
+        second.wait()
+    assert ends[0].user_attrs["worker"].endswith(f":{second.pid}")
+    assert [t.state.name for t in trials() if t.user_attrs.get("task") == task] == ["FAIL", "COMPLETE"]
+    done = [t.user_attrs["task"] for t in trials() if t.state.name == "COMPLETE"]
+    assert len(set(done)) == len(done)  # nothing was run twice
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+def test_a_real_classifier_is_tuned_by_a_metric_and_its_recipe_trains(minilm: Path) -> None:
+    rows = [{"text": f"{w} {i} {w}", "label": w} for i in range(24) for w in ("river", "engine", "sonata")]
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = spectrum_peft.tune(
+        str(minilm), "train.jsonl", output_dir="tuned", task="classification", memory="4GiB", max_steps=9, batch_size=8,
+        metric="macro_f1", dtype="float32", max_length=16, contestants=["full"], learning_rates=[3e-4, 1e-3], finalists=1,
+    )  # fmt: skip
+    assert {c["label"] for c in found["contestants"]} == {"lora r16", "real 0.25 random", "full"}
+    best = found["contestants"][[c["label"] for c in found["contestants"]].index(found["tune"]["winner"])]
+    assert best["metrics"]["macro_f1"]["mean"] > 0.5 and best["metrics"]["macro_f1"]["n"] == 3  # chance is a third
+    assert Path("tuned/model/train_results.json").is_file() and "interval" in found["tune"]["sentence"]
+    assert not list(Path("tuned/cells").glob("*/model"))
+    assert main(["train", "--config", "tuned/recipe.yaml", "--output-dir", "again", "--max-steps", "1"]) == 0
+    kept = yaml.safe_load(Path("tuned/recipe.yaml").read_text())
+    assert kept["seed"] == found["tune"]["seed"] and kept["learning_rate"] == found["tune"]["rate"]

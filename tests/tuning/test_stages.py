@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from running import only_fast
 
 import spectrum_peft
 from spectrum_peft.cli.main import main
@@ -22,7 +25,7 @@ from spectrum_peft.compare.matrix import Cell
 from spectrum_peft.compare.outcome import Outcome
 from spectrum_peft.errors import SpectrumError
 from spectrum_peft.machine import versions
-from spectrum_peft.tuning import prices, stages
+from spectrum_peft.tuning import prices, queue, stages
 
 Tune = Callable[..., dict[str, Any]]
 # How good each contestant is at its best rate, and where that is.
@@ -34,14 +37,17 @@ class World:
 
     Attributes:
         ran: (label, rate, until, seed) of the cells as they were run.
-        seconds: of a step, as the cells say.
         fails: labels whose cells fail.
         interrupt: raised at the cell of this number.
+        now: seconds that have gone by, where the tune's clock is this world's.
+        step, overhead: seconds of a step of each contestant, and of a run beside its steps.
     """
 
     def __init__(self) -> None:
         self.ran: list[tuple[str, float, int | None, int | None]] = []
-        self.seconds = 0.01
+        self.now = 0.0
+        self.step: dict[str, float] = {}
+        self.overhead = 0.0
         self.fails: set[str] = set()
         self.interrupt: int | None = None
 
@@ -56,6 +62,11 @@ class World:
         if cell.label in self.fails:
             return Outcome(cell, None, "the loss is nan at step 1", folder / "log.txt")
         best, at = PLANTED[cell.label]
+        before = [
+            u for label, r, u, _ in self.ran[:-1] if (label, r) == (cell.label, rate) and u is not None and cell.until
+        ]
+        run, seconds = steps - max(before, default=0), self.step.get(cell.label, 0.01)
+        self.now += self.overhead + run * seconds
         value = best + 0.3 * math.log10(rate / at) ** 2 + 1 / steps
         rows = [value + 0.1 * math.sin(7 * i) + 0.03 * math.sin(i * (cell.seed or 1) + 50 * rate) for i in range(16)]
         value = sum(rows) / len(rows)
@@ -68,7 +79,7 @@ class World:
             "scores": {"search": scored, "evaluation": scored}, "mode": cell.train["mode"], "task": "causal_lm",
             "dtype": "float32", "quantization": None,
             "new_head": False, "learning_rate": rate, "trainable_parameters": 10, "total_parameters": 100,
-            "steps": steps, "step_seconds": [self.seconds] * steps, "input_tokens": 100, "peak_memory_bytes": 2**20,
+            "steps": steps, "step_seconds": [seconds] * run, "input_tokens": 100, "peak_memory_bytes": 2**20,
             "saved_bytes": 100, "before": None, "loss_curve": [[1, 2.0]], "setup_seconds": {"scan": 0.0, "model": 0.1},
         }  # fmt: skip
         return Outcome(cell, results, None, folder / "log.txt")
@@ -151,7 +162,23 @@ def test_the_planted_best_wins_at_its_rate_and_what_is_far_behind_is_not_run_to_
     assert json.loads(Path("tuned/results.json").read_text())["tune"]["sentence"] == found["tune"]["sentence"]
 
 
-@pytest.mark.parametrize("at", [3, 14])
+@pytest.mark.parametrize(("hours", "slower"), only_fast([(1.0, 1.0), (2.0, 3.0), (2.0, 0.4)], [(2.0, 3.0)]))
+def test_the_hours_are_met_though_steps_are_other_than_thought(
+    tune: Tune, world: World, monkeypatch: pytest.MonkeyPatch, hours: float, slower: float
+) -> None:
+    clock = SimpleNamespace(monotonic=lambda: world.now, sleep=time.sleep)
+    monkeypatch.setattr(stages, "time", clock)
+    monkeypatch.setattr(queue, "time", clock)
+    # What is timed beforehand is lora; the others are estimated beside it, and are slower or faster than that says.
+    world.overhead, world.step = 20.0, {"lora r16": 1.0, "full": 1.5 * slower, "real 0.25 random": slower}
+    found = tune(hours=hours, max_steps=2000, num_train_epochs=None)
+    # 20 % is what is promised.
+    assert 0.8 * hours * 3600 <= world.now <= 1.2 * hours * 3600
+    assert sum(row["seconds"] for row in found["tune"]["stages"]) == pytest.approx(world.now)
+    assert all(len({r[3] for r in world.ran if r[2] is None and r[0] == c["label"]}) >= 3 for c in found["contestants"])
+
+
+@pytest.mark.parametrize("at", only_fast([3, 14], [14]))
 def test_a_tune_that_is_interrupted_goes_on_and_runs_nothing_twice(tune: Tune, world: World, at: int) -> None:
     world.interrupt = at
     with pytest.raises(KeyboardInterrupt):
