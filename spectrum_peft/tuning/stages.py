@@ -100,7 +100,8 @@ class Tune:
             (self.output / name).mkdir(parents=True, exist_ok=True)
         write_text(index, json.dumps(mine, indent=1) + "\n")
         digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
-        self.queue = Queue(self.asked.values["storage"], self.output, f"tune {digest[:12]}")
+        with self._alone():  # of two that begin together one makes the tables
+            self.queue = Queue(self.asked.values["storage"], self.output, f"tune {digest[:12]}")
         self.higher = self.asked.higher
 
     def _what_was_asked(self) -> dict[str, Any]:
