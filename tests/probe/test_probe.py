@@ -155,6 +155,7 @@ def test_both_ways_to_a_squared_norm_agree() -> None:
         collector = FisherMass()
         collector.see("a", x, g)
         wanted = sum((b.T @ a).square().sum().item() for a, b in zip(x, g, strict=True))
+        # Sums of up to 200 and then 2,400 products in float64: 2,600 * 1.1e-16 is 3e-13.
         assert collector.fields("a", 2400, 2)["fisher"] == pytest.approx(wanted / 2 / 2400, rel=1e-12)
 
 
@@ -285,8 +286,10 @@ def test_under_peft_the_base_is_measured_with_adapters_on_or_off(mode: str) -> N
     with model.disable_adapter():
         off = probe_gradients(model, [batch])
     merged = probe_gradients(copy.deepcopy(model).merge_and_unload(), [batch])
+    # Float64, other orders of the same sums of some thousand products: 1e3 * 1.1e-16, with room for what cancels.
     assert off.scores == pytest.approx(plain.scores, rel=1e-9)
     assert on.scores == pytest.approx(merged.scores, rel=1e-9)
+    # The adapter is no rounding: it moves every score.
     assert on.scores != pytest.approx(off.scores, rel=1e-2)
     assert (on.settings["adapted"], off.settings["adapted"]) == (mode == "lora", False)
 
@@ -399,6 +402,7 @@ def test_a_gradient_of_low_rank_comes_back_exactly_and_a_high_one_nearly() -> No
     u, s, v = means.svd("low")
     wanted = g.flatten(0, 1).T @ x.flatten(0, 1)
     assert len(s) == 12
+    # Float64, entries of size 60 at most: 50 * 2.2e-16 * 60 is 7e-13 for each of the few products and the SVD.
     assert torch.allclose(u * s @ v.T, wanted, atol=1e-10)
     decaying = torch.linalg.qr(rand(50, 40))[0] * 0.7 ** torch.arange(40)
     means.see("high", decaying.T[None], torch.eye(40, dtype=torch.float64)[None])
@@ -548,6 +552,7 @@ def test_samples_without_a_token_to_predict_do_not_count(caplog: Any) -> None:
     with caplog.at_level("INFO"):
         report = probe_gradients(model, [batch])
     assert report.samples == 2
+    # Float64, the same sums without a row of zeros, in another order.
     assert report.scores == pytest.approx(wanted.scores, rel=1e-9)
     assert "1 samples have no token to predict" in caplog.text
 

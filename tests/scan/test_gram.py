@@ -49,6 +49,7 @@ def test_the_values_are_those_of_the_svd(
     exact = torch.linalg.svdvals(matrix.double()) / scale
     found = gram_values(matrix, torch.float64, scale)
     assert found.dtype == torch.float64
+    # Off by 90 * 2.2e-16 of the largest eigenvalue at most; its root, for values within 10 of the largest, by 1e-13 of that.
     torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10 * float(exact[0]))
     assert torch.equal(matrix, before)
 

@@ -104,6 +104,7 @@ def test_the_derivatives_are_those_of_finite_differences_and_of_the_summed_weigh
     dx, dw = torch.autograd.grad(wanted, (x, whole), g)
     found_dx, found_d = torch.autograd.grad(found, (x, change), g)
     assert torch.allclose(found_dx, dx, rtol=0, atol=1e-14)
+    # Sums of at most a dozen products of order 1 in float64, 1.1e-16 each.
     assert torch.allclose(found_d, dw[:, list(columns)], rtol=0, atol=1e-14)
 
 
@@ -144,6 +145,7 @@ def test_a_backward_after_two_forwards_with_buffers_written_between() -> None:
     layer.lora_A["default"].columns.copy_(layer.lora_A["default"].columns.clone())
     (first + layer(two).sum()).backward()
     wanted = torch.cat((one, two))[:, [1, 6]].sum(0).expand(5, 2)
+    # Sums of six numbers below 4 in float32: 6 * 6e-8 * 6 is 2e-6.
     assert torch.allclose(layer.lora_B["default"].weight.grad, wanted, atol=1e-5)
 
 
@@ -213,6 +215,7 @@ def test_on_a_quantized_base_the_gradient_is_that_of_the_dequantized_weight(fold
     columns = layer.lora_A["default"].columns
     picked = x.detach()[..., columns]
     change = layer.lora_B["default"].weight.detach()
+    # Sums of at most 128 products of order 0.3 in float32, in another order: 128 * 6e-8 * 0.3 is 2.3e-6, and so below.
     assert torch.allclose(found, plain + picked @ change.T, atol=1e-5)
     wanted = base_dx.clone()
     wanted[..., columns] += g @ change
@@ -398,6 +401,7 @@ def test_scores_are_those_of_autograd_and_of_the_inputs_one_sample_at_a_time(fam
             squares += parameter.grad.square() / 4
     handle.remove()
     inputs = torch.cat([x[0, :-1] for x in seen])
+    # The model is float64, but transformers computes norms and losses in float32: 6e-8 in each, and so below.
     assert torch.allclose(torch.tensor(by_activation[name].columns).double(), inputs.square().mean(0), rtol=1e-6)
     wanted = squares.sum(1 if family == "gpt2" else 0)
     assert torch.allclose(torch.tensor(by_fisher[name].columns).double(), wanted, rtol=1e-6)
@@ -457,4 +461,5 @@ def test_torch_compile_traces_it_whole() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+        # The same eight products in float32; a compiler may fuse the sum: 8 * 6e-8, and 1e-5 of the value.
         assert torch.allclose(compiled(x), layer(x), atol=1e-6)
