@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,7 @@ from .quantized import int8_values, quantization_of, unpacked_4bit
 from .roles import output_head, role_of
 from .source import SAMPLE, TensorInfo, dtype_name, split_expert, split_found, structure_of
 from .towers import tower_in, towers_of
+from .unpacking import block_of, scaled
 
 
 def expert_product(a: Tensor, b: Tensor, experts: int, expert: int) -> Tensor:
@@ -60,10 +62,11 @@ class _Live:
     owner: nn.Module
     parameter: Tensor
     layers: tuple[nn.Module, ...] = ()
+    scale: Tensor | None = None  # of a float8 weight that its layer keeps
 
     @property
     def quantized(self) -> bool:
-        return self.info.dtype in {"nf4", "fp4", "int8"}
+        return self.info.dtype in {"nf4", "fp4", "int8"} or self.scale is not None
 
 
 def base_module(model: nn.Module) -> nn.Module:
@@ -173,11 +176,9 @@ class LiveWeights:
         if self._files is None:
             return {}
         stored = {t.name: t for t in self._files.tensors()}
-        twins = names.align([t.name for t in quantized], stored)
+        twins, packed = names.align([t.name for t in quantized], stored), self._files.quantized()
         fits = all(
-            t.name in twins
-            and stored[twins[t.name]].shape == t.shape
-            and stored[twins[t.name]].dtype not in {"nf4", "fp4", "int8"}
+            t.name in twins and stored[twins[t.name]].shape == t.shape and twins[t.name] not in packed
             for t in quantized
         )
         return twins if fits else {}
@@ -285,6 +286,8 @@ def _walk(
         yield from _walk(inside, prefix, layers, parent, inside if original is head else head)
         return
     for name, parameter in module._parameters.items():
+        if _is_scale(module, name):
+            continue
         if parameter is not None and (parameter.is_floating_point() or quantization_of(parameter)):
             yield _live(module, prefix, name, parameter, layers, parent, head)
     for name, child in children.items():
@@ -314,8 +317,26 @@ def _live(
     turned = kind.__name__ == "Conv1D" and len(shape) == 2
     shape = shape[::-1] if turned and dtype else shape
     return _Live(
-        TensorInfo(full, shape, dtype or dtype_name(parameter.dtype), role, experts, turned), owner, parameter, layers
+        TensorInfo(full, shape, dtype or dtype_name(parameter.dtype), role, experts, turned),
+        owner,
+        parameter,
+        layers,
+        _scale_of(owner, name),
     )
+
+
+def _scale_of(owner: nn.Module, leaf: str) -> Tensor | None:
+    """What a float8 parameter is multiplied with, of a layer that keeps it so (transformers' FP8Linear, FP8Experts)."""
+    parameter = owner._parameters.get(leaf)
+    if parameter is None or parameter.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return None
+    found = (getattr(owner, f"{leaf}{end}", None) for end in ("_scale_inv", "_scale"))
+    return next((scale for scale in found if isinstance(scale, Tensor)), None)
+
+
+def _is_scale(owner: nn.Module, leaf: str) -> bool:
+    of = re.sub(r"_scale(_inv)?$", "", leaf)
+    return of != leaf and _scale_of(owner, of) is not None
 
 
 def _dequantized(item: _Live) -> Tensor:
@@ -336,7 +357,17 @@ def _layer_values(item: _Live) -> Tensor:
         scale = getattr(item.parameter, "SCB", None)
         scale = owner.state.SCB if scale is None else scale
         return int8_values(item.parameter.detach(), scale.to(item.parameter.device))
-    return item.parameter.detach()
+    if item.scale is not None:
+        size = getattr(item.owner, "block_size", None)
+        block = block_of(item.info.shape, tuple(item.scale.shape), [tuple(size)] if size else ())
+        if block is None:
+            raise CheckpointError(
+                f"{item.info.name}: has the shape {item.info.shape} and scales of the shape {tuple(item.scale.shape)}, wanted a "
+                "scale for blocks of one size."
+            )
+        return scaled(item.parameter.detach(), item.scale.detach(), block)
+    values = item.parameter.detach()
+    return values.float() if values.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else values
 
 
 def matrix_of(layer: nn.Module) -> Tensor:

@@ -204,3 +204,21 @@ def test_an_expert_of_fused_float8_is_read_with_its_own_scales(shape: tuple[int,
     assert torch.equal(whole, values.float() * spread)
     for e in range(3):
         assert torch.equal(weights.read(f"{name}[{e}]"), whole[e])
+
+
+def test_a_live_model_that_keeps_float8_scans_as_its_folder(tmp_path: Path) -> None:
+    """As transformers leaves it on a GPU with float8 products: layers with float8 weights and their scales."""
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+    saved(transformers.LlamaForCausalLM, LLAMA, tmp_path / "base")
+    settings, quantize, _ = FORMATS["blocks of float8 e4m3"]
+    quantized, dense = both(tmp_path / "base", tmp_path, quantize, settings, "_proj.weight")
+    model = transformers.LlamaForCausalLM(LLAMA)
+    config = transformers.FineGrainedFP8Config(weight_block_size=(16, 16))
+    model = replace_with_fp8_linear(model, ["lm_head"], config, pre_quantized=True)
+    model.load_state_dict(load_file(quantized / "model.safetensors"), assign=True)
+    live, other = open_weights(model), open_weights(dense)
+    assert {t.name for t in live.tensors()} == {t.name for t in other.tensors()}
+    assert all(torch.equal(live.read(t.name), other.read(t.name)) for t in other.tensors())
+    assert scan_weights(model).scores == scan_weights(dense).scores
+    assert any("7 float8_e4m3fn weights were dequantized one matrix at a time" in note for note in live.notes)
