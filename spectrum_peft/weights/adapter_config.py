@@ -111,6 +111,8 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
         )
     config |= ours
     checked(config, _AdapterConfig, beside)
+    if config["peft_type"] != "SPECTRUM" or config.get("plan") is None:
+        raise CheckpointError(f"{beside}: holds no plan, wanted the config of an adapter of peft_type SPECTRUM.")
     return config
 
 

@@ -31,9 +31,10 @@ from spectrum_peft.compare import read_cell, read_comparison
 from spectrum_peft.data import read_dataset, select_columns
 from spectrum_peft.export import export_axolotl, export_lora, merge_into_base
 from spectrum_peft.plan import checked_plan, diff_plans, explain, make_plan
-from spectrum_peft.records import GradientReport, MemoryReport, Plan, SnrReport
+from spectrum_peft.records import BESIDE_FILE, GradientReport, MemoryReport, Plan, SnrReport
 from spectrum_peft.scan import scan_weights
 from spectrum_peft.train.checkpoints import checkpoint_to_resume
+from spectrum_peft.weights.adapter_config import fields_beside
 
 Read = Callable[[Path], Any]
 
@@ -173,6 +174,10 @@ def _adapter(folder: Path) -> None:
 def _own_adapter(folder: Path) -> None:
     """An adapter of ours, with a plan inside."""
     _adapter(folder)
+    _own_adapter_config(folder)
+
+
+def _own_adapter_config(folder: Path) -> None:
     path = folder / "adapter" / "adapter_config.json"
     report = scan_weights(str(folder / "base"), "last")
     plan = make_plan(
@@ -192,6 +197,17 @@ def _own_adapter(folder: Path) -> None:
             }
         )
     )
+
+
+def _plain_adapter(folder: Path) -> None:
+    """The same, as it is saved: a plain LoRA, its plan beside it."""
+    _adapter(folder)
+    plain = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    _own_adapter_config(folder)
+    path = folder / "adapter" / "adapter_config.json"
+    beside = fields_beside(json.loads(path.read_text()), plain)
+    path.write_text(json.dumps(plain))
+    (folder / "adapter" / BESIDE_FILE).write_text(json.dumps(beside))
 
 
 def _gguf(folder: Path) -> None:
@@ -403,10 +419,12 @@ READERS = {
         Reader("adapter's config, merged", "adapter/adapter_config.json", _adapter, _merge, json.loads, cost=0.02),
         Reader("adapter's tensors, merged", "adapter/adapter_model.safetensors", _adapter, _merge, header_of, with_header, cost=0.02),  # noqa: E501
         Reader("adapter of ours, merged", "adapter/adapter_config.json", _own_adapter, _merge, json.loads, cost=0.02),
+        Reader("plan beside a LoRA, merged", f"adapter/{BESIDE_FILE}", _plain_adapter, _merge, json.loads, cost=0.02),
         Reader("base's config, merged", "base/config.json", _adapter, _merge, json.loads, cost=0.02),
         Reader("adapter's config, loaded", "adapter/adapter_config.json", _adapter, _load, json.loads, cost=0.1, weight=4),
         Reader("adapter's tensors, loaded", "adapter/adapter_model.safetensors", _adapter, _load, header_of, with_header, cost=0.1, weight=4),  # noqa: E501
         Reader("adapter of ours, loaded", "adapter/adapter_config.json", _own_adapter, _load, json.loads, cost=0.1, weight=4),
+        Reader("plan beside a LoRA, loaded", f"adapter/{BESIDE_FILE}", _plain_adapter, _load, json.loads, cost=0.1, weight=4),
         Reader("base's config, loaded", "base/config.json", _adapter, _load, json.loads, cost=0.1, weight=4),
         Reader("adapter's tokenizer, loaded", "adapter/tokenizer.json", _adapter, _load, json.loads, cost=0.1, weight=2),
         Reader("train config", "train.yaml", _train_config, _read_train, yaml.safe_load, _yaml, cost=0.01),

@@ -24,7 +24,7 @@ from stand_in_hub import StandIn
 from transformers import Trainer, TrainingArguments
 
 from spectrum_peft import SpectrumCallback, SpectrumConfig, export_lora, merge_into_base
-from spectrum_peft.errors import MismatchError
+from spectrum_peft.errors import CheckpointError, MismatchError
 from spectrum_peft.weights.adapters import AdapterState
 
 OLD = Path(__file__).parent / "old_adapter"
@@ -223,6 +223,24 @@ def test_what_lies_beside_another_adapter_is_refused(folders: Path, tmp_path: Pa
         PeftConfig.from_pretrained(tmp_path / "mixed")
     with pytest.raises(MismatchError, match=r"Remove spectrum_adapter\.json"):
         AdapterState.from_folder(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"plan": None}, "holds no plan"),
+        ({"peft_type": "IA3"}, "holds no plan, wanted the config of an adapter of peft_type SPECTRUM"),
+        ({"plan": 7}, "plan is 7, wanted a mapping"),
+        ({"r": "x"}, "r is 'x', wanted a whole number"),
+    ],
+)
+def test_a_damaged_file_beside_is_named(folders: Path, tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    shutil.copytree(folders / "lora" / "adapter", tmp_path / "adapter")
+    beside = tmp_path / "adapter" / "spectrum_adapter.json"
+    beside.write_text(json.dumps({**json.loads(beside.read_text()), **change}))
+    for read in (PeftConfig.from_pretrained, AdapterState.from_folder):
+        with pytest.raises(CheckpointError, match=rf"spectrum_adapter\.json: {says}"):
+            read(tmp_path / "adapter")
 
 
 _DATA = {"calibration_data": [{"input_ids": IDS, "labels": IDS}]}
