@@ -31,7 +31,15 @@ def reward_functions(names: Sequence[str], *, strings: bool) -> list[Reward | st
     Raises:
         OptionError: not there, not to be imported, or no function; a function returns something else (later, when it is called).
     """
-    return [name if is_file(Path(name) / "config.json") else _guarded(_named(name), name, strings) for name in names]
+    found: list[Reward | str] = []
+    for name in names:
+        if is_file(Path(name) / "adapter_config.json"):
+            raise OptionError(
+                f"{FLAG} {name}: is an adapter, wanted a whole model: `spectrum-peft merge` makes one of it."
+            )
+        model = is_file(Path(name) / "config.json")
+        found.append(name if model else _guarded(_named(name), name, strings))
+    return found
 
 
 def _named(name: str) -> Reward:

@@ -158,6 +158,7 @@ def test_what_is_rewarded_is_written_more_often(run: Run) -> None:
         ("--reward-function rewards.py:is_txt", "rewards.py has no 'is_txt'. Did you mean 'is_text'"),
         ("--reward-function rewards.py:NUMBER", "NUMBER is a int, wanted a function"),
         ("--reward-function rewards", "wanted module:function, file.py:function, or the folder of a reward model"),
+        ("--reward-function adapter", "adapter: is an adapter, wanted a whole model"),
         ("--reward-function wrong.py:f", "wrong.py cannot be imported (SyntaxError"),
         ("--reward-function rewards.py:broken", "rewards.py:broken: raised KeyError: 'answer' (--debug shows where)"),
         ("--reward-function rewards.py:short", "rewards.py:short: returned 1 values for 2 completions"),
@@ -166,6 +167,8 @@ def test_what_is_rewarded_is_written_more_often(run: Run) -> None:
 def test_a_reward_function_that_cannot_be_used_is_one_line(flag: str, said: str, run: Run) -> None:
     Path("rewards.py").write_text(REWARDS)
     Path("wrong.py").write_text("def f(:\n")
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
     rows = _rows("prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     line = (
         f"train --task grpo --mode lora --model MODEL --dataset {rows} {FLAGS} --max-completion-length 2 --max-steps 1"
