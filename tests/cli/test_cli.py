@@ -621,7 +621,7 @@ def test_a_config_file_that_cannot_be_used_is_named(
         ("--dataset gone.jsonl", "gone.jsonl: no such file"),
         ("--dataset DATA --text-column body", "no column 'body' (--text-column)"),
         ("--dataset DATA --task classification", "no usable column for task 'classification': it has ['text']"),
-        ("--dataset DATA --task regression", "task is 'regression'. Known: 'causal_lm'"),
+        ("--dataset DATA --task translation", "task is 'translation'."),
         ("--dataset DATA --ratio 0", "spectrum_ratio is 0.0"),
         ("--dataset DATA --mode spectrom", "mode is 'spectrom'"),
         ("--dataset DATA --quantization nf5", "quantization is 'nf5'. Did you mean 'nf4'"),
