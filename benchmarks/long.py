@@ -4,7 +4,7 @@
     python benchmarks/long.py --parts steps --steps 200
 
 steps: one run in mode `alors` on a tiny model, saved, evaluated and re-evaluated again and again; resident memory that no file
-stands behind is read between them, after what is free has gone back to the system; the slope is that of the second half.
+stands behind is read between them, and its slope is that of a line through the second half.
 control: the same with plain LoRA by peft, without re-evaluation and without this package: what the libraries keep.
 adapters: a folder with many adapters of one base; each is scanned and exported in turn in one process, and one is merged.
 layers: a model of many narrow blocks through scan, plan, train and merge, each command in its own process, beside one with a
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import io
 import json
 import os
@@ -73,11 +72,9 @@ def slope(at: list[int], values: list[int]) -> float:
 
 
 def in_use() -> int:
-    """Resident memory that no file stands behind, after what is free has gone back to the system: glibc keeps it otherwise."""
+    """Resident memory that no file stands behind."""
     import psutil
 
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
     return common.private() or int(psutil.Process().memory_info().rss)
 
 

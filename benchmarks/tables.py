@@ -609,6 +609,8 @@ def long_runs() -> str:
     data = result("long")
     rows = []
     for name, title in {"steps": "mode `alors`", "control": "plain LoRA by peft, for comparison"}.items():
+        if name not in data:
+            continue
         run = data[name]
         moved = f", re-evaluated {run['re_evaluations']} times" if run["re_evaluations"] else ""
         grown = (run["memory"][-1] - run["memory"][len(run["memory"]) // 2]) / 2**20
@@ -629,8 +631,9 @@ def long_runs() -> str:
         f"{plan['entries']:,} plan entries", f"{plan['bytes'] / 1e6:.0f} MB of JSON",
         f"{plan['save_seconds']:.0f} s to save, {plan['load_seconds']:.0f} s to load, peak {plan['peak_bytes'] / 2**20:.0f} MiB",
     ])  # fmt: skip
-    few, many = data["layers"]["layers"]
-    for name, row in data["layers"]["commands"].items():
+    blocks = data.get("layers", {"layers": [0, 0], "commands": {}})
+    few, many = blocks["layers"]
+    for name, row in blocks["commands"].items():
         times, peaks = row["cpu_seconds"], [peak / 2**20 for peak in row["peak_bytes"]]
         rows.append([
             f"{many} blocks: {name}", f"{times[1]:.0f} s of CPU time, {times[0]:.0f} s for {few} blocks",
