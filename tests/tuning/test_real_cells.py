@@ -126,16 +126,14 @@ def test_a_users_function_that_goes_wrong_is_one_line(body: str, says: str) -> N
 # --- whole tunes, by processes ---------------------------------------------------------------------------------------
 
 
-def begin(model: Path) -> subprocess.Popen[str]:
+def begin(model: Path) -> subprocess.Popen[bytes]:
     flags = {
         "model": model, "dataset": "train.jsonl", "output-dir": "tuned", "memory": "4GiB", "max-steps": 2, "batch-size": 4,
         "dtype": "float32", "contestants": "full", "learning-rates": 3e-3, "finalists": 1,
     }  # fmt: skip
     argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "spectrum_peft", "tune", *argv]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=runs._environment()
-    )
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=runs._environment())
 
 
 def trials() -> list[Any]:
@@ -171,6 +169,7 @@ def test_two_processes_share_a_race_and_one_takes_up_what_the_other_was_killed_a
     finally:
         first.kill()
         second.terminate()
+        first.wait()
         second.wait()
     assert ends[0].user_attrs["worker"].endswith(f":{second.pid}")
     assert [t.state.name for t in trials() if t.user_attrs.get("task") == task] == ["FAIL", "COMPLETE"]
