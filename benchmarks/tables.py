@@ -389,7 +389,8 @@ def quality(suite: str) -> str:
     from spectrum_peft.compare.settings import METRICS
     from spectrum_peft.compare.statistics import interval, paired
 
-    name = f"quality-{suite}" if (RESULTS / f"quality-{suite}.json").exists() else f"quality-{suite}-quick"
+    names = [name for name in (f"gpu/quality-{suite}", f"quality-{suite}") if (RESULTS / f"{name}.json").exists()]
+    name = names[0] if names else f"quality-{suite}-quick"
     data = result(name)
     metric = data["metric"]
     runs: dict[str, dict[int, float]] = {}
@@ -676,8 +677,125 @@ def _reason(text: str) -> str:
     return text if len(text) <= 220 else text[:217] + "..."
 
 
+GPU = RESULTS / "gpu"
+NOT_MEASURED = "not measured"
+_GPU_MODELS = ("smollm2", "1b", "3b", "8b")
+
+
+def gpu_chunk(name: str, folder: Path | None = None) -> dict[str, Any] | None:
+    """What benchmarks/gpu.py wrote of a chunk; None where it did not, or only rehearsed."""
+    path = (folder or GPU) / f"{name}.json"
+    if not path.is_file():
+        return None
+    data: dict[str, Any] = json.loads(path.read_text())
+    return None if data["rehearsal"] else data
+
+
+def gpu_cells(name: str) -> dict[str, Any]:
+    return (gpu_chunk(name) or {"cells": {}})["cells"]
+
+
+def gpu_scan() -> str:
+    """A scan of each model's matrices, shape by shape and so many of each, beside torch's singular values."""
+    rows = []
+    for model in _GPU_MODELS:
+        cells = gpu_cells(f"scan-{model}")
+        shapes = {name: row for name, row in cells.items() if name != "whole" and "matrices" in row}
+        if not shapes:
+            rows.append([model, *[NOT_MEASURED] * 4])
+            continue
+        sums = {
+            key: sum(row["matrices"] * row[f"{key}_seconds"] for row in shapes.values())
+            for key in ("scan", "svdvals", "eigenvalues_on_the_device", "eigenvalues_on_the_cpu")
+        }
+        rows.append([model, *(f"{seconds:.3g} s" for seconds in sums.values())])
+    heads = ["model", "scan", "`torch.linalg.svdvals`", "of it eigenvalues on the device", "eigenvalues on the CPU"]
+    return table(heads, rows) + _on_gpu([f"scan-{model}" for model in _GPU_MODELS])
+
+
+def gpu_steps(base: str) -> str:
+    """Step time and peak memory of every mode, with checkpointing, beside what the dry run says."""
+    names = [f"steps-{model}-{base}-checkpointing" for model in _GPU_MODELS]
+    found = {model: gpu_cells(name) for model, name in zip(_GPU_MODELS, names, strict=True)}
+    contestants = list(dict.fromkeys(name for cells in found.values() for name in cells)) or ["every mode"]
+    rows = []
+    for name in contestants:
+        row = [f"`{name}`"]
+        for model in _GPU_MODELS:
+            cell = found[model].get(name, {})
+            if "seconds_per_step" in cell:
+                text = f"{cell['seconds_per_step']:.3g} s, {cell['tokens_per_second']:,.0f} tokens/s"
+                text += f", {cell['peak_bytes'] / 2**30:.1f} GiB"
+                row.append(text + (f" ({cell['error']:+.1%})" if "error" in cell else ""))
+            else:
+                row.append(cell.get("failed", NOT_MEASURED))
+        rows.append(row)
+    return table(["", *_GPU_MODELS], rows) + _on_gpu(names)
+
+
+def _on_gpu(names: list[str]) -> str:
+    found = [data for name in names if (data := gpu_chunk(name)) is not None]
+    if not found:
+        return "\n(`make gpu`; no card was at hand yet)\n"
+    return f"\n(`make gpu`; {found[0]['device']}, torch {found[0]['torch']}, {found[0]['written'][:10]})\n"
+
+
+def ranks() -> str:
+    """Bytes that one of two processes sends in a step, over those of the weights."""
+    data = result("ranks")
+    rows = []
+    for mode, by in data["modes"].items():
+        row = [f"`{mode}`", f"{by['ddp']['trained_bytes'] / by['ddp']['weights_bytes']:.1%}"]
+        for sharing in ("ddp", "fsdp2"):
+            figures = by[sharing]
+            row += [f"{figures[f'{key}_bytes'] / 1e3:,.1f} kB" for key in ("sent", "predicted")]
+        rows.append(row)
+    heads = ["mode", "of the weights train", "DDP sends", "by the formula", "FSDP2 sends", "by the formula"]
+    weights = next(iter(data["modes"].values()))["ddp"]["weights_bytes"]
+    return (
+        table(heads, rows)
+        + f"\n(`python benchmarks/ranks.py`; gloo, a Llama of {weights / 1e3:,.0f} kB in float32; {data['written'][:10]})\n"
+    )
+
+
+def scaling() -> str:
+    """GiB on each card, for two sizes, by number of cards and by how the model is shared out."""
+    cells = result("scaling")["cells"]
+    shown = {"data_parallel": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
+    rows = []
+    for name, cell in cells.items():
+        if not name.split()[-1].isdecimal():
+            counts = list(cell["sharded"]["fsdp2"])
+            each = [" / ".join(_gib(cell["sharded"][sharding][n]) for n in counts) for sharding in shown]
+            rows.append([name, _gib(cell["peak_bytes"]), *each])
+    counts = " / ".join(next(iter(cells.values()))["sharded"]["fsdp2"])
+    return table(["", "1 card", *(f"{name} on {counts}" for name in shown.values())], rows) + _computed()
+
+
+def scaling_long() -> str:
+    """Whether a step of many tokens fits on cards of two sizes."""
+    data = result("scaling")
+    rows = []
+    for name, cell in data["cells"].items():
+        words = name.split()
+        if words[-1] == str(data["long"]):
+            fits = ["yes" if cell["peak_bytes"] < most * 2**30 * 0.97 else "no" for most in (24, 80)]
+            rows.append([" ".join(words[1:-1]), f"{_gib(cell['peak_bytes'])} GiB", *fits])
+    return table(["", "peak", "fits 24 GiB", "fits 80 GiB"], rows) + _computed()
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"
+
+
+def _computed() -> str:
+    return f"\n(`python benchmarks/scaling.py`; dry runs, {result('scaling')['written'][:10]})\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "hub": hub,
+    "gpu_scan": gpu_scan, "ranks": ranks, "scaling": scaling, "scaling_long": scaling_long,
+    **{f"gpu_steps_{base}": partial(gpu_steps, base) for base in ("bf16", "nf4")},
     "families": families,
     "families_missing": families_missing,
     "modes": modes, "claims": claims, "demo": demo, "scan": scan, "rates": rates,

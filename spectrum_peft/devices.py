@@ -49,8 +49,11 @@ def device_named(text: str) -> torch.device:
 
 
 def devices_named(text: str) -> list[torch.device]:
-    """Several devices, separated by commas: `cuda:0,cuda:1`. Raises OptionError as `device_named`, and for one named twice."""
+    """Several devices, separated by commas: `cuda:0,cuda:1`. Raises OptionError as `device_named`, for one named twice, and for
+    devices of several kinds."""
     devices = [device_named(part.strip()) for part in text.split(",")]
+    if len({device.type for device in devices}) > 1:
+        raise OptionError(f"device is {text!r}, wanted devices of one kind.")
     if len(set(devices)) < len(devices):
         raise OptionError(f"device is {text!r}, which names one device twice.")
     return devices

@@ -44,6 +44,8 @@ def test_a_word_that_is_no_device_is_refused() -> None:
         devices.device_named("gpu")
     with pytest.raises(OptionError, match="names one device twice"):
         devices.devices_named("cpu, cpu")
+    with pytest.raises(OptionError, match="wanted devices of one kind"):
+        devices.devices_named("cpu,meta")
 
 
 def test_the_number_of_a_device_is_below_their_count(monkeypatch: pytest.MonkeyPatch) -> None:

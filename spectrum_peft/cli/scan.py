@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--criterion", default="spectrum", help="spectrum, mp, mean_std, row_norm, kappa, random, last, first or spaced"
     )
     add("--score", nargs="+", default=["linear"], metavar="ROLE", help="which tensors to score; default linear")
-    add("--device", default="auto", help="auto, cpu, cuda, ...")
+    add("--device", default="auto", help="auto, cpu, cuda, ...; several: cuda:0,cuda:1")
     add("--jobs", type=int, metavar="N", help="matrices at a time; default: one for each core")
     add("--revision", help="branch, tag or commit of a hub model; the report says the commit")
     add("--kinds", metavar="KINDS", help="score only these kinds, q_proj,down_proj; of a hub model only these are read")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import names
+from ..devices import has_float64
 from ..errors import CheckpointError, OptionError, near_matches
 from .gram import gram_values
 
@@ -92,7 +93,8 @@ def singular_values(matrix: Tensor, *, criterion: Criterion | None = None, name:
     """All singular values of a matrix, as square roots of the eigenvalues of the smaller Gram matrix.
 
     The Gram matrix squares the condition number: in float32 an eigenvalue is off by some eps32 times the mean of all,
-    whatever its own size. Where that could show in a score, all is computed again in float64. There, values under
+    whatever its own size. Where that could show in a score, all is computed again in float64 (on the CPU, where the
+    matrix's device has none). There, values under
     s_1 * sqrt(eps64 * max(n, m)) cannot be told from zero and are returned as zero.
 
     Args:
@@ -117,6 +119,8 @@ def singular_values(matrix: Tensor, *, criterion: Criterion | None = None, name:
         if not _trusted(values, (matrix.shape[0], matrix.shape[1]), criterion):
             values = None
     if values is None:
+        if not has_float64(matrix.device):
+            matrix = matrix.cpu()
         values = gram_values(matrix, torch.float64, scale)
         resolution = float(values[0]) * math.sqrt(torch.finfo(torch.float64).eps * max(matrix.shape))
         if smallest and values[-1] < 1e3 * resolution:

@@ -44,6 +44,17 @@ def gram_values(matrix: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     return eigenvalues.to("cpu", torch.float64).clamp_(min=0.0).sqrt_().flip(0)
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products of float32 in float32 on a GPU, whatever the program asked for elsewhere: TF32 keeps ten bits of a factor."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def prefers_openblas(matrix: Tensor) -> bool:
     """Whether SciPy's OpenBLAS does this one faster than torch."""
     return matrix.device.type == "cpu" and min(matrix.shape) >= _OPENBLAS_FROM and _openblas_is_faster()

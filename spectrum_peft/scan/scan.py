@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import names
-from ..devices import device_named
+from ..devices import devices_named
 from ..errors import CheckpointError, OptionError, near_matches, one_line
 from ..machine import cores
 from ..records import Fingerprint, MatrixStat, SnrReport
@@ -32,7 +32,7 @@ from . import criteria
 from .ahead import Ahead
 from .cache import PartialResults, cache_folder, keep, kept_file, kept_results, key_of, result_key
 from .criteria import Criterion, MatrixScore
-from .gram import one_openblas_thread
+from .gram import one_openblas_thread, without_tf32
 from .only import Only, only
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,8 @@ def scan_weights(
         model_or_path: whatever `open_weights` opens: a model, folder, file, adapter folder or hub id.
         criterion: key of `criteria.CRITERIA`.
         jobs: matrices at once; None for one a core, at most 16. Memory grows with it.
-        device: `cpu`, `cuda`, `cuda:1`, `xpu`, `mps`; `auto` is the accelerator where there is one.
+        device: `cpu`, `cuda`, `cuda:1`, `xpu`, `mps`; `auto` is the accelerator where there is one. Several of one kind,
+            `cuda:0,cuda:1`, take the matrices in turn. Matrices are read ahead while an accelerator computes.
         score: roles to score, of `names.ROLES`; 1-D tensors are scored as a matrix of one row. The rest is listed.
         cache: keep the finished report under the weights' identity, and return a kept one without scanning.
         revision: of a hub id.
@@ -113,7 +114,8 @@ def scan_or_take(
         )
     roles = _checked_roles(score)
     jobs = _checked_jobs(jobs)
-    where = device_named(device)
+    devices = devices_named(device)
+    where = devices[0]
     limits = only(kinds, layers)
     source = open_weights(model_or_path, revision, download)
     tensors = source.tensors()
@@ -146,8 +148,10 @@ def scan_or_take(
     for name, shape in shapes.items():
         _refuse_giants(name, shape)
 
+    place = {name: devices[i % len(devices)] for i, (name, _) in enumerate(wanted)}
+
     def one(read: Read, name: str, info: TensorInfo) -> MatrixScore:
-        matrix = read(name).to(where)
+        matrix = read(name).to(place[name])
         try:
             return criteria.score(matrix.T if info.transposed else matrix, criterion, name=name, seed=seed)
         except CheckpointError as error:
@@ -160,14 +164,14 @@ def scan_or_take(
 
     logger.info("scanning %s: %d matrices, criterion %s", source.model_id or "the model", len(wanted), criterion)
     unfinished = PartialResults(cache_folder() / "partial" / f"{key}.jsonl", shapes)
-    with unfinished as partial, one_torch_thread(), one_openblas_thread(), torch.no_grad():
+    with unfinished as partial, one_torch_thread(), one_openblas_thread(), without_tf32(), torch.no_grad():
         rest = [(name, info) for name, info in wanted if name not in partial.results]
         if len(rest) < len(wanted):
             logger.info(
                 "going on with a stopped scan: %d of %d matrices are done", len(wanted) - len(rest), len(wanted)
             )
         began = time.monotonic()
-        for name, result in _side_by_side(one, source, wanted, rest, jobs):
+        for name, result in _side_by_side(one, source, wanted, rest, jobs, _reads_ahead(source, where)):
             partial.add(name, result)
         report = report_of({name: partial.results[name] for name, _ in wanted})
         if source.received is not None:
@@ -179,6 +183,12 @@ def scan_or_take(
                 keep(report, kept_file(key_of(content, row, where), roles, limits))
         partial.completed()
     return report
+
+
+def _reads_ahead(source: WeightSource, device: torch.device) -> bool:
+    """Whether matrices are read while others are scored: over a network, and from a disk while an accelerator computes.
+    What is in memory lies where it is; on the CPU, the jobs read and compute beside each other."""
+    return source.received is not None or (device.type != "cpu" and source.kind != "live")
 
 
 def _refuse_giants(name: str, shape: Sequence[int]) -> None:
@@ -269,13 +279,14 @@ def _side_by_side(
     wanted: list[tuple[str, TensorInfo]],
     todo: list[tuple[str, TensorInfo]],
     jobs: int,
+    ahead: bool,
 ) -> Iterator[tuple[str, MatrixScore]]:
     """Results as they come; the first error stops the rest and is raised."""
     far = source.received is not None
     with (
         _progress(wanted, todo, far) as (fetched, scored),
         ThreadPoolExecutor(jobs, thread_name_prefix="scan") as pool,
-        _reader(source, todo, fetched) as read,
+        _reader(source, todo, fetched, ahead) as read,
     ):
         running: dict[Future[MatrixScore], str] = {pool.submit(one, read, name, info): name for name, info in todo}
         try:
@@ -289,15 +300,15 @@ def _side_by_side(
 
 @contextmanager
 def _reader(
-    source: WeightSource, todo: list[tuple[str, TensorInfo]], fetched: Callable[[int], object]
+    source: WeightSource, todo: list[tuple[str, TensorInfo]], fetched: Callable[[int], object], ahead: bool
 ) -> Iterator[Read]:
     """How a job gets its matrix: read when it is its turn, or taken from those that were fetched before."""
-    if source.received is None:
+    if not ahead:
         yield source.read
         return
     names_, sizes = [name for name, _ in todo], [_bytes(info) for _, info in todo]
-    with Ahead(source.read, names_, sizes, _AHEAD, fetched) as ahead:
-        yield ahead.take
+    with Ahead(source.read, names_, sizes, _AHEAD, fetched) as reading:
+        yield reading.take
 
 
 def _bytes(info: TensorInfo) -> int:

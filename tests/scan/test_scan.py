@@ -24,6 +24,7 @@ from spectrum_peft import names
 from spectrum_peft.errors import CheckpointError, OptionError
 from spectrum_peft.records import SnrReport
 from spectrum_peft.scan import CRITERIA, cache_folder, criteria, scan_weights, spectrum_of
+from spectrum_peft.scan import scan as scan_module
 from spectrum_peft.scan.cache import PartialResults
 from spectrum_peft.weights import FileWeights, open_weights
 
@@ -681,3 +682,68 @@ def test_a_kept_scan_carries_the_fingerprint_of_the_weights_that_ask(tmp_path: P
         live = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
         report = scan_weights(live, cache=True)
         assert report.fingerprint.content == open_weights(str(tmp_path / name)).fingerprint().content
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+
+def test_products_are_in_float32_whatever_the_program_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = checkpoint(tmp_path / "model", matrices=2), []
+    score = criteria.score
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.get_float32_matmul_precision())
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(criteria, "score", watched)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    try:
+        scan_weights(folder)
+        assert seen == ["highest"] * 2
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_doubtful_matrix_goes_to_the_cpu_where_a_device_has_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.diag(torch.tensor([1.0, 1e-6, 1e-7]))  # which float32 cannot tell from zero
+    moved: list[Any] = []
+    plain = torch.Tensor.cpu
+    monkeypatch.setattr(criteria, "has_float64", lambda device: False)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: moved.append(tensor) or plain(tensor))
+    found = criteria.singular_values(matrix, criterion=criteria.CRITERIA["kappa"])
+    assert torch.allclose(found, torch.tensor([1.0, 1e-6, 1e-7], dtype=torch.float64))
+    assert any(tensor is not None and tensor.shape == matrix.shape for tensor in moved)
+
+
+def test_several_devices_and_reading_ahead_give_the_same_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, places = checkpoint(tmp_path / "model", matrices=6), []
+    expected = scan_weights(folder)
+    to = torch.Tensor.to
+
+    def watched(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], torch.device):
+            places.append(args[0])
+        return to(tensor, *args, **kwargs)
+
+    both = [torch.device("cpu"), torch.device("cpu:0")]  # which torch tells apart
+    monkeypatch.setattr(scan_module, "devices_named", lambda text: both)
+    monkeypatch.setattr(scan_module, "_reads_ahead", lambda source, device: True)
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    assert scan_weights(folder).digest == expected.digest
+    assert [sum(place == one and place.index == one.index for place in places) for one in both] == [3, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda", "all"])
+def test_a_gpu_scores_as_the_cpu_does(tmp_path: Path, device: str) -> None:
+    folder = checkpoint(tmp_path / "model", matrices=6, size=300)
+    if device == "all":
+        device = ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+    here, there = scan_weights(folder, device="cpu"), scan_weights(folder, device=device)
+    tolerance = criteria.CRITERIA["spectrum"].tolerance
+    assert there.scores == pytest.approx(here.scores, rel=2 * tolerance)  # each is within it of the one in float64

@@ -1,0 +1,74 @@
+"""What a training step holds on each card when it is spread over several, and at 32,768 tokens: dry runs, for docs/scaling.md.
+
+    python benchmarks/scaling.py      # what is not there yet; JSON in benchmarks/results/scaling.json, no GPU needed
+
+One dry run for a model and a way to train; the share of each card is arithmetic on it (`memory.shard`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import common
+from memory import CONFIGS
+
+MODELS = {"8B": "meta-llama/Llama-3.1-8B", "70B": "meta-llama/Llama-3.1-70B"}
+STEP = {
+    "batch_size": 1, "max_length": 2048, "dtype": "bfloat16", "optimizer": "adamw_torch_fused", "trainer": "sft",
+    "gradient_checkpointing": True,
+}  # fmt: skip
+LONG = 32768
+# {shown: (mode, options, quantization)}
+WAYS: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "full": ("full", {}, None), "spectrum 0.25": ("spectrum", {"spectrum_ratio": 0.25}, None), "lora": ("lora", {}, None),
+    "columns": ("columns", {}, None), "lora nf4": ("lora", {}, "nf4"),
+    "spectra_qlora 0.5 nf4": ("spectra_qlora", {"spectrum_ratio": 0.5}, "nf4"),
+}  # fmt: skip
+CARDS = (1, 2, 8, 64)
+SHARDINGS = ("data_parallel", "zero2", "zero3", "fsdp2")
+
+
+def dry_run(model: str, way: str, **changes: Any) -> dict[str, Any]:
+    """{sharding: {cards: bytes of each}} of a step, with the bytes of weights and of what trains."""
+    import torch
+    import transformers
+
+    from spectrum_peft import estimate_memory, make_plan
+    from spectrum_peft.memory import report_of_config, shard
+
+    kind, fields = CONFIGS[MODELS[model]]
+    config = getattr(transformers, kind)(**fields, dtype=torch.bfloat16)
+    mode, options, quantization = WAYS[way]
+    plan = make_plan(report_of_config(config, "random"), mode=mode, **options)
+    report = estimate_memory(config, plan, quantization=quantization, **{**STEP, **changes})
+    spread = {
+        sharding: {str(n): shard(report, sharding, n).peak_bytes for n in CARDS if n > 1} for sharding in SHARDINGS
+    }
+    return {
+        "peak_bytes": report.peak_bytes, "by_category": dict(report.by_category), "sharded": spread,
+        "trainable_parameters": report.trainable_parameters, "total_parameters": report.total_parameters,
+        "trainable_bytes": report.trainable_bytes, "complete": report.complete,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, default=common.RESULTS / "scaling.json")
+    options = parser.parse_args()
+    kept: Mapping[str, Any] = json.loads(options.output.read_text()) if options.output.is_file() else {}
+    cells: dict[str, Any] = dict(kept.get("cells", {}))
+    wanted = {f"8B {way} {LONG}": ("8B", way, {"max_length": LONG}) for way in WAYS}
+    wanted = {f"8B {way}": ("8B", way, {}) for way in WAYS} | wanted | {f"70B {way}": ("70B", way, {}) for way in WAYS}
+    for name, (model, way, changes) in wanted.items():
+        if name not in cells:
+            cells[name] = dry_run(model, way, **changes)
+            print(f"{name}: {cells[name]['peak_bytes'] / 2**30:.1f} GiB", flush=True)
+            common.save(options.output, "scaling", {**common.commit(), "step": STEP, "long": LONG, "cells": cells})
+
+
+if __name__ == "__main__":
+    main()
