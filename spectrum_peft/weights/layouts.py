@@ -136,6 +136,9 @@ def unquantized_modules(skeleton: nn.Module) -> list[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     uncalled = [names.module_name(name) for name in without_adapters(skeleton)]
+    # Every part of a head: those of a task train whole (ModernBERT's `head.dense` before its classifier).
+    linear = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+    uncalled += [name for name in linear if names.in_head(f"{name}.weight")]
     try:
         return sorted({*get_keys_to_not_convert(skeleton), *uncalled})
     except (AttributeError, NotImplementedError):  # none of transformers' models, or one without a head

@@ -133,3 +133,14 @@ def test_real_weights_on_a_4bit_base_of_another_class(planned: bool, tmp_path: P
     out = model(**inputs)
     out.loss.backward()
     assert torch.isfinite(out.loss)
+
+
+def test_what_4_bit_would_break_stays_unquantized() -> None:
+    """Mamba reads the weight of a projection without calling it; ModernBERT's head has a part before its classifier."""
+    mamba = transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, state_size=8, time_step_rank=4)
+    skipped = quantization_config_for(None, transformers.MambaForCausalLM(mamba)).llm_int8_skip_modules
+    assert "backbone.layers.0.mixer.dt_proj" in skipped and "backbone.layers.0.mixer.in_proj" not in skipped
+    bert = transformers.ModernBertConfig(vocab_size=96, **SIZES, pad_token_id=0, cls_token_id=1, sep_token_id=2)
+    classifier = transformers.ModernBertForSequenceClassification(bert)
+    skipped = quantization_config_for(None, classifier).llm_int8_skip_modules
+    assert {"head.dense", "classifier"} <= set(skipped) and "model.layers.0.mlp.Wi" not in skipped
