@@ -11,7 +11,7 @@ import trial
 
 SLICE = (
     "llama", "gpt2", "qwen3_moe", "mamba", "zamba2", "deepseek_v3", "t5", "bert/sequence_classification", "modernbert", "whisper",
-    "canary", "vit", "llava", "qwen3_vl", "qwen3_5/causal_lm", "hunyuan_v1_moe", "blip",
+    "canary", "vit", "llava", "qwen3_vl", "modernbert/sequence_classification", "hunyuan_v1_moe", "blip",
 )  # fmt: skip
 
 
