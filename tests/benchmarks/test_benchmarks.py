@@ -178,14 +178,14 @@ def test_decay_of_a_matrix_of_known_values(tmp_path: Path) -> None:
 
 
 def test_the_rule_for_rates_finds_a_law_that_was_planted() -> None:
-    """rate = c(means) / steps, and no rate of the search that is asked about is among the others."""
+    """rate = 7 usual(means) / sqrt(steps), and no rate of the search that is asked about is among the others."""
 
     def best(means: str, steps: int) -> tables._Best:
-        rate = {"real weights": 0.01, "LoRA": 0.1}[means] / steps
-        return tables._Best("a", "m", steps, f"{means} {steps}", means, rate, 1.0, False)
+        usual = {"real weights": 0.01, "LoRA": 0.1}[means]
+        return tables._Best("a", "m", steps, f"{means} {steps}", means, 7 * usual / steps**0.5, usual, 1.0, False)
 
     others = [best(means, steps) for means in ("real weights", "LoRA") for steps in (25, 150)]
     for means in ("real weights", "LoRA"):
         asked = best(means, 1000)
-        # Least squares in float64 on an exact law.
+        # A mean of logarithms in float64 of an exact law.
         assert tables._fitted_rate(asked._replace(rate=7.0), others) == pytest.approx(asked.rate, rel=1e-9)

@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 
+from running import LIBRARIES
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
 import pieces  # noqa: E402
 import tables  # noqa: E402
+
+pytestmark = LIBRARIES
 
 
 def test_wheels_in_pieces_and_back(tmp_path: Path) -> None:

@@ -35,6 +35,12 @@ SAMPLE = ("spectrum", "lorsa")  # of each nature one on the CPU in the default r
 EVERY_MODE = only_fast(MODES, SAMPLE)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: Any) -> torch.device:
+    """The device that a test runs on: the CPU in the default run, a card where one is and `-m gpu` asks for it."""
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")

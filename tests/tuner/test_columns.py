@@ -435,7 +435,9 @@ def test_the_best_scored_columns_are_taken(folder: Path, by: str) -> None:
         with pytest.raises(OptionError, match=f"columns_by='{by}' needs gradients on data"):
             make_plan(scan_weights(folder), mode="columns", columns_by=by)
         bare = probe_gradients(base, batches, directions=0)
-        with pytest.raises(OptionError, match=f"the gradients hold none: probe_gradients.*columns='{by}'"):
+        with pytest.raises(
+            OptionError, match=f"the gradients hold none: wanted those of probe_gradients.*columns='{by}'"
+        ):
             make_plan(scan_weights(folder), mode="columns", columns_by=by, gradients=bare)
 
 

@@ -173,7 +173,9 @@ def test_a_plan_without_what_it_needs_is_refused(folder: Path, gradients: Gradie
         make_plan(report, mode="lorsa", gradients=gradients, **{**OPTIONS, "svd_rank": 17})
     model = base_of(folder)
     bare = probe_gradients(model, [batch_for(ARCHITECTURES["llama"], model)], directions=0)
-    with pytest.raises(OptionError, match=r"the gradients know none: probe_gradients\(model, batches, svd_rank=16\)"):
+    with pytest.raises(
+        OptionError, match=r"the gradients know none: wanted those of probe_gradients\(model, batches, svd_rank=16\)"
+    ):
         make_plan(report, mode="lorsa", gradients=bare, **OPTIONS)
     for name in ("n_components", "svd_rank", "rotation_rank"):
         with pytest.raises(OptionError, match=f"{name} is 0, wanted a whole number of at least 1"):
