@@ -94,7 +94,7 @@ def _as_lora(
     state: AdapterState, base: Mapping[str, Any], uniform_rank: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(adapter_config.json, {key: tensor}) of a plain LoRA with the same function."""
-    from ..tuner.retargeting import retargeted, types_in  # brings peft, which no merge needs
+    from ..tuner.retargeting import misread_in, retargeted, types_in  # brings peft, which no merge needs
 
     updates = state.updates(state.planned())
     by_name = {} if state.plan is None else state.plan.by_name
@@ -123,6 +123,13 @@ def _as_lora(
     # Where peft would take a module for an old name of fused experts, the layer is named as the parameter that it has.
     by_weight = retargeted(types_in(base), (u.module for u in low if u.experts is None))
     fused = {u.key for u in low if u.experts is not None or u.module in by_weight}
+    lost = misread_in(base, dict.fromkeys(u.module for u in low if u.experts is None))
+    if lost:
+        module, read = next(iter(lost.items()))
+        raise OptionError(
+            f"{module}: plain peft takes it for {read} in a model of type {base.get('model_type')!r}, so the adapter would be "
+            "missing there. Merge it instead."
+        )
     if by_weight and any(u.magnitude is not None for u in low if u.module in by_weight):
         raise OptionError(
             f"{sorted(by_weight)[0]}: plain peft puts no DoRA beside it in a model of type {base.get('model_type')!r}, whose "

@@ -140,6 +140,8 @@ class SpectrumConfig(LoraConfig):
     twins: ClassVar[Mapping[str, str]] = {}
     # Set by the tuner: the planned modules that plain PEFT takes for something else in a model of this type.
     retargeted = frozenset[str]()
+    # Set by the tuner: the planned modules whose tensors plain PEFT would not find again in a LoRA's file.
+    misread = frozenset[str]()
     # The plan came inside an adapter_config.json, so the adapter's tensors are in a file beside it.
     plan_from_file = False
 

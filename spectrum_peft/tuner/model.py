@@ -56,7 +56,7 @@ from .places import (
 )
 from .plain_lora import held_as_saved, saved_as_held
 from .ranks import RankChange, allocate, live_rank, moments, set_rank, set_scaling
-from .retargeting import retargeted, types_in
+from .retargeting import misread, retargeted, types_in
 from .shared import refuse_unshareable, share_factors
 from .weighted import OF_FACTORS, check_summands, concatenated, fill, sum_config, sum_plan
 
@@ -143,6 +143,7 @@ class SpectrumModel(LoraModel):
         described = getattr(model, "config", None)
         types = types_in(described) if hasattr(described, "to_dict") else ()
         config.retargeted = frozenset(retargeted(types, (names.module_name(e.name) for e in adapters)))
+        config.misread = frozenset(misread(model, (names.module_name(e.name) for e in adapters if not is_fused(e))))
         self._save_whole_modules(config, model, [e for e in plan.entries if is_saved(e, config)])
 
     def _save_whole_modules(self, config: SpectrumConfig, model: nn.Module, entries: list[PlanEntry]) -> None:

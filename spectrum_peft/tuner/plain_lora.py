@@ -41,6 +41,8 @@ def is_plain(config: SpectrumConfig) -> bool:
         return False
     if config.retargeted and config.use_dora:  # which PEFT does not put beside parameters
         return False
+    if config.misread:
+        return False
     held = [e for e in config.plan.entries if is_held(e, config)]
     if held and config.bias != "none":  # PEFT stores the bias of a norm apart from a norm that is saved whole
         return False

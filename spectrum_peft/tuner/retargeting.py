@@ -3,6 +3,9 @@
 peft 0.21.2 takes every target that is called `gate_proj`, `up_proj` or `down_proj` (`w1`, `w2`, `w3`) for one of the experts
 that older versions of transformers had as modules, dense and shared MLPs as well, and turns it into the fused parameter
 (`convert_peft_config_for_transformers`, utils/transformers_weight_conversion.py). The same layers, named as parameters, stay.
+
+The tensors of a LoRA it renames by transformers' rules for the names in checkpoints. A rule is a regular expression, and one
+such as `mlp.shared_expert.` takes the *s* of `mlp.shared_experts` as well (`laguna`): the matrix would silently be missing.
 """
 
 from __future__ import annotations
@@ -11,7 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig
+from torch import nn
+
+from ..errors import CheckpointError
+from ..weights.layouts import skeleton_of
+from .classes import class_of
 
 
 def types_in(config: Any) -> Iterator[str]:
@@ -51,3 +60,43 @@ def _retargeted(model_type: str, modules: Iterable[str]) -> set[str]:
         if module not in cast("Iterable[str]", config.target_modules or ()):
             found.add(module)
     return found
+
+
+_KEY = "base_model.model.{}.lora_A.weight"
+
+
+def misread(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
+    """{module: what plain peft makes of its name} of those whose tensors in a LoRA's file it would not find again.
+
+    Args:
+        model: of transformers, without adapters; on any device, the meta device too.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:
+        return {}
+
+    def read(asked: Iterable[str]) -> set[str]:
+        """The names under which these modules' tensors arrive."""
+        tensors = {_KEY.format(module): torch.empty(1, 1, device="meta") for module in asked}
+        try:
+            return set(convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors))
+        except Exception:  # a rule that gathers several tensors has met one of them
+            return set()
+
+    there = read(modules := list(modules))
+    lost = [module for module in modules if _KEY.format(module) not in there]
+    before, after = _KEY.split("{}")
+    alone = {module: read([module]) - {_KEY.format(module)} for module in lost}
+    return {m: next(iter(seen), "nothing").removeprefix(before).removesuffix(after) for m, seen in alone.items()}
+
+
+def misread_in(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str]:
+    """The same for a checkpoint's config as plain data; nothing is found where its model cannot be built."""
+    import transformers
+
+    try:
+        built = transformers.AutoConfig.for_model(**config)
+        return misread(skeleton_of(class_of(built), built), modules)
+    except (CheckpointError, ValueError, KeyError, TypeError):
+        return {}
