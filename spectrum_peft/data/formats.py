@@ -49,13 +49,20 @@ def converted(dataset: Dataset, chosen: tuple[str, ...], source: str) -> tuple[D
     return dataset, chosen
 
 
+_SPEAKERS = ", ".join(ROLES)
+
+
 def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
     found = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     for turn in row["conversations"]:
         role = turn.get("from", turn.get("role"))
         text = turn.get("value", turn.get("content"))
+        if role is None:
+            raise DataError(f"{where}: a turn has no 'from', wanted who speaks: {_SPEAKERS}.")
         if role not in ROLES:
-            raise DataError(f"{where}: a turn is from {quoted(role)}." + near_matches(str(role), ROLES))
+            raise DataError(
+                f"{where}: a turn is from {quoted(role)}." + (near_matches(str(role), ROLES) or f" Wanted {_SPEAKERS}.")
+            )
         if not isinstance(text, str):
             raise DataError(f"{where}: a turn of {role!r} has no text in 'value'.")
         found.append({"role": ROLES[role], "content": text})

@@ -131,6 +131,9 @@ def export_gguf(
         )
     if path.is_dir():
         raise OptionError(f"{path}: is a folder, wanted the name of a file.")
+    for made in [path, *([path.parent / "Modelfile"] if modelfile else [])]:
+        if made.is_file():
+            raise OptionError(f"{made}: is there already; remove it, or name another file.")
     with whole_file(path) as part:
         if adapter:
             _write_adapter(source, part)

@@ -194,8 +194,10 @@ class _Search:
                 if high - 1 > low and peak(high - 1) <= self.limit:
                     low = high - 1
         memory = self.memory(plans[low], settings)
+        ratio = plans[low].options.get("spectrum_ratio")
+        which = f"mode {plans[low].mode!r}" + ("" if ratio is None else f" at ratio {ratio:.3g}")
         note = (
-            f"fitted to {format_bytes(self.limit)}: predicted peak {format_bytes(peaks[low])} "
+            f"fitted to {format_bytes(self.limit)}: {which}, predicted peak {format_bytes(peaks[low])} "
             + ("" if memory.complete else "WITHOUT ACTIVATIONS, so that it may not fit, ")
             + "with "
             + ", ".join(f"{k}={v}" for k, v in sorted(settings.items()))

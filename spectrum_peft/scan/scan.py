@@ -162,7 +162,11 @@ def scan_or_take(
                 "values are too large, or too far apart."
             ) from error
 
-    logger.info("scanning %s: %d matrices, criterion %s", source.model_id or "the model", len(wanted), criterion)
+    what = source.model_id or "the model"
+    if wanted:
+        logger.info("scanning %s: %d matrices, criterion %s", what, len(wanted), criterion)
+    else:
+        logger.info("reading names and shapes of %s; no scores are asked for", what)
     unfinished = PartialResults(cache_folder() / "partial" / f"{key}.jsonl", shapes)
     with unfinished as partial, one_torch_thread(), one_openblas_thread(), without_tf32(), torch.no_grad():
         rest = [(name, info) for name, info in wanted if name not in partial.results]

@@ -32,7 +32,7 @@ def check_output(folder: Path, *, overwrite: bool, resumed: bool) -> None:
     if found and not overwrite and not resumed:
         raise OptionError(
             f"{folder}: holds another run's {found[0].name}. Name another --output-dir; --overwrite-output-dir removes that "
-            "run's files first, --resume-from-checkpoint goes on with it."
+            "run's files first, --resume-from-checkpoint true goes on with it."
         )
 
 

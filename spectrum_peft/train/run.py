@@ -324,9 +324,11 @@ def report_for(options: argparse.Namespace, plan_options: Mapping[str, Any], sco
 def describe_training(results: Mapping[str, Any]) -> str:
     """A few lines for the reader of the terminal."""
     trained, total = results["trainable_parameters"], results["total_parameters"]
+    peak, before = results["peak_memory_bytes"], results.get("peak_memory_before_loading_bytes")
+    already = f" ({before / 2**30:.2f} GiB of it before the model was loaded)" if before else ""
     lines = [
         f"trained {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) for {results['steps']} steps, "
-        f"{results['seconds_per_step'] or 0:.3g} s a step (median), peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"{results['seconds_per_step'] or 0:.3g} s a step (median), peak memory {peak / 2**30:.2f} GiB{already}"
     ]
     if results["before"]:
         for name, value in results["after"].items():
