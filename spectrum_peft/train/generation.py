@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import DataError, InstallError, OptionError, near_matches
+from .fitting import fitting
 
 MAX_NEW_TOKENS = 256
 _BATCH = 8
@@ -150,7 +151,7 @@ def complete(
         for at in range(0, len(order), batch_size):
             own = order[at : at + batch_size]
             inputs = _encoded(model, tokenizer, [prompts[i] for i in own], chat)
-            with torch.no_grad():
+            with torch.no_grad(), fitting(model):
                 output = model.generate(**inputs, **_greedy(tokenizer), max_new_tokens=max_new_tokens)
             if not model.config.is_encoder_decoder:
                 output = output[:, inputs["input_ids"].shape[1] :]

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data import IGNORED
 from ..errors import DataError, InstallError
+from .fitting import fitting
 
 
 def require_scikit_learn() -> None:
@@ -49,7 +50,7 @@ def _judge_tokens(model: Any, batches: Iterable[Mapping[str, Any]], shift: int) 
         batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
         labels = batch["labels"][:, shift:]
         inputs = {k: v for k, v in batch.items() if k != "labels" or not shift}  # decoders make their inputs from them
-        with torch.no_grad():
+        with torch.no_grad(), fitting(model):
             logits = model(**inputs).logits
         logits = logits[:, : logits.shape[1] - shift][labels != IGNORED].float()
         targets = labels[labels != IGNORED]
@@ -138,7 +139,7 @@ def judge_head(head: str, model: Any, batches: Iterable[Mapping[str, Any]]) -> d
     for batch in batches:
         batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
         labels = batch.pop("labels")
-        with torch.no_grad():
+        with torch.no_grad(), fitting(model):
             logits = model(**batch).logits.float()
         if head == "tokens":
             logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]

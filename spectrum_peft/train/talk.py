@@ -12,6 +12,7 @@ from transformers import TextStreamer, set_seed
 
 from ..errors import CheckpointError, DataError, OptionError
 from ..records import RESULTS_FILE, read_mapping
+from .fitting import fitting
 from .saved import Saved
 
 Message = dict[str, str]
@@ -96,7 +97,7 @@ def write(
         take(piece)
 
     room = max_new_tokens if most is None or model.config.is_encoder_decoder else min(max_new_tokens, most - length)
-    with torch.no_grad():
+    with torch.no_grad(), fitting(model):
         model.generate(
             **{k: inputs[k].to(model.device) for k in ("input_ids", "attention_mask")},
             **drawing, pad_token_id=pad, max_new_tokens=room,

@@ -141,11 +141,12 @@ def test_a_suite_runs_from_the_search_to_its_results(
     words = ["tiny", "--quick", "--data", str(tmp_path / "data"), "--work", str(tmp_path / "work"), "-o", str(tmp_path)]
     quality.main(words)
     found = json.loads((tmp_path / "quality-tiny-quick.json").read_text())
-    assert found["rates"] == {"lora": 0.02}  # two steps at the default hardly move it
+    rate = 100 * MODES["lora"].rate_for(2)
+    assert found["rates"] == {"lora": pytest.approx(rate)}  # two steps at the default hardly move it
     assert found["rates_at_the_edge_of_the_search"] == ["lora"]
     assert len(found["search"]) == 2 and found["evaluation_rows"] == 8
     [row] = found["cells"]
-    assert row["learning_rate"] == 0.02 and row["error"] is None
+    assert row["learning_rate"] == pytest.approx(rate) and row["error"] is None
 
 
 def test_sizes_of_one_method_are_one_line_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

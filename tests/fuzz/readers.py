@@ -345,12 +345,14 @@ def _merge(folder: Path) -> None:
 
 def _load(folder: Path) -> None:
     """As `evaluate`, `probe` and `generate` do: load, judge some tokens, write on."""
+    from spectrum_peft.train.fitting import fitting
+    from spectrum_peft.train.judge import judge_causal_lm
     from spectrum_peft.tuner.loading import load_trained
 
     model, _ = load_trained(str(folder / "adapter"), dtype="float32")
     ids = torch.arange(6)[None]
-    with torch.no_grad():
-        model(input_ids=ids, labels=ids)
+    judge_causal_lm(model, [{"input_ids": ids, "labels": ids}])
+    with torch.no_grad(), fitting(model):
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
 
 
