@@ -194,7 +194,8 @@ def test_the_peak_is_the_predicted_one(folder: Path, mode: str, length: int, dev
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler does itself what torch warns of
+# torch's compiler does itself what torch warns of.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch._prims_common:FutureWarning")
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled(folder: Path, mode: str, device: torch.device) -> None:
     model, ids = made(folder, mode, device).eval(), IDS.to(device)
