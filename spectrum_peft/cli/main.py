@@ -89,6 +89,7 @@ def _main(argv: Sequence[str] | None) -> int:
         "httpx2": "WARNING",
         "datasets": "WARNING",
         "filelock": "WARNING",
+        "gguf": "WARNING",
         "bitsandbytes": "ERROR",
     }.items():
         logging.getLogger(noisy).setLevel(level)
