@@ -49,7 +49,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name: str, sound: dict[st
 @pytest.mark.slow
 def test_many_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
     """Every reader, in processes of their own; the figures go to docs/reliability.md by `make fuzz`."""
-    found = campaign(minutes=4, seed=5)
+    found = campaign(minutes=3, seed=5)
     assert {name: row["faults"] for name, row in found["readers"].items() if row["faults"]} == {}
     assert sum(row["taken"] + row["refused"] for row in found["readers"].values()) > 1000
 
