@@ -1,11 +1,14 @@
 """Real weights of some columns (`columns`) beside PEFT's LoRA of equally many parameters: memory, step time, quality.
 
     python benchmarks/columns.py             # bytes and step times, and dry runs at 8B shapes; about 10 minutes
-    python benchmarks/columns.py --quality   # held-out loss of short runs, rates searched for both; about 15 minutes
+    python benchmarks/columns.py --quality   # held-out loss of short runs, rates searched for both; about two hours
+    python benchmarks/columns.py --quality banking77   # of one task; a quarter of an hour
 
 Each part is merged into the result file. Step times are taken as in `modes.py`: all contestants alive at once, one thread
 each, and a ratio is the median over the rounds. In the quality part one process trains one run after another from the same
-base, on the same batches for a seed; a rate is searched on seed 0, the best is run with the other seeds.
+base, on the same batches for a seed; a rate is searched on seed 0, the best is run with the other seeds. Runs that the
+result file holds for the same settings are not run again. Which columns train follows from the plan's seed, so it is the same
+in all runs of a way to choose.
 """
 
 from __future__ import annotations
@@ -15,10 +18,9 @@ import copy
 import json
 import os
 import random
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ LLAMA_8B = {
     "max_position_embeddings": 8192, "dtype": "bfloat16",
 }  # fmt: skip
 # Where the search for a rate begins; it goes on by factors of two while the best is at the edge.
-RATES = {"lora": (4e-4, 8e-4), "columns": (4e-4, 8e-4)}
+RATES = (4e-4, 8e-4)
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -111,35 +113,85 @@ def dry_runs() -> dict[str, Any]:
 # --- quality ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Task:
     """A base, its training rows and held-out batches, all read once.
 
-    Args:
-        data: `gsm8k` or `dolly`, on SmolLM2-135M.
+    Attributes:
+        settings: what decides the figures, as it stands in the result; kept runs count where all of it is equal.
+        base: the model that every run begins from; float32.
+        task_type: PEFT's name of the task.
+        train: (rows, seed) -> batches of `settings["batch"]` rows.
+        held_out: the batches that a run is judged on.
     """
 
-    def __init__(self, data: str, batch: int, length: int, held_out: int) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from spectrum_peft import calibration_batches
-        from spectrum_peft.data import read_dataset
-
-        self.data, self.batch = data, batch
-        folder = folder_of("smollm2")
-        self.base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-
-        def batches(split: str, n: int, seed: int) -> list[dict[str, Any]]:
-            rows: Any = read_dataset(str(DATA / data / f"{split}.jsonl"))
-            rows = rows.remove_columns([c for c in rows.column_names if c not in ("prompt", "completion")])
-            return calibration_batches(rows, tokenizer, n, seed, batch_size=batch, max_length=length)
-
-        self.train: Callable[[int, int], list[dict[str, Any]]] = lambda n, seed: batches("train", n, seed)
-        self.held_out = batches("validation", held_out, 0)
+    settings: Mapping[str, Any]
+    base: Any
+    task_type: str
+    train: Callable[[int, int], list[dict[str, Any]]]
+    held_out: Sequence[Mapping[str, Any]]
 
 
-def run(task: Task, config: Any, rate: float, steps: int, seed: int) -> dict[str, Any]:
-    """One training run from the base, linear decay of the rate after a tenth of warm-up; the loss on held-out rows by tokens."""
+def writing(data: str, steps: int, held_out: int) -> Task:
+    """Answers of `gsm8k` or `dolly` by SmolLM2-135M."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from spectrum_peft import calibration_batches
+    from spectrum_peft.data import read_dataset
+
+    folder = folder_of("smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def batches(split: str, n: int, seed: int) -> list[dict[str, Any]]:
+        rows: Any = read_dataset(str(DATA / data / f"{split}.jsonl"))
+        rows = rows.remove_columns([c for c in rows.column_names if c not in ("prompt", "completion")])
+        return calibration_batches(rows, tokenizer, n, seed, batch_size=modes.BATCH, max_length=modes.LENGTH)
+
+    settings = {"task": data, "steps": steps, "batch": modes.BATCH, "length": modes.LENGTH, "held_out_rows": held_out}
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    return Task(
+        settings, base, "CAUSAL_LM", lambda n, seed: batches("train", n, seed), batches("validation", held_out, 0)
+    )
+
+
+def classifying(data: str, steps: int, held_out: int) -> Task:
+    """Classes of `banking77` by MiniLM, its head fitted beforehand on rows that are not trained on, as in `quality.py`."""
+    import quality as suites
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    config, train, judged = suites.prepare(suites.SUITES[f"adapters-{data}"], False, DATA, common.ROOT / "quality_runs")
+    tokenizer = AutoTokenizer.from_pretrained(config["model"])
+    base = AutoModelForSequenceClassification.from_pretrained(config["model"], dtype="float32")
+    batch, length = 8, int(config["max_length"])
+
+    def batches(path: Path, n: int, seed: int | None) -> list[dict[str, Any]]:
+        import torch
+
+        rows = [json.loads(line) for line in suites.lines_of(path)]
+        rows = rows[:n] if seed is None else random.Random(seed).sample(rows, n)
+        found = []
+        for i in range(0, n, batch):
+            some = rows[i : i + batch]
+            texts = [row["text"] for row in some]
+            encoded = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            labels = torch.tensor([base.config.label2id[str(row["label"])] for row in some])
+            found.append({**encoded, "labels": labels})
+        return found
+
+    settings = {"task": data, "steps": steps, "batch": batch, "length": length, "held_out_rows": held_out}
+    return Task(settings, base, "SEQ_CLS", lambda n, seed: batches(train, n, seed), batches(judged, held_out, None))
+
+
+# Of each: how it is made, steps of a run, rows that a run is judged on.
+TASKS: dict[str, tuple[Callable[[str, int, int], Task], int, int]] = {
+    "gsm8k": (writing, 60, 64),
+    "dolly": (writing, 60, 64),
+    "banking77": (classifying, 80, 1000),
+}
+
+
+def run(task: Task, config: Any, rate: float, seed: int) -> dict[str, Any]:
+    """One training run from the base, linear decay of the rate after a tenth of warm-up; its figures on held-out rows."""
     import time
 
     import torch
@@ -149,89 +201,106 @@ def run(task: Task, config: Any, rate: float, steps: int, seed: int) -> dict[str
     model = get_peft_model(copy.deepcopy(task.base), copy.deepcopy(config))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    steps, batch_size = task.settings["steps"], task.settings["batch"]
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min((n + 1) / warm, (steps - n) / max(1, steps - warm))
     )
-    batches = task.train(steps * task.batch, seed)
+    batches = task.train(steps * batch_size, seed)
     random.Random(seed).shuffle(batches)
     model.train()
     began = time.process_time()
     for batch in batches[:steps]:
-        model(**batch, use_cache=False).loss.backward()
+        model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     seconds = time.process_time() - began
     return {
-        "rate": rate, "seed": seed, "loss": held_out_loss(model, task.held_out), "cpu_seconds": seconds,
+        "rate": rate, "seed": seed, **held_out_figures(model, task), "cpu_seconds": seconds,
         "trained": sum(p.numel() for p in trained),
     }  # fmt: skip
 
 
-def held_out_loss(model: Any, batches: Sequence[Mapping[str, Any]]) -> float:
+def held_out_figures(model: Any, task: Task) -> dict[str, float]:
+    """Loss by tokens, or by rows of a classifier, and then the share of rows that it gets right, too."""
     import torch
 
     model.eval()
-    total, tokens = 0.0, 0
+    classifies = task.task_type == "SEQ_CLS"
+    total, right, count = 0.0, 0, 0
     with torch.no_grad():
-        for batch in batches:
-            count = int((batch["labels"][:, 1:] != -100).sum())
-            total += float(model(**batch, use_cache=False).loss) * count
-            tokens += count
-    return total / tokens
+        for batch in task.held_out:
+            found, labels = model(**batch), batch["labels"]
+            counted = len(labels) if classifies else int((labels[:, 1:] != -100).sum())
+            total += float(found.loss) * counted
+            count += counted
+            if classifies:
+                right += int((found.logits.argmax(-1) == labels).sum())
+    return {"loss": total / count, **({"accuracy": right / count} if classifies else {})}
 
 
-def quality(data: str, steps: int, seeds: Sequence[int], held_out: int, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Search each method's rate on the first seed, run the best with the others; `keep` gets what is there after each run."""
-    import torch
+def contestants(task: Task) -> dict[str, Any]:
+    """PEFT's LoRA on every linear, and columns of as many parameters, chosen in every way. Where LoRA's default scale is
+    meant, it is the usual one, alpha = 2 r."""
     from peft import LoraConfig
 
     from spectrum_peft import SpectrumConfig
 
-    torch.set_num_threads(1)
-    task = Task(data, modes.BATCH, modes.LENGTH, held_out)
-    with_data = {"calibration_data": task.train(16, 1000)}
-    configs: dict[str, Any] = {
-        "lora": LoraConfig(r=modes.RANK, lora_alpha=2 * modes.RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
-        "columns": SpectrumConfig(**COLUMNS, task_type="CAUSAL_LM"),
-        "columns by activation": SpectrumConfig(**COLUMNS, columns_by="activation", **with_data, task_type="CAUSAL_LM"),
-        "columns by fisher": SpectrumConfig(**COLUMNS, columns_by="fisher", **with_data, task_type="CAUSAL_LM"),
-        "columns by spectrum": SpectrumConfig(**COLUMNS, columns_by="spectrum", criterion="mp", task_type="CAUSAL_LM"),
+    ways: dict[str, dict[str, Any]] = {
+        "columns": {},
+        "columns by activation": {"columns_by": "activation", "calibration_data": task.train(16, 1000)},
+        "columns by fisher": {"columns_by": "fisher", "calibration_data": task.train(16, 1000)},
+        "columns by spectrum": {"columns_by": "spectrum", "criterion": "mp"},
     }
-    found: dict[str, Any] = {
-        "task": data, "steps": steps, "batch": modes.BATCH, "length": modes.LENGTH, "held_out_rows": held_out,
-        "untrained": held_out_loss(task.base, task.held_out), "runs": {}, "best": {},
-    }  # fmt: skip
+    return {
+        "lora": LoraConfig(
+            r=modes.RANK, lora_alpha=2 * modes.RANK, target_modules="all-linear", task_type=task.task_type
+        ),
+        **{name: SpectrumConfig(**COLUMNS, **way, task_type=task.task_type) for name, way in ways.items()},
+    }
+
+
+def quality(
+    task: Task, seeds: Sequence[int], known: Mapping[str, Any], keep: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """Search each method's rate on the first seed, run the best with the others; LoRA and the random choice come first.
+
+    Args:
+        known: what an earlier call kept; its runs are taken up where they are of the same task and settings.
+        keep: gets what is there after each run.
+    """
+    same = all(known.get(key) == value for key, value in task.settings.items())
+    figures = held_out_figures(task.base, task)
+    untrained = {"untrained": figures.pop("loss"), **{f"untrained_{key}": value for key, value in figures.items()}}
+    found: dict[str, Any] = {**task.settings, **untrained, "runs": dict(known["runs"]) if same else {}}
+    configs = contestants(task)
 
     def one(name: str, rate: float, seed: int) -> float:
-        row = run(task, configs[name], rate, steps, seed)
-        found["runs"].setdefault(name, []).append(row)
-        print(data, name, row, file=sys.stderr, flush=True)
-        keep(found)
+        rows = found["runs"].setdefault(name, [])
+        row = next((row for row in rows if row["rate"] == rate and row["seed"] == seed), None)
+        if row is None:
+            row = run(task, configs[name], rate, seed)
+            rows.append(row)
+            print(task.settings["task"], name, row, file=sys.stderr, flush=True)
+            keep(found)
         return float(row["loss"])
 
-    for name in ("lora", "columns"):
-        losses = {rate: one(name, rate, seeds[0]) for rate in RATES[name]}
-        while (best := min(losses, key=lambda rate: losses[rate])) in (min(losses), max(losses)):
-            rate = best / 2 if best == min(losses) else best * 2
-            losses[rate] = one(name, rate, seeds[0])
-        found["best"][name] = best
-    for seed in seeds[1:]:
-        for name in ("lora", "columns"):
-            one(name, found["best"][name], seed)
-    for name in configs:  # the other ways to choose, at the rate of the random choice
-        if name not in RATES:
-            one(name, found["best"]["columns"], seeds[0])
-    losses = {name: [r["loss"] for r in found["runs"][name] if r["rate"] == found["best"][name]] for name in RATES}
-    differences = [a - b for a, b in zip(losses["columns"], losses["lora"], strict=True)]
-    found["columns_minus_lora"] = {
-        "mean": statistics.fmean(differences),
-        "by_seed": differences,
-        **({"sd": statistics.stdev(differences)} if len(differences) > 1 else {}),
-    }
-    keep(found)
+    rates: dict[str, float] = {}
+    scored = [name for name in configs if name not in ("lora", "columns")]
+    for names in (["lora", "columns"], scored):
+        for name in names:
+            # What is chosen by a score has a rate of its own; where it lies is not known, but near that of the random choice.
+            first = RATES if name not in scored else (rates["columns"] / 2, rates["columns"])
+            losses = {rate: one(name, rate, seeds[0]) for rate in first}
+            while (best := min(losses, key=lambda rate: losses[rate])) in (min(losses), max(losses)):
+                rate = best / 2 if best == min(losses) else best * 2
+                losses[rate] = one(name, rate, seeds[0])
+            rates[name] = best
+        for seed in seeds[1:]:
+            for name in names:
+                one(name, rates[name], seed)
 
 
 # --- result ----------------------------------------------------------------------------------------------------------
@@ -244,26 +313,36 @@ def merged(path: Path, part: str, data: Any) -> None:
     common.save(path, "columns", {**parts, "goals": GOALS, part: data})
 
 
+def part(path: Path, name: str) -> dict[str, Any]:
+    """A part of the result file; empty where there is none."""
+    found: dict[str, Any] = json.loads(path.read_text()).get(name, {}) if path.is_file() else {}
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quality", nargs="*", choices=("gsm8k", "dolly"), help="train on these instead; default gsm8k"
-    )
+    parser.add_argument("--quality", nargs="*", choices=list(TASKS), help="train on these instead; default all of them")
     parser.add_argument("--models", nargs="+", choices=modes.MODELS, default=list(modes.MODELS))
     parser.add_argument("--contests", nargs="+", choices=list(CONTESTS), default=list(CONTESTS))
     parser.add_argument("--no-dry-runs", action="store_true", help="leave the 8B shapes out")
-    parser.add_argument("--steps", type=int, default=None, help="timed steps, default 5; of a quality run, default 40")
+    parser.add_argument("--steps", type=int, help="timed steps, default 5; of a quality run, default as in TASKS")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--held-out", type=int, default=48, help="rows that a run is judged on")
+    parser.add_argument("--held-out", type=int, help="rows that a run is judged on; default as in TASKS")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if options.quality is not None:
-        for data in options.quality or ["gsm8k"]:
+        import torch
+
+        torch.set_num_threads(1)
+        for data in options.quality or list(TASKS):
+            make, steps, held_out = TASKS[data]
+            task = make(data, options.steps or steps, options.held_out or held_out)
+            name = f"quality {data}"
             quality(
-                data, options.steps or 40, range(options.seeds), options.held_out,
-                lambda found, data=data: merged(options.output, f"quality {data}", found),
+                task, range(options.seeds), part(options.output, name),
+                lambda found, name=name: merged(options.output, name, found),
             )  # fmt: skip
         return 0
     common.warn_if_busy()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
@@ -15,7 +17,9 @@ from spectrum_peft.plan import MODES
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import columns  # noqa: E402
 import quality  # noqa: E402
+import tables  # noqa: E402
 
 
 def summary(label: str, rate: float, figure: float | None) -> dict[str, Any]:
@@ -234,3 +238,62 @@ def test_a_head_is_not_fitted_on_what_trains_afterwards(tmp_path: Path, monkeypa
     trained = quality.lines_of(Path(config["dataset"]))
     assert used == rows[: quality.HEAD_ROWS] and trained == rows[quality.HEAD_ROWS :]
     assert config["model"] == str(base)
+
+
+def test_columns_are_held_against_lora_seed_by_seed_at_the_rate_that_was_best_for_each() -> None:
+    def runs(losses: Mapping[float, list[float]]) -> list[dict[str, Any]]:
+        return [
+            {"rate": rate, "seed": seed, "loss": loss, "accuracy": 1 - loss, "trained": 7}
+            for rate, found in losses.items() for seed, loss in enumerate(found)
+        ]  # fmt: skip
+
+    part = {
+        "task": "t", "steps": 1, "batch": 1, "length": 1, "held_out_rows": 1, "untrained": 1.0, "untrained_accuracy": 0.0,
+        "runs": {
+            "lora": runs({1.0: [0.5], 2.0: [0.3, 0.1, 0.2], 4.0: [0.4]}),
+            "columns": runs({1.0: [0.9], 2.0: [0.6, 0.5, 0.7]}),
+        },
+    }  # fmt: skip
+    machine = {"cpu": "x", "cores": 1}
+    text = tables.columns_quality({"quality t": part, "machine": machine, "written": "2026-01-01T"})
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n") if line.startswith("| t,")]
+    # Differences 0.3, 0.4, 0.5: mean 0.4, and 4.303 (Student's t, 2 degrees, 97.5 %) * 0.1 / sqrt(3) is 0.248.
+    assert rows == [
+        ["t, loss", "lora", "7", "2", "3", "0.2000", "", "-0.400 (-0.648 to -0.152)"],
+        ["t, loss", "columns", "7", "2, at the edge", "3", "0.6000", "+0.400 (+0.152 to +0.648)", ""],
+        ["t, accuracy", "lora", "7", "2", "3", "0.8000", "", "+0.400 (+0.152 to +0.648)"],
+        ["t, accuracy", "columns", "7", "2, at the edge", "3", "0.4000", "-0.400 (-0.648 to -0.152)", ""],
+    ]
+
+
+@pytest.mark.slow
+def test_the_comparison_of_columns_takes_up_what_an_earlier_call_kept(tiny_llama: Any) -> None:
+    import torch
+
+    def train(rows: int, seed: int) -> list[dict[str, Any]]:
+        generator = torch.Generator().manual_seed(seed)
+        found = [torch.randint(0, 9, (2, 8), generator=generator) for _ in range(rows // 2)]
+        return [{"input_ids": ids, "labels": ids} for ids in found]
+
+    settings = {"task": "tiny", "steps": 2, "batch": 2}
+    task = columns.Task(settings, tiny_llama, "CAUSAL_LM", train, train(4, 9))
+    kept: list[dict[str, Any]] = []
+    columns.quality(task, range(2), {}, lambda found: kept.append(copy.deepcopy(dict(found))))
+    runs = kept[-1]["runs"]
+    assert set(runs) == {"lora", "columns", "columns by activation", "columns by fisher", "columns by spectrum"}
+    for rows in runs.values():
+        tried = sorted(row["rate"] for row in rows if row["seed"] == 0)
+        best = tables.best_run(rows)["rate"]
+        assert tried[0] < best < tried[-1]
+        assert [row["rate"] for row in rows if row["seed"] == 1] == [best]
+    again: list[Any] = []
+    columns.quality(task, range(2), kept[1], lambda found: again.append(copy.deepcopy(dict(found))))
+    assert len(again) == len(kept) - 2  # two runs were there
+    untimed = [
+        {n: [{k: v for k, v in r.items() if k != "cpu_seconds"} for r in rows] for n, rows in done["runs"].items()}
+        for done in (again[-1], kept[-1])
+    ]
+    assert untimed[0] == untimed[1]
+    other = dataclasses.replace(task, settings={**settings, "steps": 1})
+    with pytest.raises(StopIteration):
+        columns.quality(other, range(2), kept[-1], lambda found: next(iter(())))
