@@ -264,7 +264,7 @@ def draw_svd(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
         title="Truncated SVD by a randomized range finder, float32",
     )  # fmt: skip
     [axes] = figure.axes
-    axes.set_yscale("log")
+    plots.log_scale(axes, "y")
     return plots.save(figure, path)
 
 
@@ -339,6 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     part.add_argument("--quality", action="store_true", help="the suites adapters-* of quality.py")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, or the small grids")
     parser.add_argument("--setup", action="store_true", help="time the set-up again, and keep the rest of the results")
+    part.add_argument("--draw", action="store_true", help="draw the kept times of decompositions; run nothing")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with a folder for each dataset")
     parser.add_argument("--output", type=Path, default=common.RESULTS / "adapters.json", help="of the timing")
     parser.add_argument("--picture", type=Path, default=common.ROOT / "docs" / "images" / "lorsa_setup.png")
@@ -346,6 +347,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quality:
         names = [name for name in quality.SUITES if name.startswith("adapters-")]
         quality.main([*names, "--data", str(options.data), *(["--quick"] if options.quick else [])])
+        return 0
+    if options.draw:
+        print(draw_svd(json.loads(options.output.read_text())["parts"]["svd"], options.picture))
         return 0
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -7,25 +7,31 @@ benchmarks/results/demo.json, the learning curves to docs/images/curves.png. Und
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 from pathlib import Path
 
 import common
 
-from spectrum_peft.demo import run
+from spectrum_peft.demo import draw_curves, run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("-o", "--output", type=Path, default=common.RESULTS / "demo.json")
+    parser.add_argument("--draw", action="store_true", help="draw the kept curves; run nothing")
     options = parser.parse_args()
+    picture = common.ROOT / "docs" / "images" / "curves.png"
+    if options.draw:
+        print(draw_curves(json.loads(options.output.read_text())["runs"], picture))
+        return
     common.warn_if_busy()
     facts = common.machine()
     with tempfile.TemporaryDirectory() as folder:
         found = run(Path(folder), options.steps)
-        shutil.copy(Path(folder) / "curves.png", common.ROOT / "docs" / "images" / "curves.png")
+        shutil.copy(Path(folder) / "curves.png", picture)
     for one in found["runs"]:
         one["model"] = Path(one["model"]).name  # the folder is this machine's
     keep = ("steps", "ratio", "scan_seconds", "seconds", "runs", "closing")

@@ -480,9 +480,10 @@ def draw(path: Path, folder: Path) -> Path:
             point = {"label": family, "x": one["figures"]["trainable_parameters"]["mean"], "y": figure["mean"]}
             points.append(point | ({} if figure["low"] is None else {end: figure[end] for end in ("low", "high")}))
     train, seeds = data["config"]["train"], data["config"]["seeds"]
+    bars = ", 95 % intervals" if any("low" in point for point in points) else ""
     figure = plots.trade_off(
         points, x_label="parameters that train", y_label=METRICS[data["metric"]].title, log_x=True,
-        title=f"{data['suite']}: {train['max_steps']} steps, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, 95 % intervals",
+        title=f"{data['suite']}: {train['max_steps']} steps, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}{bars}",
     )  # fmt: skip
     return plots.save(figure, folder / f"quality_{data['suite'].replace('-', '_')}.png")
 

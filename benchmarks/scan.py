@@ -303,24 +303,21 @@ def part_sizes(where: Path | None, max_billions: float, jobs: int | None) -> Ite
 
 
 def plot_sizes(sizes: Mapping[str, Any], path: Path) -> None:
-    import matplotlib
+    from spectrum_peft import plots
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    billions = [run["parameters"] / 1e9 for run in sizes.values()]
-    seconds = [run["seconds"] for run in sizes.values()]
-    axes.loglog(billions, seconds, "o-")
-    for name, x, y in zip(sizes, billions, seconds, strict=True):
-        axes.annotate(f"{name}\n{y:.0f} s", (x, y), textcoords="offset points", xytext=(6, -14), fontsize=8)
-    axes.set_xlabel("billion parameters")
-    axes.set_ylabel("seconds, whole process")
-    axes.set_title("Scan of sharded bfloat16 checkpoints")
-    axes.grid(True, which="both", alpha=0.3)
-    axes.margins(0.2)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    points = [{"label": "scan", "x": run["parameters"], "y": run["seconds"]} for run in sizes.values()]
+    figure = plots.trade_off(
+        points, x_label="parameters", y_label="seconds, whole process", log_x=True,
+        title="Scan of sharded bfloat16 checkpoints",
+    )  # fmt: skip
+    [axes] = figure.axes
+    plots.log_scale(axes, "y")
+    axes.get_legend().remove()
+    for name, point in zip(sizes, points, strict=True):
+        text = f"{name}: {point['y']:.0f} s"
+        axes.annotate(text, (point["x"], point["y"]), (-8, 4), textcoords="offset points", ha="right", fontsize=9)
+    axes.set_xlim(3e7, 1.2e10)
+    plots.save(figure, path)
 
 
 # --- imports ---------------------------------------------------------------------------------------------------------
@@ -434,6 +431,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where synthetic checkpoints are written; default: the system's")
     parser.add_argument("--max-billions", type=float, default=7.0, help="leave out synthetic checkpoints above this")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--draw", action="store_true", help="draw the kept times of synthetic checkpoints; run nothing")
     parser.add_argument("--jobs", type=int, help="of the scans of synthetic checkpoints")
     parser.add_argument("-o", "--output", type=Path, default=common.RESULTS / "scan.json")
     options = parser.parse_args()
@@ -446,6 +444,10 @@ def main() -> None:
         parts[name] = {**result, "machine": facts, "scan_cache": "empty before every scan"}
         common.save(options.output, "scan", {"goals": GOALS, "parts": {p: parts[p] for p in PARTS if p in parts}})
 
+    sizes = options.output.with_name(options.output.stem + "_sizes.png")
+    if options.draw:
+        plot_sizes(parts["sizes"]["runs"], sizes)
+        return
     model = options.model
     if model is None and set(options.parts) - {"sizes"}:
         from spectrum_peft import demo
@@ -467,7 +469,7 @@ def main() -> None:
                 runs[shape] = run
                 keep(name, {"runs": runs}, facts)
             if runs:
-                plot_sizes(runs, options.output.with_name(options.output.stem + "_sizes.png"))
+                plot_sizes(runs, sizes)
     print_table(parts)
     print(f"\nwritten to {options.output}; every scan began with an empty cache")
 

@@ -210,10 +210,7 @@ def run(output: Path, steps: int = 24) -> dict[str, Any]:
     plots.save(plots.heat_map(report, scanner.plan), output / "scores.png")
     best = max((e for e in scanner.plan.entries if e.trains), key=lambda e: e.score or 0.0)
     plots.save(plots.spectrum(spectrum_of(str(model), best.name)), output / "one-matrix.png")
-    drawn = [_curve(r) for r in runs]
-    title = "SmolLM2-135M on Python's help topics; below, the difference to full"
-    whole = next(curve["label"] for curve, r in zip(drawn, runs, strict=True) if r["mode"] == "full")
-    plots.save(plots.curves(drawn, title=title, reference=whole), output / "curves.png")
+    draw_curves(runs, output / "curves.png")
     results = {
         "model": "SmolLM2-135M-Instruct",
         "ratio": RATIO,
@@ -292,6 +289,16 @@ def closing_lines(runs: Sequence[Mapping[str, Any]], steps: int) -> list[str]:
         "learning rate: it shows that all of them run and what they cost, not which one is best."
     )
     return lines
+
+
+def draw_curves(runs: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """The losses of the runs, held-out ones as marks, and how much higher each is than that of `full`."""
+    from . import plots
+
+    drawn = [_curve(r) for r in runs]
+    whole = next(curve["label"] for curve, r in zip(drawn, runs, strict=True) if r["mode"] == "full")
+    title = "SmolLM2-135M on Python's help topics; below, the difference to full"
+    return plots.save(plots.curves(drawn, title=title, reference=whole), path)
 
 
 def _curve(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".pdf", ".svg")
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# After those, of Tol's muted scheme what lies furthest from them (https://sronpersonalpages.nl/~pault/).
+_MORE_COLOURS = ("#882255", "#999933", "#332288", "#7f7f7f", "#44AA99")
 _LINES = ("-", "--", "-.", ":")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
 _INFINITE: dict[str, Any] = {"facecolor": "#d9d9d9", "edgecolor": "#6b6b6b", "hatch": "////"}
 _CELL = 0.32  # inches
 _DPI = 160
-_SHORT_LEGEND = 6  # lines
+_SHORT_LEGEND = 5  # lines
 _MANY_POINTS = 20  # of a curve, above which its running mean is drawn over it
 
 
@@ -77,9 +79,38 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
 
 
+def colours(n: int) -> list[str]:
+    """One colour for each of n labels, no two alike: chosen ones for up to twelve, points of a scale for more."""
+    chosen = [*_COLOURS, *_MORE_COLOURS]
+    if n <= len(chosen):
+        return chosen[:n]
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["turbo"](x)) for x in np.linspace(0, 1, n)]
+
+
 def _mark(i: int) -> str:
-    """Of the i-th label: the colours repeat after seven, and the mark must then be another one."""
-    return _MARKS[(i + i // len(_COLOURS)) % len(_MARKS)]
+    """Of the i-th label: the marks repeat after seven, and the line must then be another one."""
+    return _MARKS[(i + i // len(_MARKS)) % len(_MARKS)]
+
+
+def log_scale(axes: Axes, which: str) -> None:
+    """A logarithmic axis (`x` or `y`) whose ticks are few and plain numbers: 20k, 1M, 7B; 0.01, 0.1, 1.
+
+    Over less than two decades the ticks are 1, 2 and 5 of each, else the powers of ten.
+    """
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high / low >= 100 else (1.0, 2.0, 5.0)))
+    large = EngFormatter(sep="")
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: large(value).replace("G", "B") if value >= 1000 else f"{value:g}")
+    )
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _quiet(axes: Axes) -> None:
@@ -346,6 +377,7 @@ def components(plans: Mapping[str, Plan], *, bins: int = 32) -> Figure:
     kinds = sorted({entries[name].kind for found in chosen.values() for name in found})
     looked_at = {name: _looked_at(plan, name) for plan in plans.values() for name in chosen_components(plan)}
     several = len(plans) > 1
+    inks = colours(len(plans))
     columns = min(3, len(kinds))
     rows = -(-len(kinds) // columns)
     figure = _figure(4.0 * columns + (3.6 if several else 0.6), 2.4 * rows + 0.9)
@@ -363,7 +395,7 @@ def components(plans: Mapping[str, Plan], *, bins: int = 32) -> Figure:
             taken, _ = np.histogram([c for name in mine for c in found[name]], edges)
             there, _ = np.histogram([c for name in mine for c in range(looked_at[name])], edges)
             axes.stairs(
-                taken / np.maximum(there, 1), edges, label=_literal(label), color=_COLOURS[i % len(_COLOURS)],
+                taken / np.maximum(there, 1), edges, label=_literal(label), color=inks[i],
                 linestyle=_LINES[i % len(_LINES)], linewidth=1.6,
             )  # fmt: skip
         chance = [len(f[name]) / looked_at[name] for f in chosen.values() for name in members if name in f]
@@ -475,6 +507,7 @@ def curves(
         _quiet(below)
     _quiet(axes)
     smoothed: list[tuple[np.ndarray, np.ndarray]] = []
+    inks = colours(len(runs))
     for i, run in enumerate(runs):
         label, steps, loss = run["label"], np.asarray(run["steps"], float), np.asarray(run["loss"], float)
         if steps.shape != loss.shape or steps.ndim != 1:
@@ -483,17 +516,19 @@ def curves(
         if not finite.all():
             label += f" ({(~finite).sum()} losses not finite)"
         steps, loss = steps[finite], loss[finite]
-        colour, line = _COLOURS[i % len(_COLOURS)], _LINES[i % len(_LINES)]
+        colour, line = inks[i], _LINES[i % len(_LINES)]
         if len(loss) > _MANY_POINTS:
             axes.plot(steps, loss, color=colour, alpha=0.25, linewidth=0.8)
             loss = _running_mean(loss, max(len(loss) // 20, 5))
         smoothed.append((steps, loss))
-        last = f": {loss[-1]:.4g}" if len(loss) else ""
+        last = f": {loss[-1]:.4g} at the end" if len(loss) else ""
         axes.plot(steps, loss, color=colour, linestyle=line, linewidth=1.9, label=_literal(f"{label}{last}"))
         if held_out := run.get("held_out"):
             axes.plot(
-                list(held_out), list(held_out.values()), linestyle="none", marker=_mark(i),
-                color=colour, markeredgecolor="white", markersize=7, label=_literal(f"{run['label']}, held out"),
+                list(held_out), list(held_out.values()), linestyle="none", marker=_mark(i), markerfacecolor="none",
+                # Hollow and of several sizes: those of one height stay to be seen.
+                markeredgecolor=colour, markeredgewidth=1.8, markersize=8 + 3 * (i % 3),
+                label=_literal(f"{run['label']}, held out"),
             )  # fmt: skip
     if below is not None:
         _draw_differences(below, smoothed, labels.index(reference))
@@ -508,11 +543,12 @@ def curves(
 def _draw_differences(axes: Axes, runs: Sequence[tuple[np.ndarray, np.ndarray]], reference: int) -> None:
     """Each run's loss less the reference's, at the steps that both have."""
     steps, loss = runs[reference]
-    axes.axhline(0, color=_COLOURS[reference % len(_COLOURS)], linestyle=_LINES[reference % len(_LINES)], linewidth=1.2)
+    inks = colours(len(runs))
+    axes.axhline(0, color=inks[reference], linestyle=_LINES[reference % len(_LINES)], linewidth=1.2)
     for i, (own_steps, own) in enumerate(runs):
         if i != reference:
             shared, here, there = np.intersect1d(own_steps, steps, return_indices=True)
-            colour, line = _COLOURS[i % len(_COLOURS)], _LINES[i % len(_LINES)]
+            colour, line = inks[i], _LINES[i % len(_LINES)]
             axes.plot(shared, own[here] - loss[there], color=colour, linestyle=line, linewidth=1.6)
 
 
@@ -548,17 +584,22 @@ def trade_off(
     figure = _figure(*size)
     axes = figure.add_subplot()
     _quiet(axes)
-    for i, label in enumerate(dict.fromkeys(p["label"] for p in points)):
+    labels = list(dict.fromkeys(p["label"] for p in points))
+    for i, (label, colour) in enumerate(zip(labels, colours(len(labels)), strict=True)):
         own = sorted((p for p in points if p["label"] == label), key=lambda p: p["x"])
-        y = [p["y"] for p in own]
-        spread = [[p["y"] - p.get("low", p["y"]) for p in own], [p.get("high", p["y"]) - p["y"] for p in own]]
-        axes.errorbar(
-            [p["x"] for p in own], y, yerr=spread, label=_literal(label), color=_COLOURS[i % len(_COLOURS)],
-            marker=_mark(i), linestyle=_LINES[i // len(_COLOURS) % len(_LINES)], markersize=7,
-            markeredgecolor="white", linewidth=1.3, capsize=3,
+        bars = [p for p in own if "low" in p and "high" in p]
+        if bars:
+            spread = [[p["y"] - p["low"] for p in bars], [p["high"] - p["y"] for p in bars]]
+            axes.errorbar(
+                [p["x"] for p in bars], [p["y"] for p in bars], yerr=spread, color=colour, linestyle="none",
+                linewidth=1.3, capsize=3,
+            )  # fmt: skip
+        axes.plot(
+            [p["x"] for p in own], [p["y"] for p in own], label=_literal(label), color=colour, marker=_mark(i),
+            linestyle=_LINES[i // len(_MARKS) % len(_LINES)], markersize=7, markeredgecolor="white", linewidth=1.3,
         )  # fmt: skip
     if log_x:
-        axes.set_xscale("log")
+        log_scale(axes, "x")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_title(title, loc="left", fontsize=11)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import math
+import re
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -167,7 +169,7 @@ def test_each_run_has_a_colour_and_a_line_of_its_own():
     runs = [{"label": f"run {i}", "steps": [1, 2, 3], "loss": [3.0, 2.0, 1.0 + i]} for i in range(4)]
     axes = plots.curves(runs).axes[0]
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 4
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == [f"run {i}: {1 + i}" for i in range(4)]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == [f"run {i}: {1 + i} at the end" for i in range(4)]
 
 
 def test_a_long_curve_is_drawn_under_its_running_mean():
@@ -181,7 +183,7 @@ def test_a_long_curve_is_drawn_under_its_running_mean():
 
 def test_losses_that_are_not_finite_are_counted_in_the_label():
     axes = plots.curves([{"label": "a", "steps": [1, 2, 3], "loss": [1.0, math.nan, math.inf]}]).axes[0]
-    assert axes.get_legend().get_texts()[0].get_text() == "a (2 losses not finite): 1"
+    assert axes.get_legend().get_texts()[0].get_text() == "a (2 losses not finite): 1 at the end"
 
 
 def test_held_out_losses_are_marks():
@@ -203,11 +205,38 @@ def test_a_trade_off_has_one_line_a_label_in_order_of_cost():
     points = [{"label": "a", "x": x, "y": x / 10, "low": x / 10 - 0.1, "high": x / 10 + 0.2} for x in (4, 1, 2)]
     points.append({"label": "b", "x": 3, "y": 0.5})
     axes = plots.trade_off(points, x_label="GiB", y_label="accuracy", log_x=True).axes[0]
-    line, bars = axes.containers[0].lines[0], axes.containers[0].lines[2][0]
-    assert list(line.get_xdata()) == [1, 2, 4]
-    assert bars.get_segments()[0][:, 1] == pytest.approx([0.0, 0.3])
-    assert len(axes.containers) == 2
+    lines = {line.get_label(): line for line in axes.lines}
+    assert list(lines["a"].get_xdata()) == [1, 2, 4]
+    [spread] = axes.containers  # of "b" none is known, and none is drawn
+    assert spread.lines[2][0].get_segments()[0][:, 1] == pytest.approx([0.0, 0.3])
     assert axes.get_xscale() == "log"
+
+
+@pytest.mark.parametrize("n", [7, 9, 12, 30])
+def test_no_two_labels_share_a_colour_or_look_alike_in_grey(n):
+    points = [{"label": str(i), "x": 10 + i, "y": i} for i in range(n)]
+    drawn = plots.trade_off(points, x_label="x", y_label="y").axes[0].lines
+    assert len({line.get_color() for line in drawn}) == n
+    assert len({(line.get_marker(), line.get_linestyle()) for line in drawn}) == min(n, 28)  # seven marks, four lines
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.2e5, 1.3e6), (3e4, 2.3e7), (5, 9), (100, 900), (2e8, 7e9), (1e-3, 0.4)])
+def test_the_ticks_of_a_logarithm_do_not_touch_and_are_plain_numbers(low, high):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    points = [{"label": "a", "x": x, "y": 1.0} for x in (low, high)]
+    figure = plots.trade_off(points, x_label="x", y_label="y", log_x=True, size=(4.1, 3.2))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    left, right = figure.axes[0].get_xlim()
+    ticks = [
+        tick.label1
+        for tick in [*figure.axes[0].xaxis.get_major_ticks(), *figure.axes[0].xaxis.get_minor_ticks()]
+        if tick.label1.get_text() and left <= tick.get_loc() <= right
+    ]
+    boxes = sorted((t.get_window_extent(canvas.get_renderer()) for t in ticks), key=lambda box: box.x0)
+    assert boxes and all(a.x1 + 2 < b.x0 for a, b in pairwise(boxes))
+    assert all(re.fullmatch(r"\d+(\.\d+)?[kMB]?", t.get_text()) for t in ticks)
 
 
 # --- files and the library -------------------------------------------------------------------------------------------

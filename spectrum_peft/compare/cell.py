@@ -21,7 +21,7 @@ from typing import Any
 from ..arguments import Rest
 from ..errors import CheckpointError
 from ..machine import OtherLoad
-from ..records import RESULTS_FILE, checked, read_mapping, write_text
+from ..records import PLAN_FILE, RESULTS_FILE, checked, read_mapping, write_text
 
 RESULTS = "cell_results.json"
 MODEL = "model"
@@ -139,6 +139,8 @@ def measure(
             results["other_cores"] = load.cores(own)
             # `train` writes it into the model's folder when that is whole; here it says that the model is.
             write_text(whole, (model / RESULTS_FILE).read_text(encoding="utf-8"))
+            if (model / PLAN_FILE).is_file():  # the report draws what it chose
+                write_text(folder / PLAN_FILE, (model / PLAN_FILE).read_text(encoding="utf-8"))
         trained = read_mapping(whole)
         source = str(model)
         results |= {name: trained[name] for name in _OF_TRAINING}

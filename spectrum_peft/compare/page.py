@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import plots
-from ..records import SnrReport
+from ..records import Plan, SnrReport
 from .figures import FIGURES, FORGETTING, columns, figure_of, of_base, order, shown, spread
 from .settings import METRICS, rate_text
 
@@ -85,7 +85,11 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, tuple[str, Path]
         figures["curves"] = ("Training loss, mean over the seeds", plots.curves(curves, size=_SIZE))
     if results["scan"] is not None:
         scan = SnrReport.from_dict(results["scan"])
-        figures["scan"] = (f"The scan: scores by {scan.criterion!r} of every matrix", plots.heat_map(scan))
+        text, plan = f"The scan: how high each matrix scores by {scan.criterion!r} within its kind", None
+        if chosen := results.get("chosen"):
+            plan = Plan.from_dict(chosen["plan"])
+            text += f"; the dots are what {chosen['label']!r} trains"
+        figures["scan"] = (text, plots.heat_map(scan, plan))
     drawn = {}
     for name, (text, figure) in figures.items():
         drawn[name] = (text, plots.save(figure, folder / f"{name}.svg"))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..machine import BUSY
-from ..records import SnrReport
+from ..plan import MODES
+from ..records import PLAN_FILE, Plan, SnrReport
 from .figures import FIGURES, FORGETTING
 from .matrix import Contestant
 from .settings import METRICS, Comparison
@@ -130,6 +131,7 @@ def collect(
         s["label"]: s["metrics"][metric] for s in summaries if s["metrics"].get(metric, {}).get("mean") is not None
     }
     best = not_told_apart(ranked, METRICS[metric].higher)
+    by_rank = sorted(ranked, key=lambda label: ranked[label]["mean"], reverse=METRICS[metric].higher)
     return {
         "record": "comparison",
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -147,7 +149,20 @@ def collect(
         "contestants": summaries,
         "cells": cells,
         "scan": None if scan is None else scan.to_dict(),
+        "chosen": None if scan is None else _chosen(by_rank, outcomes, scan.criterion),
     }  # fmt: skip
+
+
+def _chosen(by_rank: Sequence[str], outcomes: Sequence[Outcome], criterion: str) -> dict[str, Any] | None:
+    """{label, plan} of the best-ranked contestant that chose matrices by this criterion; None where no plan was kept."""
+    for label in by_rank:
+        for outcome in outcomes:
+            path = outcome.log.parent / PLAN_FILE
+            if outcome.cell.label == label and outcome.results is not None and path.is_file():
+                plan = Plan.load(path)
+                if plan.criterion == criterion and MODES[plan.mode].selective:
+                    return {"label": label, "plan": plan.to_dict()}
+    return None
 
 
 def _untrained(

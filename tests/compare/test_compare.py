@@ -39,8 +39,8 @@ from spectrum_peft.compare.settings import Comparison
 from spectrum_peft.compare.statistics import interval, not_told_apart
 from spectrum_peft.errors import ComparisonError, OptionError
 from spectrum_peft.machine import machine
-from spectrum_peft.plan import MODES
-from spectrum_peft.records import finite_only
+from spectrum_peft.plan import MODES, make_plan
+from spectrum_peft.records import PLAN_FILE, Plan, finite_only
 
 TRAIN = {"model": "m", "dataset": "d.jsonl", "eval_dataset": "e.jsonl"}
 SELECTIVE = [name for name, mode in MODES.items() if mode.selective]
@@ -705,6 +705,31 @@ def test_the_scan_in_the_report_is_that_of_the_model(tmp_path: Path, llama_repor
     llama_report().save(tmp_path / "scans" / f"spectrum-{'a' * 12}.json")
     assert scan_of(one, "b" * 64) is None
     assert scan_of(one, "a" * 64) is not None
+
+
+def test_the_scan_is_drawn_with_what_the_best_that_chose_by_it_trains(
+    tmp_path: Path, llama_report: Callable[..., Any]
+) -> None:
+    scan = llama_report()
+    outcomes = []
+    for label, loss, options in (
+        ("all of it", 1.0, {"mode": "lora"}),
+        ("by another score", 1.5, {"mode": "spectrum", "criterion": "random", "spectrum_ratio": 0.5}),
+        ("a quarter", 2.0, {"mode": "spectrum", "spectrum_ratio": 0.25}),
+        ("a half", 2.5, {"mode": "spectrum", "spectrum_ratio": 0.5}),
+    ):
+        folder = tmp_path / label
+        folder.mkdir()
+        plan = make_plan(dataclasses.replace(scan, criterion=options.pop("criterion", scan.criterion)), **options)
+        plan.save(folder / PLAN_FILE)
+        outcomes.append(dataclasses.replace(outcome(label, 0, loss), log=folder / "log.txt"))
+    found = collect(comparison(), [o.cell.contestant for o in outcomes], outcomes, machine(), scan)
+    assert found["chosen"]["label"] == "a quarter"
+    pictures = page.draw(json.loads(json.dumps(found)), tmp_path / "plots")
+    text, path = pictures["scan"]
+    assert "'a quarter' trains" in text
+    chosen = len(Plan.from_dict(found["chosen"]["plan"]).trainable_names)
+    assert f"chosen ({chosen})" in path.read_text()
 
 
 def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(
