@@ -551,6 +551,79 @@ def _fitted_rate(asked: _Best, others: list[_Best]) -> float:
     return float(asked.usual * math.exp(scale) / asked.steps**0.5)
 
 
+def tuned() -> str:
+    """Where tunes ended beside the whole grid, on the evaluation rows, and what share of its steps they took."""
+    rows, facts = [], []
+    data = result("tune")
+    for name, part in data["parts"].items():
+        if not part["tunes"]:
+            continue
+        facts.append(
+            f"{name}: {_MODELS[part['model']]}, {part['steps']} steps of {part['batch']} rows, {len(part['grid'])} cells of the "
+            f"grid with {len(part['seeds'])} seeds, {part['judged']} search and evaluation rows"
+        )
+        best = f"{part['best']['contestant']} at {part['best']['rate']:g}"
+        for one in part["tunes"]:
+            rows.append([
+                name, str(one["race_seed"]), f"{one['contestant']} at {one['rate']:g}", best, _spread(one["to_best"], "+"),
+                "yes" if one["within_noise"] else "no", _spread(one["to_best_default"], "+"),
+                "yes" if one["not_worse_than_default"] else "no", f"{one['share']:.2f}",
+            ])  # fmt: skip
+    heads = [
+        "data", "race's seed", "tune ends with", "the grid's best", "worse by (95 %)", "within noise",
+        "worse than the best default by", "no worse", "steps, of the grid's",
+    ]  # fmt: skip
+    return f"{table(heads, rows)}\n{'; '.join(facts)} (`benchmarks/tune.py`; {machine(data)}).\n"
+
+
+def tune_estimates() -> str:
+    """What a tune says before its first run, beside what was measured."""
+    rows = []
+    data = result("tune")
+    for name, part in data["parts"].items():
+        memory = {one["contestant"]: one for one in part.get("memory", ())}
+        tunes = part["tunes"]
+        for label in tunes[0]["steps_met"] if tunes else ():
+            met = tunes[0]["steps_met"][label]
+            said = [one["expected_step"][label] for one in tunes]
+            sizes = memory.get(label)
+            rows.append([
+                name, label, *([f"{sizes[k] / 2**20:,.0f} MiB" for k in ("predicted", "measured")] if sizes else ["", ""]),
+                f"{sizes['predicted'] / sizes['measured'] - 1:+.1%}" if sizes else "",
+                ", ".join(f"{s:.3g}" for s in said) + " s", f"{met:.3g} s", ", ".join(f"{s / met - 1:+.0%}" for s in said),
+            ])  # fmt: skip
+        for one in tunes:
+            off = one["expected_seconds"] / one["seconds"] - 1
+            rows.append([
+                name, f"the whole tune, seed {one['race_seed']}", "", "", "", f"{one['expected_seconds'] / 3600:.2f} h",
+                f"{one['seconds'] / 3600:.2f} h", f"{off:+.0%}",
+            ])  # fmt: skip
+    heads = ["data", "contestant", "memory, said", "measured", "error", "a step, said", "measured", "error"]
+    return f"{table(heads, rows)}\n(`benchmarks/tune.py`; {machine(data)})\n"
+
+
+def raced() -> str:
+    """The rate that `--learning-rate auto` finds beside the default and the best of a grid of whole runs."""
+    data = result("race")
+    rows = []
+    for one in data["runs"]:
+        rows.append([
+            f"{one['suite']}, {one['steps']} steps", f"`{one['contestant']}`, seed {one['seed']}",
+            *(f"{one[f'{k}_rate']:.2g}: {one[f'{k}_loss']:.4f}" for k in ("default", "raced", "best")),
+            f"{one['raced_loss'] - one['best_loss']:+.4f}", f"{one['race_steps'] / one['steps']:.0%}",
+        ])  # fmt: skip
+    heads = [
+        "data", "trained how", "at the default rate", "at the raced one", "at the grid's best", "raced less best",
+        "steps of the race",
+    ]  # fmt: skip
+    near = sum(0.5 <= one["raced_rate"] / one["best_rate"] <= 2 for one in data["runs"])
+    better = sum(one["raced_loss"] <= one["default_loss"] for one in data["runs"])
+    return (
+        f"{table(heads, rows)}\nHeld-out loss. The raced rate is within a factor of two of the grid's best in {near} of "
+        f"{len(rows)} runs, and no worse than the default in {better} (`benchmarks/race.py`; {machine(data)}).\n"
+    )
+
+
 def _spread(found: Mapping[str, Any] | None, sign: str) -> str:
     """Mean and 95 % interval; an interval of one run is left out."""
     if found is None:
@@ -844,6 +917,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "families_missing": families_missing,
     "modes": modes, "claims": claims, "demo": demo, "scan": scan, "rates": rates,
     "scan_short": partial(scan, short=True), "dispatches": dispatches, "fuzz": fuzz, "kills": kills,
+    "tune": tuned, "tune_estimates": tune_estimates, "race": raced,
     "long": long_runs, "onto": onto, "merge": merge,
     **{f"similarity_{part}": partial(similarity, part) for part in ("kinds", "sketches", "sharing")},
     **{f"memory_{part}": partial(memory, f"memory_{part}") for part in _MEMORY},

@@ -561,6 +561,21 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return mean
 
 
+def front(points: Sequence[Mapping[str, Any]], higher: bool) -> list[Mapping[str, Any]]:
+    """The points of the Pareto front: none costs as little or less and is better, or costs less and is as good.
+
+    Args:
+        points: mappings with `x`, the cost, and `y`. higher: larger y are better.
+    Returns:
+        In the order of cost.
+    """
+    found: list[Mapping[str, Any]] = []
+    for point in sorted(points, key=lambda p: (p["x"], -p["y"] if higher else p["y"])):
+        if not found or (point["y"] > found[-1]["y"] if higher else point["y"] < found[-1]["y"]):
+            found.append(point)
+    return found
+
+
 def trade_off(
     points: Sequence[Mapping[str, Any]],
     *,
@@ -568,12 +583,14 @@ def trade_off(
     y_label: str,
     title: str = "",
     log_x: bool = False,
+    higher: bool | None = None,
     size: tuple[float, float] = (7.6, 4.8),
 ) -> Figure:
     """What quality costs: one mark for each measurement, a line through those of one label, spread as bars.
 
     Args:
         points: mappings with `label`, `x`, `y`, and optionally `low` and `high`, the ends of the spread of y.
+        higher: larger (True) or smaller (False) y are better, and the Pareto front is drawn; None: no front.
         size: width and height in inches; a long legend below comes on top of it.
     Raises:
         OptionError: no point.
@@ -584,6 +601,12 @@ def trade_off(
     figure = _figure(*size)
     axes = figure.add_subplot()
     _quiet(axes)
+    if higher is not None:
+        edge = front(points, higher)
+        axes.step(
+            [p["x"] for p in edge], [p["y"] for p in edge], where="post", color="#8a8a8a", linewidth=1.2, linestyle=":",
+            label="no cheaper one is better", zorder=1,
+        )  # fmt: skip
     labels = list(dict.fromkeys(p["label"] for p in points))
     for i, (label, colour) in enumerate(zip(labels, colours(len(labels)), strict=True)):
         own = sorted((p for p in points if p["label"] == label), key=lambda p: p["x"])

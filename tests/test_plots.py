@@ -201,6 +201,22 @@ def test_bad_runs_are_refused_by_name():
         plots.trade_off([], x_label="x", y_label="y")
 
 
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_front_is_what_nothing_else_beats_at_its_cost(higher):
+    sign = 1 if higher else -1
+    points = [{"x": x, "y": sign * y} for x, y in ((3, 5), (1, 2), (2, 2), (2, 4), (4, 5), (1, 1), (5, 6), (2, 4))]
+
+    def beaten(p):  # the definition, pair by pair
+        worse = [sign * (q["y"] - p["y"]) for q in points if q["x"] < p["x"]]
+        equal = [sign * (q["y"] - p["y"]) for q in points if q["x"] == p["x"]]
+        return any(d >= 0 for d in worse) or any(d > 0 for d in equal)
+
+    found = [(p["x"], p["y"]) for p in plots.front(points, higher)]
+    assert found == sorted({(p["x"], p["y"]) for p in points if not beaten(p)})
+    axes = plots.trade_off([{"label": "a", **p} for p in points], x_label="x", y_label="y", higher=higher).axes[0]
+    assert list(zip(*axes.lines[0].get_data(), strict=True)) == found
+
+
 def test_a_trade_off_has_one_line_a_label_in_order_of_cost():
     points = [{"label": "a", "x": x, "y": x / 10, "low": x / 10 - 0.1, "high": x / 10 + 0.2} for x in (4, 1, 2)]
     points.append({"label": "b", "x": 3, "y": 0.5})

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,6 +17,9 @@ from .compare import _train_options
 from .options import check_writable, given_plan_options, required
 from .train import VERB as TRAIN
 from .verb import Verb
+
+if TYPE_CHECKING:
+    from ..tuning import Tune
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,10 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=float,
         metavar="X",
-        help="the grid for all; default: four for each, by what trains",
+        help="the grid for all; default: four for each, about the default of its mode",
     )
     add("--finalists", type=int, metavar="N", help="beside plain LoRA and a random choice; default 3")
     add("--seeds", nargs="+", type=int, metavar="N", help="of the finals, at least three; default 0 1 2")
+    add("--race-seed", type=int, metavar="N", help="of every run of the race; default 1000")
     add(
         "--search-rows",
         type=int,
@@ -100,8 +104,8 @@ def tune(
         model: hub id or folder. dataset: hub id or file.
         output_dir: gets `recipe.yaml`, the trained winner in `model/`, `report.html`, `results.json`.
         settings: `memory` ("24GiB"), `hours`, `metric`, `batch_size`, `contestants`, `learning_rates`, `finalists`, `seeds`,
-            `search_rows`, `error`, `storage`, `better`, `max_new_tokens`; every other one is a flag of `train` or of the
-            trainer's own arguments.
+            `race_seed`, `search_rows`, `error`, `storage`, `better`, `max_new_tokens`; every other one is a flag of `train` or
+            of the trainer's own arguments.
     Returns:
         What `results.json` holds: the comparison of the finalists, and in `tune` the `winner`, its `rate` and the `sentence`.
     Raises:
@@ -136,6 +140,22 @@ def as_mapping(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _tune(given: Mapping[str, Any], train: Mapping[str, Any], output: Any, source: str) -> dict[str, Any]:
+    from .. import tuning
+
+    one = opened(given, train, output, source)
+    one.prepare()
+    one.work()
+    return tuning.finish(one)
+
+
+def opened(given: Mapping[str, Any], train: Mapping[str, Any], output: Any, source: str) -> Tune:
+    """A tune, checked as far as can be before anything is run, its folder taken.
+
+    Args:
+        given: values of `tuning.KEYS`. train: keys of `train`. output: folder. source: where they stand, for messages.
+    Raises:
+        OptionError, DataError, CheckpointError, InstallError.
+    """
     from .. import compare, plots, tuning
     from ..compare.matrix import Cell, Contestant, contestants_of
     from ..compare.runs import inputs_of
@@ -195,9 +215,7 @@ def _tune(given: Mapping[str, Any], train: Mapping[str, Any], output: Any, sourc
         asked, settled, inputs_of(compared([]))["model"], compared=compared, made=made, check=check, announce=_say
     )
     one.open()
-    one.prepare()
-    one.work()
-    return tuning.finish(one)
+    return one
 
 
 def _say(line: str) -> None:

@@ -21,7 +21,7 @@ _SIZE = (4.1, 3.2)  # inches: on a phone a letter of it is nearly as large as on
 _GROWTH = 1.4
 _COSTS = {
     "peak_memory_bytes": ("memory", "peak memory, GiB", 2**30),
-    "train_seconds": ("time", "seconds of training", 1),
+    "seconds_per_step": ("time", "seconds of a step", 1),
     "trainable_parameters": ("parameters", "trained parameters, millions", 1e6),
 }
 # Colours of a picture that depend on the paper.
@@ -73,9 +73,12 @@ def draw(results: Mapping[str, Any], folder: Path) -> dict[str, tuple[str, Path]
         ]  # fmt: skip
         if points:
             figure = plots.trade_off(
-                points, x_label=label, y_label=title, log_x=name == "trainable_parameters", size=_SIZE
-            )
+                points, x_label=label, y_label=title, log_x=name == "trainable_parameters", higher=METRICS[metric].higher,
+                size=_SIZE,
+            )  # fmt: skip
             figures[short] = (f"{title} against {label.partition(',')[0]}", figure)
+    for one in results.get("pictures", ()):
+        figures[one["name"]] = (one["title"], plots.trade_off(**one["trade_off"], size=_SIZE))
     curves = [
         {"label": s["label"], "steps": [p[0] for p in c], "loss": [p[1] for p in c]}
         for s in order(results)

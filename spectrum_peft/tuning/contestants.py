@@ -19,21 +19,22 @@ from .settings import Asked
 RANK, RATIO = 16, 0.25
 # The names of the two that every final has: what is usual, and what choosing must beat.
 LORA, RANDOM = "lora r16", "real 0.25 random"
-# Learning rates by what a chosen module becomes: a logarithmic grid, the likeliest first. In 50 to 150 steps on models of 22 M to
-# 135 M parameters the best lay at 1e-4 to 1e-3 for real weights and 3e-4 to 3e-3 for adapters (docs/results.md); the race goes on
-# beyond an edge that is best.
-_RATES = {"train": (3e-4, 1e-4, 1e-3, 3e-5), "lorsa": (3e-3, 1e-3, 1e-2, 3e-4)}
-_ADAPTER_RATES = (1e-3, 3e-4, 3e-3, 1e-4)
+# Beside the default rate of the mode, which is within a factor of two of the best in most searches (docs/results.md): a
+# logarithmic grid, the likeliest first. The race goes on beyond an edge that is best.
+_FACTORS = (1.0, 1 / 3, 3.0, 1 / 9)
 
 
-def rates_of(contestant: Contestant, asked: Asked) -> tuple[float, ...]:
-    """The rates that a contestant begins with, the likeliest first; one that names its own has that one."""
+def rates_of(contestant: Contestant, asked: Asked, steps: int) -> tuple[float, ...]:
+    """The rates that a contestant begins with in runs of so many steps, the default of its mode first; one that names its own has
+    that one.
+    """
     if contestant.settings.get("learning_rate") is not None:
         return (float(contestant.settings["learning_rate"]),)
     if asked.values["learning_rates"]:
         return tuple(asked.values["learning_rates"])
     mode = None if contestant.peft is not None else MODES.get(contestant.mode)
-    return _ADAPTER_RATES if mode is None else _RATES.get(mode.action, _ADAPTER_RATES)
+    usual = (mode or MODES["lora"]).rate_for(steps)
+    return tuple(float(f"{usual * factor:.2g}") for factor in _FACTORS)
 
 
 def next_rate(rates: Sequence[float], best: float) -> float | None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import plots
 from ..compare.figures import shown
 from ..compare.matrix import Contestant
 from ..compare.outcome import Outcome
@@ -75,7 +76,8 @@ def finish(tune: Tune) -> dict[str, Any]:
         "prices": {label: p.peak_bytes for label, p in prices.items()},
     }  # fmt: skip
     results["notes"] = [sentence, *_notes(tune), *results["notes"]]
-    results["sections"] = sections(results["tune"], results["metric"])
+    results["pictures"] = pictures(tune)
+    results["sections"] = [*fronts(results["pictures"]), *sections(results["tune"], results["metric"])]
     write_results(results, tune.output)
     write_recipe(
         tune.output, tune.asked, prices[winner], _rate(contestants, winner), best.cell.train["max_steps"], best.cell.seed or 0,
@@ -156,6 +158,49 @@ def _notes(tune: Tune) -> list[str]:
     if tune.final_steps() < tune.prepared.outline.steps:
         notes.append(f"the finals were cut to {tune.final_steps()} steps for want of time")
     return notes
+
+
+def pictures(tune: Tune) -> list[dict[str, Any]]:
+    """What quality costs, of all who raced, each at its best rate after the first rung; arguments of `plots.trade_off`."""
+    metric = METRICS[tune.asked.metric]
+    prices = {p.contestant.label: p for p in tune.prepared.prices}
+    steps = tune.step_seconds(0)
+    best: dict[str, float] = {}
+    for row in tune.verdicts()[0]["runs"]:  # the best first
+        if row["value"] is not None:
+            best.setdefault(row["contestant"], row["value"])
+    costs = {
+        "memory": ("memory of a step by the dry run, GiB", {c: (p.peak_bytes or 0) / 2**30 for c, p in prices.items()}),
+        "time": ("seconds of a step", steps),
+        "parameters": ("trained parameters, millions", {c: p.trained / 1e6 for c, p in prices.items()}),
+    }
+    found = []
+    for name, (label, cost) in costs.items():
+        points = [{"label": c, "x": cost[c], "y": value} for c, value in best.items() if cost.get(c)]
+        if points:
+            title = (
+                f"All after {tune.prepared.outline.rungs[0]} steps: {metric.title} against {label.partition(',')[0]}"
+            )
+            drawn = {
+                "points": points, "x_label": label, "y_label": metric.title, "log_x": name == "parameters",
+                "higher": metric.higher,
+            }  # fmt: skip
+            found.append({"name": f"race-{name}", "title": title, "trade_off": drawn})
+    return found
+
+
+def fronts(drawn: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A table of who is on the Pareto fronts of `pictures`."""
+    rows = []
+    for one in drawn:
+        edge = plots.front(one["trade_off"]["points"], one["trade_off"]["higher"])
+        rows.append(
+            [one["trade_off"]["x_label"], "; ".join(f"{p['label']} ({p['x']:.3g}, {p['y']:.4g})" for p in edge)]
+        )
+    heads = ["cost", "contestants (cost, quality)"]
+    return (
+        [{"title": "After the first rung no cheaper one was better than", "heads": heads, "rows": rows}] if rows else []
+    )
 
 
 def sections(tune: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:

@@ -21,14 +21,16 @@ KEYS: dict[str, str] = {
     "better": "of your own function: higher or lower; default higher",
     "batch_size": "rows of an optimizer step; micro-batches are found by the memory; default 8",
     "contestants": "names of those that are there by default, or mappings as in compare; default: all that fit",
-    "learning_rates": "the grid for all; default: four rates for each contestant, by what trains",
+    "learning_rates": "the grid for all; default: four rates for each contestant, about the default of its mode",
     "finalists": "contestants that run at full length, beside plain LoRA and a random choice; default 3",
     "seeds": "of the finals; default 0, 1, 2",
+    "race_seed": "of every run of the race; default 1000",
     "search_rows": "training rows that the search judges by; default a tenth, at most 200",
     "error": "chance, over the whole race, that the best is stopped by a test; default 0.05",
     "storage": "URL of a database that several processes share; default a file in the output folder",
     "max_new_tokens": "of a completion; default 256",
 }
+_SEED = number_within(-1, at_most=2**32 - 1, whole=True)
 # Keys of `train` that a tune finds, or that would make its runs other than they are priced.
 _FOUND = {
     "mode": "contestants", "spectrum_ratio": "contestants", "ratio": "contestants", "criterion": "contestants",
@@ -39,7 +41,7 @@ _FOUND = {
 }  # fmt: skip
 FEWEST_ROWS = 16  # that a set must have to be judged by: below, a paired test tells nothing
 MOST_SEARCH_ROWS = 200
-RACE_SEED = 1000  # of every run of the race, so that none of them is one of the finals
+RACE_SEED = 1000  # of every run of the race, where none is given; none of them is one of the finals
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def read_tune(given: Mapping[str, Any], *, train: Mapping[str, Any], task: str, 
     values: dict[str, Any] = {
         "memory": None, "hours": None, "metric": HEADED.get(task, "loss"), "better": None,
         "batch_size": 8, "contestants": None, "learning_rates": None, "finalists": 3, "seeds": [0, 1, 2], "search_rows": None,
+        "race_seed": RACE_SEED,
         "error": 0.05, "storage": None, "max_new_tokens": 256,
     }  # fmt: skip
     values |= {key: value for key, value in given.items() if value is not None}
@@ -94,7 +97,8 @@ def read_tune(given: Mapping[str, Any], *, train: Mapping[str, Any], task: str, 
         "batch_size": number_within(0, whole=True),
         "learning_rates": lambda n, v: None if v is None else _several(n, v, number_within(0)),
         "finalists": number_within(0, whole=True),
-        "seeds": lambda n, v: _several(n, v, number_within(-1, at_most=2**32 - 1, whole=True)),
+        "seeds": lambda n, v: _several(n, v, _SEED),
+        "race_seed": _SEED,
         "search_rows": lambda n, v: None if v is None else number_within(FEWEST_ROWS - 1, whole=True)(n, v),
         "error": number_within(0, 0.5),
         "max_new_tokens": number_within(0, whole=True),
@@ -105,8 +109,8 @@ def read_tune(given: Mapping[str, Any], *, train: Mapping[str, Any], task: str, 
         raise OptionError(
             f"{source}: seeds are {values['seeds']}, wanted at least three: fewer have no interval to speak of."
         )
-    if RACE_SEED in values["seeds"]:
-        raise OptionError(f"{source}: seeds hold {RACE_SEED}, which is that of the race; wanted others.")
+    if values["race_seed"] in values["seeds"]:
+        raise OptionError(f"{source}: seeds hold {values['race_seed']}, which is race_seed; wanted others.")
     return Asked(dict(train), values, task, _direction(values, task, source), output, source)
 
 

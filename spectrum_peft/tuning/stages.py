@@ -7,7 +7,9 @@ ended it, and several processes, each with that command, work on one race.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +30,12 @@ from .queue import Done, Queue, Task
 from .race import Entry, Verdict, as_plain, best_rates, judge
 from .recipe import write_recipe
 from .schedule import MOST_EPOCHS, Clock, Outline, Rest, outline, relative_step, rest, ties_of
-from .settings import RACE_SEED, Asked
+from .settings import Asked
 from .splits import Sets, carve, longest
 
 POLL_SECONDS = 1.0  # between two looks whether other processes have ended
 WIDENINGS = 2  # rates beyond the edge that a contestant may ask for
-_CLOCK_STEPS = 4  # of the run that is timed before anything is planned
+CLOCK_STEPS = 4  # of the run that is timed before anything is planned
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Tune:
     ) -> None:  # fmt: skip
         self.asked, self.run, self.identity, self.check, self.announce = asked, run, identity, check, announce
         self.compared, self.made = compared, made
-        self.output = asked.output
+        self.output, self.race_seed = asked.output, int(asked.values["race_seed"])
         self._past: set[int] = set()  # rungs that are over
 
     # --- the folder ---
@@ -162,14 +164,10 @@ class Tune:
         fitting = those_that_fit(prices, asked.values["memory"], self.announce)
         dropped = [p.line() for p in prices if not p.fits]
         for price in fitting:
-            self.check(self._cell(price, Task(price.contestant.label, 1e-4, 1, RACE_SEED), steps=1))
+            self.check(self.cell(price, Task(price.contestant.label, 1e-4, 1, self.race_seed), steps=1))
         steps = self._most_steps()
-        clock = (
-            self._clock(fitting)
-            if asked.values["hours"] is not None
-            else Clock({fitting[0].contestant.label: 0.0}, 0.0)
-        )
-        rates = max(len(rates_of(p.contestant, asked)) for p in fitting)
+        clock = self._clock(fitting)
+        rates = max(len(rates_of(p.contestant, asked, steps)) for p in fitting)
         plan = outline(
             asked.values["hours"], steps, clock, contestants=len(fitting), rates=rates, finalists=asked.values["finalists"],
             seeds=len(asked.values["seeds"]), spent=time.monotonic() - began,
@@ -218,11 +216,12 @@ class Tune:
     def _clock(self, prices: Sequence[Price]) -> Clock:
         """Time a few steps of the first contestant; the others by their operations beside it."""
         first = prices[0]
-        self.announce(f"timing {_CLOCK_STEPS} steps of {first.contestant.label}")
-        cell = self._cell(first, Task(first.contestant.label, 1e-4, _CLOCK_STEPS, RACE_SEED), steps=_CLOCK_STEPS)
+        self.announce(f"timing {CLOCK_STEPS} steps of {first.contestant.label}")
+        cell = self.cell(first, Task(first.contestant.label, 1e-4, CLOCK_STEPS, self.race_seed), steps=CLOCK_STEPS)
         began = time.monotonic()
         results, error = self._run(cell)
         seconds = time.monotonic() - began
+        self._forget(cell)
         if results is None:
             raise TrainingSetupError(f"{first.contestant.label}: the run that is timed failed: {error}")
         steps = results["step_seconds"]
@@ -236,15 +235,20 @@ class Tune:
             f"race: {plan.contestants} contestants at {plan.rates} rates: {rungs}; finals: {plan.finalists} and the controls, "
             f"{plan.seeds} seeds, {plan.steps} steps"
         )
-        if self.asked.values["hours"] is not None:
-            self.announce(
-                f"about {plan.seconds(clock) / 3600:.2g} h of {self.asked.values['hours']:g} h: a step {clock.mean():.3g} s, a "
-                f"run's start and end {clock.overhead:.0f} s"
-            )
+        hours = self.asked.values["hours"]
+        self.announce(
+            f"about {plan.seconds(clock) / 3600:.2g} h{'' if hours is None else f' of {hours:g} h'}: a step {clock.mean():.3g} "
+            f"s, a run's start and end {clock.overhead:.0f} s"
+        )
 
     # --- cells ---
 
-    def _cell(self, price: Price, task: Task, steps: int, *, final: bool = False) -> Cell:
+    def rates(self, price: Price) -> tuple[float, ...]:
+        """The rates that a contestant begins with, the likeliest first."""
+        plan = self.prepared.outline
+        return rates_of(price.contestant, self.asked, plan.steps)[: plan.rates]
+
+    def cell(self, price: Price, task: Task, steps: int, *, final: bool = False) -> Cell:
         """A run of the race, judged on the search rows; one of the finals on the evaluation rows, too."""
         asked = self.asked
         left_out = ("eval_dataset", "eval_split", "dataset_split", "num_train_epochs", "max_steps")
@@ -302,7 +306,7 @@ class Tune:
         def do(task: Task) -> tuple[Mapping[str, Any] | None, str | None]:
             steps = task.until if final else self.prepared.outline.steps
             began = time.monotonic()
-            results, error = self._run(self._cell(prices[task.contestant], task, steps, final=final), keep=final)
+            results, error = self._run(self.cell(prices[task.contestant], task, steps, final=final), keep=final)
             took = time.monotonic() - began
             if results is None:
                 self.announce(f"  {task.key}: failed: {error}")
@@ -343,13 +347,13 @@ class Tune:
         plan = self.prepared.outline
         if rung == 0:
             tasks = [
-                Task(p.contestant.label, rate, until, RACE_SEED)
+                Task(p.contestant.label, rate, until, self.race_seed)
                 for p in self.prepared.prices
-                for rate in rates_of(p.contestant, self.asked)[: plan.rates]
+                for rate in self.rates(p)
             ]
         else:
             before = self._judged(rung - 1)
-            tasks = [Task(v.entry.contestant, v.entry.rate, until, RACE_SEED) for v in before if v.stays]
+            tasks = [Task(v.entry.contestant, v.entry.rate, until, self.race_seed) for v in before if v.stays]
         self.announce(f"race, to step {until} of {plan.steps}: {len(tasks)} runs")
         self.queue.want(study, tasks)
 
@@ -363,11 +367,11 @@ class Tune:
         for label in list(best)[: max(2, (len(best) + 1) // 2)]:
             price = next(p for p in self.prepared.prices if p.contestant.label == label)
             mine = [t.rate for t in wanted if t.contestant == label]
-            if len(mine) >= min(self.prepared.outline.rates, len(rates_of(price.contestant, self.asked))) + WIDENINGS:
+            if len(mine) >= len(self.rates(price)) + WIDENINGS:
                 continue
             beyond = next_rate(mine, best[label].rate)
             if beyond is not None and beyond not in mine:
-                added.append(Task(label, beyond, until, RACE_SEED))
+                added.append(Task(label, beyond, until, self.race_seed))
         if added:
             self.announce(f"the best rate is at the edge for {len(added)} contestants: the next beyond is tried")
             self.queue.want(study, [*wanted, *added])
@@ -416,11 +420,13 @@ class Tune:
                 beside.append(d.seconds - sum(seconds))
         return Clock({k: statistics.fmean(v) for k, v in step.items()}, statistics.fmean(beside))
 
+    def step_seconds(self, rung: int) -> Mapping[str, float]:
+        """{contestant: seconds of a step in that rung}."""
+        return self._measured(self.queue.done(self.queue.stage(f"rung {rung}", self.higher))).step
+
     def _spent(self) -> float:
         """Seconds of all runs so far, of all processes, and of preparing."""
-        names = [*(f"rung {i}" for i in range(len(self.prepared.outline.rungs))), "finals"]
-        runs = sum(d.seconds for name in names for d in self.queue.done(self.queue.stage(name, self.higher)))
-        return self.prepared.seconds + runs
+        return self.prepared.seconds + sum(d.seconds for d in (*self.raced(), *self.finals()))
 
     def _say_verdicts(self, verdicts: Sequence[Verdict]) -> None:
         for v in verdicts:
@@ -430,22 +436,23 @@ class Tune:
 
     def _forget_checkpoints(self, done: Sequence[Done], verdicts: Sequence[Verdict]) -> None:
         """Those of runs that were stopped are of no more use."""
-        import shutil
-
         prices = {p.contestant.label: p for p in self.prepared.prices}
         last = done[0].task.until == self.prepared.outline.steps
         stopped = {(v.entry.contestant, v.entry.rate) for v in verdicts if last or not v.stays}
         for d in done:
             if (d.task.contestant, d.task.rate) in stopped:
-                cell = self._cell(prices[d.task.contestant], d.task, self.prepared.outline.steps)
-                shutil.rmtree(self.output / "cells" / cell.folder / "model", ignore_errors=True)
+                self._forget(self.cell(prices[d.task.contestant], d.task, self.prepared.outline.steps))
+
+    def _forget(self, cell: Cell) -> None:
+        """Remove a run's checkpoints."""
+        shutil.rmtree(self.output / "cells" / cell.folder / "model", ignore_errors=True)
 
     def _best_so_far(self, verdicts: Sequence[Verdict], rung: int) -> None:
         best = verdicts[0].entry
         price = next(p for p in self.prepared.prices if p.contestant.label == best.contestant)
         steps = self.prepared.outline.steps
         says = f"best after {self.prepared.outline.rungs[rung]} of {steps} steps of the race; the finals are not over"
-        write_recipe(self.output, self.asked, price, best.rate, steps, RACE_SEED, says)
+        write_recipe(self.output, self.asked, price, best.rate, steps, self.race_seed, says)
 
     # --- the finals ---
 
@@ -465,7 +472,7 @@ class Tune:
         controls = [label for label in rates if self._is_control(label)]
         seeds = list(self.asked.values["seeds"])
         while len(seeds) < decided.seeds:
-            seeds.append(next(n for n in range(RACE_SEED) if n not in seeds))
+            seeds.append(next(n for n in itertools.count() if n not in (*seeds, self.race_seed)))
         tasks = [Task(label, rates[label], decided.steps, seed) for seed in seeds for label in (*won, *controls)]
         if decided.steps < self.prepared.outline.steps:
             self.announce(
@@ -478,6 +485,11 @@ class Tune:
 
     def _is_control(self, label: str) -> bool:
         return any(p.contestant.label == label and p.contestant.control for p in self.prepared.prices)
+
+    def raced(self) -> list[Done]:
+        """Runs of the race that have ended, one for each rung that it was in."""
+        rungs = range(len(self.prepared.outline.rungs))
+        return [d for i in rungs for d in self.queue.done(self.queue.stage(f"rung {i}", self.higher))]
 
     def finals(self) -> list[Done]:
         return self.queue.done(self.queue.stage("finals", self.higher))
@@ -502,7 +514,7 @@ class Tune:
         prices = {p.contestant.label: p for p in self.prepared.prices}
         found = []
         for d in self.finals():
-            cell = self._cell(prices[d.task.contestant], d.task, d.task.until, final=True)
+            cell = self.cell(prices[d.task.contestant], d.task, d.task.until, final=True)
             results = None if d.results is None else dict(d.results)
             found.append(Outcome(cell, results, d.error, self.output / "cells" / cell.folder / "log.txt"))
         return found

@@ -47,7 +47,7 @@ ARROWS = {
     "scanner": "memory plan scan",
     "compare": "arguments data plan plots scan train tuner weights",
     "demo": "plan plots scan scanner",
-    "tuning": "compare data devices memory plan tuner",
+    "tuning": "compare data devices memory plan plots tuner",
 }
 # One door for each library that is heavy, optional or changes under our feet.
 DOORS = {
