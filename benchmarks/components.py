@@ -89,7 +89,7 @@ def by_range(gradients: GradientReport, plan: Plan) -> dict[str, list[float]]:
 
 
 def chance(plans: Sequence[Plan]) -> dict[str, Any]:
-    """What a lot would give: shares of the ranges, and what two choices have in common."""
+    """What random choice would give: shares of the ranges, and what two choices have in common."""
     there = [0] * (len(EDGES) - 1)
     common_share = []
     for plan in plans:

@@ -81,7 +81,7 @@ def modes() -> str:
                     "the same on a 4-bit base: QLoRA",
                     *costs_of(contestants["lora, nf4"], "4-bit"),
                     f"{mode.default_lr:g}",
-                    "",
+                    "the usual way where the weights do not fit in 16 bit",
                 ]
             )
     heads = [
@@ -338,7 +338,7 @@ def components(part: str) -> str:
         )  # fmt: skip
     lot = data["chance"]
     in_common = f"{lot['in_common']:.0%}"
-    rows.append(["a lot", "", *(f"{x:.0%}" for x in lot["ranges"]), *[""] * len(ranges), in_common, in_common])
+    rows.append(["random choice", "", *(f"{x:.0%}" for x in lot["ranges"]), *[""] * len(ranges), in_common, in_common])
     heads = ["task", "samples", *(f"chosen {r}" for r in ranges), *(f"importance {r}" for r in ranges)]
     note = (
         f"{data['model']}, {data['components']} of the {last - first} largest components of each matrix of the default ratio; "
