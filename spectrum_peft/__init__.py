@@ -30,6 +30,7 @@ _MODULE_OF = {
     "estimate_memory": "memory",
     "export_gguf": "export",
     "export_lora": "export",
+    "find_report": "scan",
     "fit_to_memory": "memory",
     "load_model_with_spectrum": "tuner.loading",
     "make_plan": "plan",
@@ -92,7 +93,7 @@ if TYPE_CHECKING:
     from .probe import calibration_batches, probe_gradients
     from .push import push_folder
     from .records import GradientReport, Plan, SnrReport
-    from .scan import scan_weights
+    from .scan import find_report, scan_weights
     from .scanner import SpectrumScanner
     from .train.callback import SpectrumCallback
     from .train.optim import parameter_groups

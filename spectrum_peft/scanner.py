@@ -9,7 +9,7 @@ from typing import Any
 from .errors import OptionError, near_matches
 from .plan import check_options, make_plan
 from .records import Plan, SnrReport
-from .scan import scan_weights
+from .scan import report_named, scan_weights
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -23,7 +23,8 @@ class SpectrumScanner:
             chooses.
         dtype: that the model will be loaded in, for the memory estimate: `float32`, `bfloat16`, `float16` or a torch
             dtype; None for bfloat16.
-        report: an earlier scan of this model; without it the first need of one scans.
+        report: an earlier scan of this model, as `scan.report_named` takes it: a record, a file, `auto`, a repository of the
+            hub; without it the first need of one scans.
         revision: of a hub model.
         jobs, device: of the scan.
         options: any option of `make_plan`.
@@ -37,7 +38,7 @@ class SpectrumScanner:
         spectrum_ratio: float | None = None,
         dtype: Any = None,
         *,
-        report: SnrReport | None = None,
+        report: SnrReport | str | os.PathLike[str] | None = None,
         revision: str | None = None,
         jobs: int | None = None,
         device: str = "auto",
@@ -59,7 +60,8 @@ class SpectrumScanner:
             "jobs": jobs,
             "device": device,
         }
-        self._report = report
+        self._given = report
+        self._report: SnrReport | None = None
         self._plan: Plan | None = None
 
     def scan(self) -> SnrReport:
@@ -70,7 +72,10 @@ class SpectrumScanner:
 
     @property
     def report(self) -> SnrReport:
-        """The result of the scan, which is done now if it was not yet."""
+        """The report that was given, or the result of the scan, which is done now if it was not yet."""
+        if self._report is None and self._given is not None:
+            known = {k: v for k, v in self._scan_options.items() if k in ("criterion", "revision", "seed")}
+            self._report = report_named(self._given, self.model_name, **known)
         return self._report if self._report is not None else self.scan()
 
     @property

@@ -8,22 +8,31 @@ from typing import Any
 
 from ..arguments import Rest, boolean, switch
 from ..errors import OptionError
-from ..plan import OPTIONS
-from ..records import Plan, SnrReport, write_text
-from .options import add_load_options, add_plan_options, check_writable, given_plan_options, required, write_record
+from ..records import Plan, write_text
+from .options import (
+    PLAN_HELP,
+    REPORT_HELP,
+    add_load_options,
+    add_plan_options,
+    check_writable,
+    given_plan_options,
+    report_of,
+    required,
+    write_record,
+)
 from .verb import Verb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", help="hub id or folder; only its config is read")
-    add("--plan", metavar="FILE", help="of `plan`: the memory of this one")
+    add("--plan", metavar="FILE", help=f"the memory of this one: {PLAN_HELP}")
     add("--fit", metavar="SIZE", help="the largest ratio that fits into it, say 24GiB; -o writes its plan")
     add("--margin", type=float, metavar="SHARE", help="of the size that stays free; default 0.05")
     add(
         "--report",
         metavar="FILE",
-        help="of `scan`; without it the plans take the first blocks of each kind, through which backward is longest",
+        help=f"{REPORT_HELP}; without it the plans take the first blocks of each kind, through which backward is longest",
     )
     add("--gradients", metavar="FILE", help="of `probe`; for modes that need data")
     add("-o", "--output", metavar="FILE", help="with --fit the plan, else the memory report, or the table as JSON")
@@ -80,25 +89,15 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     settings = {**memory.usual_step(model, **where), **given, **where}
     print("each step: " + ", ".join(f"{k}={v}" for k, v in settings.items() if k not in where))
     if options.plan:
-        found = memory.estimate_memory(model, checked_plan(Plan.load(options.plan), options.plan), **settings)
+        found = memory.estimate_memory(
+            model, checked_plan(Plan.named(options.plan, model_id=model), options.plan), **settings
+        )
         print(memory.describe_memory(found))
         write_record(found, options.output)
         return
     chosen = given_plan_options(options)
-    if options.report:
-        report = SnrReport.load(options.report)
-    elif options.fit and options.output:  # a plan to train by needs scores
-        from ..scan import scan_weights
-
-        wanted = chosen.get("criterion", OPTIONS["criterion"])
-        report = scan_weights(
-            model,
-            wanted,
-            score=("linear",),
-            cache=True,
-            revision=options.revision,
-            seed=chosen.get("seed", OPTIONS["seed"]),
-        )
+    if options.report or (options.fit and options.output):  # a plan to train by needs scores
+        report = report_of(options, model, chosen)
     else:
         report = memory.report_of_config(model, chosen.get("criterion", "first"), seed=chosen.get("seed", 0), **where)
     modes = chosen.pop("mode", None)

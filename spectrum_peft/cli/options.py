@@ -6,6 +6,7 @@ import argparse
 import os
 import stat
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from typing import Any
 from ..arguments import steps, switch
 from ..data import COLUMNS
 from ..errors import CheckpointError, OptionError
-from ..plan import MODES
-from ..records import GradientReport, MemoryReport, Plan, SnrReport, is_stream, mode_of
+from ..plan import MODES, OPTIONS, get_mode
+from ..records import GradientReport, MemoryReport, Plan, SnrReport, is_stream, mode_of, repository_named
+
+# What REPORT and --report mean wherever they are taken: `scan.report_named`.
+REPORT_HELP = "of `scan`, or a published file; auto: kept here, else in the model's repository, else scanned; or ORG/NAME on the hub"
+PLAN_HELP = "of `plan`, or ORG/NAME on the hub"
 
 # --- flags that several verbs share ----------------------------------------------------------------------------------
 # None stands for "not given" everywhere: defaults of plan options live in `plan.OPTIONS` and nowhere else.
@@ -104,9 +109,24 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
 
 def given_plan_options(options: argparse.Namespace) -> dict[str, Any]:
     """The plan options that were given, under the names of `make_plan`."""
-    from ..plan import OPTIONS
-
     return {name: value for name in OPTIONS if (value := getattr(options, name, None)) is not None}
+
+
+def report_of(options: argparse.Namespace, model: str | None, given: Mapping[str, Any]) -> SnrReport:
+    """The report that REPORT or --report names, for plans with these options; a file is read without torch.
+
+    Raises:
+        as `scan.report_named`.
+    """
+    name, criterion = options.report, given.get("criterion")
+    if name is not None and name != "auto" and (model is None or repository_named(name) is None):
+        return SnrReport.named(name, criterion=None if criterion == "fisher" else criterion)
+    from ..scan import report_named
+
+    mode = given.get("mode", OPTIONS["mode"])
+    scored = any(get_mode(one).selective for one in (mode if isinstance(mode, list) else [mode]))
+    revision, seed = getattr(options, "revision", None), given.get("seed", OPTIONS["seed"])
+    return report_named(name, model, criterion, revision, seed, scored=scored)
 
 
 def required(options: argparse.Namespace, name: str, flag: str) -> Any:

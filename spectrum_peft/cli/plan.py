@@ -6,14 +6,24 @@ import argparse
 
 from ..arguments import Rest
 from ..errors import OptionError
-from ..records import Plan, SnrReport
-from .options import add_plan_options, check_writable, given_plan_options, required, write_record
+from ..records import Plan
+from .options import (
+    REPORT_HELP,
+    add_plan_options,
+    check_writable,
+    given_plan_options,
+    report_of,
+    required,
+    write_record,
+)
 from .verb import Verb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("report", nargs="?", help="a report of `scan`, or a published SNR file")
+    add("report", nargs="?", help=REPORT_HELP)
+    add("--model", metavar="MODEL", help="that the report is of, for auto and for a repository that has several")
+    add("--revision", help="of a hub model")
     add("-o", "--output", metavar="FILE", help="write the plan there (.yaml or .json)")
     add("--gradients", metavar="FILE", help="of `probe`; for --criterion fisher and modes that need data")
     add("--diff", nargs=2, metavar=("A", "B"), help="compare two plans instead")
@@ -24,9 +34,9 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     from ..plan import check_options, diff_plans, explain, make_plan, needs_gradients
 
     if options.diff:
-        print(diff_plans(*(Plan.load(path) for path in options.diff)))
+        print(diff_plans(*(Plan.named(path) for path in options.diff)))
         return
-    report = SnrReport.load(required(options, "report", "REPORT"))
+    required(options, "report", "REPORT")
     check_writable(options.output)
     given = given_plan_options(options)
     if options.gradients is None and needs_gradients(check_options(**given)):
@@ -34,6 +44,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
             "this plan is made by gradients on data: `spectrum-peft probe MODEL --dataset D -o gradients.json` measures them, "
             "--gradients gradients.json gives them."
         )
+    report = report_of(options, options.model, given)
     plan = make_plan(report, gradients=options.gradients, **given)
     print(explain(plan, report))
     write_record(plan, options.output)

@@ -6,16 +6,16 @@ import argparse
 from pathlib import Path
 
 from ..arguments import Rest
-from ..records import Plan, SnrReport
-from .options import check_writable, required
+from ..records import Plan
+from .options import PLAN_HELP, REPORT_HELP, check_writable, report_of, required
 from .verb import Verb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("report", nargs="?", help="a report of `scan`, or a published SNR file")
+    add("report", nargs="?", help=REPORT_HELP)
     add("-o", "--output", metavar="FILE", help="the picture (.png, .pdf, .svg)")
-    add("--plan", metavar="FILE", help="mark what this plan chose")
+    add("--plan", metavar="FILE", help=f"mark what it chose: {PLAN_HELP}")
     add(
         "--components",
         nargs="+",
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw which singular components these plans of mode lorsa chose instead",
     )
     add("--matrix", metavar="NAME", help="draw the singular values of one matrix instead; needs --model")
-    add("--model", metavar="MODEL", help="where the matrix is read from")
+    add("--model", metavar="MODEL", help="where the matrix is read from; that the report is of, for auto")
 
 
 def run(options: argparse.Namespace, rest: Rest) -> None:
@@ -42,8 +42,9 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
             {label: Plan.load(path) for label, path in zip(labels, options.components, strict=True)}
         )
     else:
-        report = SnrReport.load(required(options, "report", "REPORT"))
-        figure = plots.heat_map(report, plan=Plan.load(options.plan) if options.plan else None)
+        required(options, "report", "REPORT")
+        report = report_of(options, options.model, {})
+        figure = plots.heat_map(report, plan=Plan.named(options.plan, model_id=options.model) if options.plan else None)
     plots.save(figure, output)
     print(f"wrote {output}")
 

@@ -11,6 +11,8 @@ from ..arguments import Rest, flags_of, switch
 from ..errors import OptionError
 from ..records import EXPORTED, write_text
 from .options import (
+    PLAN_HELP,
+    REPORT_HELP,
     add_data_options,
     add_load_options,
     add_plan_options,
@@ -29,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--report",
         metavar="FILE",
-        help="of `scan`; auto: one that is kept here or lies in the model's own repository; without it the model is scanned",
+        help=f"{REPORT_HELP}; without it the model is scanned",
     )
-    add("--plan", metavar="FILE", help="of `plan`; it wins over the report and the plan options")
+    add("--plan", metavar="FILE", help=f"{PLAN_HELP}; it wins over the report and the plan options")
     add(
         "--gradients",
         metavar="FILE",

@@ -85,9 +85,13 @@ def read_comparison(
     for key in given:
         if key not in KEYS:
             raise OptionError(f"{source}: unknown key {key!r}." + near_matches(key, KEYS))
+    train = dict(train)
+    found = (
+        train.get("report") == "auto" and train.pop("report") is not None
+    )  # of each criterion, where others are made
     for key, instead in _MATRIX.items():
         if train.get(key) is not None or any(a.partition("=")[0] == f"--{key.replace('_', '-')}" for a in arguments):
-            hint = f"use {instead}" if instead else "leave it out"
+            hint = f"use {instead}" if instead else "leave it out" + (", or say auto" if key == "report" else "")
             raise OptionError(f"{source}: {key} is one run's, and compare makes many: {hint}.")
     labelled = task in HEADED
     if not labelled and task not in TEXT:
@@ -145,4 +149,4 @@ def read_comparison(
         raise OptionError(
             f"{source}: modes, ratios, criteria, rates and seeds ask for {runs:,} runs, wanted at most {_MOST_RUNS:,}."
         )
-    return Comparison(dict(train), tuple(arguments), asked, task, output, source, tuple(notes))
+    return Comparison(train, tuple(arguments), asked, task, output, source, tuple(notes), found)

@@ -239,7 +239,7 @@ def scans_for(comparison: Comparison, cells: Sequence[Cell], announce: Callable[
     Returns:
         {criterion: file of the report}; beside each file the seconds it took, in `.seconds.json`.
     """
-    from ..scan import scan_weights
+    from ..scan import find_report, scan_weights
 
     wanted = [
         c.train.get("criterion") for c in cells if c.contestant and not c.peft and MODES[c.contestant.mode].selective
@@ -253,9 +253,8 @@ def scans_for(comparison: Comparison, cells: Sequence[Cell], announce: Callable[
         if not path.is_file():
             announce(f"scanning {comparison.train['model']} by {name}")
             began = time.perf_counter()
-            report = scan_weights(
-                comparison.train["model"], name, revision=comparison.train.get("revision"), download=True
-            )
+            made = find_report if comparison.found_reports else scan_weights
+            report = made(comparison.train["model"], name, revision=comparison.train.get("revision"), download=True)
             seconds = time.perf_counter() - began
             write_text(path.with_suffix(".seconds.json"), json.dumps({"seconds": seconds}) + "\n")
             report.save(path)

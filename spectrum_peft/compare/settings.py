@@ -88,6 +88,7 @@ class Comparison:
         asked: values of `KEYS`, defaults filled in.
         task: of the checkpoint.
         source: the config file, for messages.
+        found_reports: `report: auto`: a report that is there already does instead of a scan (`scan.find_report`).
     """
 
     train: Mapping[str, Any]
@@ -97,6 +98,7 @@ class Comparison:
     output: Path
     source: str
     notes: tuple[str, ...] = ()
+    found_reports: bool = False
 
     @property
     def metric(self) -> str:

@@ -140,7 +140,7 @@ def estimate_memory(
     )  # fmt: skip
     config = config_of(model, revision, trust_remote_code)
     run = _resolved(run, model, config)
-    asked, first = _asked(plan)
+    asked, first = _asked(plan, model, revision)
     if asked.keep_base in ("auto", "file") and isinstance(model, str | os.PathLike) and Path(model).is_dir():
         asked.keep_base = "none"  # a local checkpoint is read back when needed, nothing is kept
     if asked.keep_base == "file":
@@ -230,12 +230,12 @@ def _resolved(step: Step, model: Any, config: Any) -> Step:
     return dataclasses.replace(step, dtype=dtype, mixed_precision=mixed)
 
 
-def _asked(plan: Any) -> tuple[SpectrumConfig, Plan]:
+def _asked(plan: Any, model: Any, revision: str | None) -> tuple[SpectrumConfig, Plan]:
     """A config to apply to a model without values, so without a fingerprint, and the plan as known so far."""
     if isinstance(plan, SpectrumConfig):
         config = copy.deepcopy(plan)
         if config.plan is None:
-            report = config.resolved_report()
+            report = config.resolved_report(model, revision=revision)
             if report is None:
                 raise OptionError("the SpectrumConfig has neither plan nor report, and there are no weights to scan.")
             gradients = config.resolved_gradients()
@@ -244,7 +244,8 @@ def _asked(plan: Any) -> tuple[SpectrumConfig, Plan]:
             config.gradients = None if gradients is None else dataclasses.replace(gradients, fingerprint=None)
             return config, first
     elif isinstance(plan, Plan | str | os.PathLike):
-        config = SpectrumConfig(plan=plan)
+        named = plan if isinstance(plan, Plan) else Plan.named(plan, model_id=model if isinstance(model, str) else None)
+        config = SpectrumConfig(plan=named)
     else:
         raise OptionError(f"plan is a {type(plan).__name__}, wanted a Plan, the path of one, or a SpectrumConfig.")
     first = config.plan

@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import OptionError, SpectrumError
 from ..plan import MODES, OPTIONS, check_options, format_table, get_mode, make_plan
 from ..records import GradientReport, MemoryReport, Plan, SnrReport
+from ..scan import report_named
 from .estimate import estimate_memory, gradients_of_report
 from .step import EIGHT_BIT_ADAM
 
@@ -105,7 +106,8 @@ def find_fit(
 
     Args:
         model: as in `estimate_memory`.
-        report: with the scores that a ratio chooses by; `report_of_config` makes one without weights.
+        report: with the scores that a ratio chooses by, as `scan.report_named` takes it: a record, a file, `auto`, a repository
+            of the hub; `report_of_config` makes one without weights.
         mode: key of `policies.MODES`, or several, best first: the first of which any plan fits is taken.
         budget: with a unit, `24GiB` or `24GB`. What CUDA's context takes must be left out of it, or be in the margin.
         margin: share of the budget that stays free, in [0, 1).
@@ -119,8 +121,6 @@ def find_fit(
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < 1:
         raise OptionError(f"margin is {margin!r}, wanted a share in [0, 1): 0.05 leaves 5 % of the budget free.")
     limit = int(parse_bytes(budget) * (1 - margin))
-    if isinstance(report, str | os.PathLike):
-        report = SnrReport.load(report)
     plan_options = {k: v for k, v in options.items() if k in OPTIONS}
     settings = {k: v for k, v in options.items() if k not in OPTIONS}
     modes = [mode] if isinstance(mode, str) else list(mode)
@@ -129,6 +129,7 @@ def find_fit(
     for one in modes:
         get_mode(one)
     where = {k: settings.pop(k) for k in ("model_class", "revision", "trust_remote_code") if k in settings}
+    report = _report_of(report, model, plan_options, where)
     search = _Search(model, report, gradients, limit, where)
     checkpointing = settings.pop("gradient_checkpointing", False)
     batch = settings.pop("batch_size", 1)
@@ -140,6 +141,12 @@ def find_fit(
                 if found is not None:
                     return found
     raise OptionError(search.why_nothing_fits(budget, margin, {**plan_options, "mode": modes[-1]}, tried))
+
+
+def _report_of(given: Any, model: Any, options: Mapping[str, Any], where: Mapping[str, Any]) -> SnrReport:
+    return report_named(
+        given, model, options.get("criterion"), where.get("revision"), options.get("seed", OPTIONS["seed"])
+    )
 
 
 class _Search:
@@ -292,7 +299,7 @@ class Row:
 
 def memory_table(
     model: Any,
-    report: SnrReport,
+    report: SnrReport | str | os.PathLike[str],
     *,
     ratios: Sequence[float] = RATIOS,
     modes: Sequence[str] | None = None,
@@ -304,6 +311,7 @@ def memory_table(
     """Dry runs of a mode at several ratios and of the adapter modes; adapters on a quantized base too.
 
     Args:
+        report: as in `find_fit`.
         ratios: of the modes with real weights; adapter modes take the middle one.
         modes: keys of `policies.MODES`; None for all that the model can have, a warning for each that it cannot.
         quantization: of the bases of adapter modes besides the float one; None for the float one only.
@@ -314,6 +322,7 @@ def memory_table(
     """
     rows = []
     options = dict(plan_options or {})
+    report = _report_of(report, model, options, settings)
     for mode in MODES if modes is None else modes:
         row = get_mode(mode)
         own = {k: v for k, v in options.items() if _applies(k, v, mode)}

@@ -44,7 +44,8 @@ def make_plan(
     the same report and options give the same plan, byte for byte.
 
     Args:
-        report: a report, or the file of one.
+        report: a report, the file of one, or a repository of the hub, `ORG/NAME`, that has one of itself. `auto` is of a model:
+            `find_report(MODEL)`.
         gradients: of the same weights, or the file of it; for `criterion="fisher"`, whose scores it holds, and for modes
             that need data.
         candidates: full parameter names to choose among; default every linear matrix of the report but the head.
@@ -56,7 +57,11 @@ def make_plan(
             weights.
     """
     if isinstance(report, str | os.PathLike):
-        return make_plan(SnrReport.load(report), gradients=gradients, candidates=candidates, **options)
+        if report == "auto":
+            raise OptionError(
+                "report is 'auto', which is of a model, and a plan is made of a report alone: make_plan(find_report(MODEL), ...)."
+            )
+        return make_plan(SnrReport.named(report), gradients=gradients, candidates=candidates, **options)
     if isinstance(gradients, str | os.PathLike):
         return make_plan(report, gradients=GradientReport.load(gradients), candidates=candidates, **options)
     if not isinstance(report, SnrReport):

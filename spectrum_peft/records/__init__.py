@@ -13,6 +13,7 @@ from .memory import MemoryReport
 from .plan import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry, count_trainable
 from .report import Fingerprint, MatrixStat, SnrReport
 from .schema import checked
+from .shared import repository_named
 from .whole import clear_parts_in, is_file, is_stream, mode_of, move_over, whole_file, whole_folder, write_text
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "move_over",
     "parse_json",
     "read_mapping",
+    "repository_named",
     "whole_file",
     "whole_folder",
     "write_text",

@@ -14,7 +14,8 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from ..errors import CheckpointError, quoted
-from .files import SCHEMA_VERSION, as_plain
+from ..hub import Snapshot
+from .files import PLAN_FILE, SCHEMA_VERSION, as_plain
 from .report import Fingerprint, SnrReport
 from .schema import MOST_RANK, Count, Name, Place, Text, refuse_unknown
 from .shared import SharedRecord
@@ -197,6 +198,10 @@ class Plan(SharedRecord):
     def _matches(cls, file: str, criterion: str | None, mode: str | None) -> bool:
         parts = file.removesuffix(".yaml").rsplit("-", 2)
         return len(parts) == 3 and criterion in (None, parts[0]) and mode in (None, parts[1])
+
+    @classmethod
+    def _elsewhere(cls, snapshot: Snapshot, model: str) -> str | None:
+        return PLAN_FILE if PLAN_FILE in snapshot.files else None  # what a run left, where its folder was pushed
 
     @cached_property
     def trainable_names(self) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from .. import hub
 from ..errors import CheckpointError
 from .files import REPORT_FILE, Record
+from .whole import mode_of
 
 # What must not leave this machine: where things lie on it.
 _LOCAL_PATH = re.compile(r"(?<![\w.])(?:~?/[\w.~-]+(?:/[\w.~-]*)+|[A-Za-z]:\\\S+)")
@@ -103,6 +104,31 @@ class SharedRecord(Record):
         )
 
     @classmethod
+    def named(
+        cls,
+        given: str | os.PathLike[str],
+        *,
+        model_id: str | None = None,
+        criterion: str | None = None,
+        mode: str | None = None,
+    ) -> Self:
+        """A record as a user names it: a file, or a repository of the hub that holds one.
+
+        Args:
+            given: path of a file; else ORG/NAME, or datasets/ORG/NAME, where nothing of that name lies here.
+            model_id: the model that it is to be of; one that is no hub id, a folder, stands for the repository itself.
+            criterion, mode: as `from_hub` takes them.
+        Raises:
+            CheckpointError: the file cannot be used. HubError, OptionError: as `from_hub`.
+        """
+        where = repository_named(given)
+        if where is None:
+            return cls.load(given)  # type: ignore[no-any-return]
+        name, kind = where
+        wanted = model_id if model_id is not None and hub.is_hub_id(model_id) and not mode_of(model_id) else None
+        return cls.from_hub(name, model_id=wanted, criterion=criterion, mode=mode, kind=kind)
+
+    @classmethod
     def _from_snapshot(
         cls,
         snapshot: hub.Snapshot,
@@ -117,11 +143,18 @@ class SharedRecord(Record):
         if file is not None:
             if file not in snapshot.files:
                 raise hub.HubError(f"{snapshot.repo_id}: has no file {file!r} at commit {snapshot.commit[:12]}.")
-            return cls._named(hub.small_file(snapshot, file), model)
+            return cls._of_file(snapshot, file, model)
         kept = [p for p in hub.places(snapshot, cls._folder) if cls._matches(p.name, criterion, mode)]
         other = cls._elsewhere(snapshot, model)
         if other is not None and not any(p.model == model for p in kept):
-            return cls._named(hub.small_file(snapshot, other), model)
+            found = cls._of_file(snapshot, other, model)
+            got = {"model_id": found.model_id, "criterion": found.criterion, "mode": getattr(found, "mode", None)}
+            for name, value in {"model_id": model_id, "criterion": criterion, "mode": mode}.items():
+                if value not in (None, got[name]):
+                    raise hub.HubError(
+                        f"{snapshot.repo_id}: its {other} has {name} {got[name]!r}, wanted {value!r}; it has no other."
+                    )
+            return found
         what = cls._kind.replace("_", " ") + (f" by {criterion!r}" if criterion else "")
         return cls._at(snapshot, hub.the_one(kept, snapshot.repo_id, what, model=model, commit=commit))
 
@@ -135,7 +168,7 @@ class SharedRecord(Record):
         kept = [p for p in hub.places(snapshot, cls._folder) if p.model == snapshot.repo_id]
         found = [cls._at(snapshot, p) for p in kept if cls._matches(p.name, criterion, None)]
         other = cls._elsewhere(snapshot, snapshot.repo_id)
-        found += [] if other is None else [cls._named(hub.small_file(snapshot, other), snapshot.repo_id)]
+        found += [] if other is None else [cls._of_file(snapshot, other, snapshot.repo_id)]
         return [record for record in found if record.criterion == criterion and record.model_id == snapshot.repo_id]
 
     @classmethod
@@ -151,9 +184,9 @@ class SharedRecord(Record):
         return found  # type: ignore[no-any-return]
 
     @classmethod
-    def _named(cls, path: Path, model: str) -> Self:
-        """A record of a file; one that does not say its model, a published scan, is of the one it was looked for."""
-        found: Any = cls.load(path)
+    def _of_file(cls, snapshot: hub.Snapshot, file: str, model: str) -> Self:
+        """The record in a file; one that does not say its model, a published scan, is of the one it was looked for."""
+        found: Any = cls.load(hub.small_file(snapshot, file))
         named: Self = dataclasses.replace(found, model_id=found.model_id or model)
         return named
 
@@ -163,12 +196,26 @@ class SharedRecord(Record):
         return None
 
 
+def repository_named(given: str | os.PathLike[str]) -> tuple[str, hub.Kind] | None:
+    """(ORG/NAME, kind) of a text that names a repository of the hub; None for one that names a file.
+
+    A name that lies here is a file, and so is one that ends as records do.
+    """
+    text = os.fspath(given)
+    name = text.removeprefix("datasets/")
+    if not isinstance(given, str) or not hub.is_hub_id(name) or text.endswith((".json", ".yaml", ".yml")):
+        return None
+    if mode_of(text):
+        return None
+    return name, "model" if name == text else "dataset"
+
+
 def published_file(snapshot: hub.Snapshot, model: str) -> str | None:
-    """The scan of a model as the original tool names it, wherever it lies; else what a run left, where that is of the model.
+    """The scan of a model as the original tool names it, wherever it lies; else the report that a run left.
 
     Source: QuixiAI/spectrum@1996495 spectrum.py, `snr_results_ORG-NAME.json`.
     """
     name = f"snr_results_{model.replace('/', '-')}.json"
     return next((path for path in sorted(snapshot.files) if path.rpartition("/")[2] == name), None) or (
-        REPORT_FILE if REPORT_FILE in snapshot.files and snapshot.repo_id == model else None
+        REPORT_FILE if REPORT_FILE in snapshot.files else None
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from .cache import cache_folder, cache_sizes, clear_cache
 from .criteria import CRITERIA, score_values
-from .found import check_report, find_report
+from .found import check_report, find_report, report_named
 from .scan import scan_weights
 from .spectrum import spectrum_of
 from .svd import SingularTriplets, cached_svd
@@ -29,6 +29,7 @@ __all__ = [
     "check_report",
     "clear_cache",
     "find_report",
+    "report_named",
     "scan_weights",
     "score_values",
     "spectrum_of",

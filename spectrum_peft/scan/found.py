@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from .. import hub
-from ..errors import CheckpointError, HubError, MismatchError, near_matches
-from ..records import Fingerprint, SnrReport
+from ..errors import CheckpointError, HubError, MismatchError, OptionError, near_matches
+from ..records import Fingerprint, SnrReport, repository_named
 from ..weights import WeightSource, open_weights
 from ..weights.source import structure_of
-from .scan import scan_or_take
+from .scan import scan_or_take, scan_weights
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ def believed(report: SnrReport, source: WeightSource, force: bool = False) -> st
 
 def _same_files(report: SnrReport, source: WeightSource) -> bool:
     """Whether two commits of one repository hold the same weights, by what the hub lists; false where it cannot be asked."""
+    if source.kind == "live":  # what it was loaded from need not be what it holds
+        return False
     ours, theirs = source.revision, report.revision
     if report.model_id != source.model_id or not (hub.is_commit(ours) and hub.is_commit(theirs)):
         return False
@@ -95,10 +98,67 @@ def find_report(
     )  # fmt: skip
 
 
+def report_named(
+    given: SnrReport | str | os.PathLike[str] | None,
+    model_or_path: Any = None,
+    criterion: str | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+    *,
+    download: bool = False,
+    scored: bool = True,
+    force: bool = False,
+) -> SnrReport:
+    """The report that a user names, wherever one is taken: the same words mean the same everywhere.
+
+    Args:
+        given: a report; the path of one; `auto`, which is `find_report` of the model; a repository of the hub, `ORG/NAME` or
+            `datasets/ORG/NAME`, whose report of the model is held to the model's weights; None for a scan of the model, or a
+            finished one that is kept here.
+        model_or_path: as `scan_weights` takes it; None where no model is known: `auto` and None are refused then.
+        criterion: that the report is to be by, None for `spectrum`; `fisher`, whose scores come with gradients, and
+            scored=False need names and shapes only, which are read instead of scanned.
+        revision, seed, download: as `scan_weights` takes them. force: as `check_report` takes it.
+    Raises:
+        OptionError: `auto` without a model. MismatchError: the repository's report is of other weights.
+        as `SnrReport.named` and `scan_weights`.
+    """
+    if isinstance(given, SnrReport):
+        return given
+    if given is None or given == "auto":
+        if model_or_path is None:
+            raise OptionError(
+                "report is 'auto', which is of a model, and none is given: find_report(MODEL) gives its report.",
+                shell="REPORT is auto, which is of a model: name it by --model.",
+            )
+        if criterion == "fisher":
+            criterion, scored = None, False
+        by = criterion or "spectrum"
+        if given is not None and scored:
+            return find_report(model_or_path, by, revision, seed, download)
+        return scan_weights(
+            model_or_path,
+            by,
+            score=("linear",) if scored else (),
+            cache=scored,
+            revision=revision,
+            seed=seed,
+            download=download,
+        )
+    wanted = None if criterion == "fisher" else criterion
+    if model_or_path is None or repository_named(given) is None:
+        return SnrReport.named(given, criterion=wanted)
+    source = open_weights(model_or_path, revision, download)
+    report = SnrReport.named(given, model_id=source.model_id, criterion=wanted)
+    logger.info("taking the report in %s: %s", given, believed(report, source, force))
+    return report
+
+
 def _of_its_repository(criterion: str, source: WeightSource) -> SnrReport | None:
     """The report in the main branch of the repository that the weights are from, if it is of these weights."""
     model = source.model_id
-    if model is None or source.revision is None or not hub.is_hub_id(model) or hub.offline():
+    live = source.kind == "live"  # its weights say where they are from, no commit does
+    if model is None or (source.revision is None and not live) or not hub.is_hub_id(model) or hub.offline():
         return None
     try:
         snapshot = hub.resolve(model)
@@ -108,6 +168,11 @@ def _of_its_repository(criterion: str, source: WeightSource) -> SnrReport | None
         return None
     if not reports:
         logger.info("%s has no report by %r in its repository", model, criterion)
+    if reports and live and source.fingerprint().content is None:
+        logger.warning(
+            "no report is taken from the repository of %s: the weights in memory are not those of its files", model
+        )
+        return None
     for report in sorted(reports, key=lambda r: r.revision != source.revision):
         try:
             line = believed(report, source)

@@ -22,7 +22,7 @@ from ..errors import CheckpointError, DataError, OptionError
 from ..plan import MODES, OPTIONS, check_options, needs_gradients
 from ..probe import DEFAULT_SAMPLES, calibration_batches
 from ..records import RESULTS_FILE, SnrReport, finite_only, write_text
-from ..scan import find_report, scan_weights
+from ..scan import report_named
 from ..tuner.config import SpectrumConfig
 from ..tuner.loading import load_model_with_peft, load_model_with_spectrum, load_tokenizer
 from .arguments import quiet_progress, remote_options
@@ -302,22 +302,15 @@ def _kept_in_float32(trainer: Any) -> list[tuple[torch.nn.Parameter, torch.dtype
 
 def report_for(options: argparse.Namespace, plan_options: Mapping[str, Any], scored: bool) -> SnrReport:
     """The report that was given, else a scan; a mode that takes everything needs names and shapes, no scores."""
-    if options.report and options.report != "auto":
-        return SnrReport.load(options.report)
-    criterion = plan_options.get("criterion", OPTIONS["criterion"])
-    if criterion == "fisher":  # its scores come with the gradients
-        criterion, scored = OPTIONS["criterion"], False
-    if scored and options.report == "auto":
-        seed = plan_options.get("seed", OPTIONS["seed"])
-        return find_report(options.model, criterion, options.revision, seed, download=True)  # the model is loaded next
-    return scan_weights(
+    return report_named(
+        options.report,
         options.model,
-        criterion=criterion,
-        score=("linear",) if scored else (),
-        cache=True,
-        revision=options.revision,
-        seed=plan_options.get("seed", OPTIONS["seed"]),
+        plan_options.get("criterion"),
+        options.revision,
+        plan_options.get("seed", OPTIONS["seed"]),
         download=True,  # the model is loaded next
+        scored=scored,
+        force=options.force,
     )
 
 

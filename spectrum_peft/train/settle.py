@@ -96,7 +96,7 @@ def settle(
         OptionError, CheckpointError, DataError: whatever is wrong with flags, checkpoint folder or datasets.
     """
     check_launch()
-    plan = checked_plan(Plan.load(options.plan), options.plan) if options.plan else None
+    plan = checked_plan(_plan_named(options, plan_options), options.plan) if options.plan else None
     own = _peft_fields(options, plan_options) if options.peft_config else None
     checked = check_options(**plan_options)
     mode = None if own else get_mode(plan.mode if plan else checked["mode"])
@@ -230,6 +230,12 @@ def _refuse_other_options(plan: Plan, given: Mapping[str, Any], source: str) -> 
                 f"--{name.replace('_', '-')} is {value!r}, but {source} was made with {fixed!r}. Make another plan, or leave "
                 "the flag out."
             )
+
+
+def _plan_named(options: argparse.Namespace, plan_options: Mapping[str, Any]) -> Plan:
+    """The plan of `--plan`; of a repository that has several, the one of the mode and the criterion that are given."""
+    wanted = {name: plan_options.get(name) for name in ("mode", "criterion")}
+    return Plan.named(options.plan, model_id=options.model, **wanted)
 
 
 def _read_rows(options: argparse.Namespace, task: str, args: TrainingArguments) -> Rows:

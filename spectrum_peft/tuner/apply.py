@@ -194,7 +194,7 @@ def _settled(model: nn.Module, config: SpectrumConfig, layers: bool) -> Plan:
             )
         _settle_tokens(model, config, plan, present)
         return _with_saved(model, config, plan, present)
-    report = config.resolved_report()
+    report = config.resolved_report(base_of(model))
     options = config.options()
     if report is None:
         by_data = options["criterion"] == "fisher"  # whose scores the gradients hold: names and shapes will do

@@ -21,6 +21,7 @@ from ..errors import OptionError, near_matches
 from ..plan import MODES, OPTIONS, check_options, checked_plan, columns_of_rank, get_mode, in_towers, with_columns
 from ..records import ADAPTER_ACTIONS, GradientReport, Plan, SnrReport
 from ..records.schema import MOST_RANK
+from ..scan import report_named
 from .lora_fields import check_lora_fields
 from .plain_lora import write_plain
 
@@ -79,7 +80,8 @@ class SpectrumConfig(LoraConfig):
         gradients: a GradientReport or a path to one, instead of calibration_data.
         seed: of the `random` criterion and of new adapter rows.
         preset: `published` chooses as the published script does, entry for entry.
-        report: an SnrReport, or a path to one. Without it the model is scanned.
+        report: an SnrReport, a path to one, `auto` (`find_report`), or a repository of the hub that has one of the model.
+            Without it the model is scanned.
         plan: a Plan, or a path to one. It wins over report and options.
         force: use a report or plan although its fingerprint differs from the model's.
 
@@ -126,7 +128,7 @@ class SpectrumConfig(LoraConfig):
     column_block: int = field(default=1, metadata={"help": "columns: length of their contiguous runs."})
     seed: int = field(default=0, metadata={"help": "Seed of random choices and of new adapter rows."})
     preset: str | None = field(default=None, metadata={"help": "'published': choose as the published script does."})
-    report: Any = field(default=None, metadata={"help": "SnrReport or a path to one."})
+    report: Any = field(default=None, metadata={"help": "SnrReport, a path to one, auto, or a hub repository."})
     plan: Any = field(default=None, metadata={"help": "Plan or a path to one; wins over report and options."})
     gradients: Any = field(default=None, metadata={"help": "GradientReport or a path to one."})
     calibration_data: Any = field(default=None, metadata={"help": "Batches with labels; used once, never saved."})
@@ -151,13 +153,14 @@ class SpectrumConfig(LoraConfig):
         if isinstance(self.score_cuts, list):
             self.score_cuts = tuple(self.score_cuts)
         if isinstance(self.plan, str | os.PathLike):
-            self.plan = checked_plan(Plan.load(self.plan), str(self.plan))
+            self.plan = checked_plan(Plan.named(self.plan), str(self.plan))
         elif isinstance(self.plan, Mapping):
             where = "adapter_config.json: plan"
             self.plan = checked_plan(Plan.from_dict(self.plan, where), where)
             self.plan_from_file = True
         if self.plan is not None:
             self._take_options_of_plan(self.plan)
+            self.report = None if self.report == "auto" else self.report  # it was for a plan to be made
         else:
             self.options()  # refuses what is outside its range
             if self.rank_pattern or self.alpha_pattern:
@@ -242,12 +245,17 @@ class SpectrumConfig(LoraConfig):
             if name in OPTIONS and hasattr(self, name):
                 setattr(self, name, value)
 
-    def resolved_report(self) -> SnrReport | None:
-        """The report given, read from its file where it is a path."""
-        if self.report is None or isinstance(self.report, SnrReport):
-            return self.report
-        report: SnrReport = SnrReport.load(self.report)
-        return report
+    def resolved_report(self, model: Any = None, **how: Any) -> SnrReport | None:
+        """The report given, wherever it is: a record, a file, a repository of the hub, or `auto`; see `scan.report_named`.
+
+        Args:
+            model: that it is of, in memory, a folder or a hub id; `auto` asks for one. how: more of `report_named`.
+        """
+        if self.report is None:
+            return None
+        criterion = None if self.criterion == OPTIONS["criterion"] else self.criterion  # the default is no wish
+        scored = get_mode(self.mode).selective
+        return report_named(self.report, model, criterion, seed=self.seed, scored=scored, force=self.force, **how)
 
     def resolved_gradients(self) -> GradientReport | None:
         """The gradients given, read from their file where that is a path."""

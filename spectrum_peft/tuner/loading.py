@@ -113,7 +113,7 @@ def load_model_with_spectrum(
             raise OptionError(f"load_model_with_spectrum: {name!r} is not known. Did you mean {near[0]!r}?")
     wanted = _one_dtype(dtype, torch_dtype)
     quantization = _checked_quantization(quantization)
-    config = _as_config(spectrum_config)
+    config = _as_config(spectrum_config, model_name)
     revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
     remote = _remote(kwargs)
     described = config_for(model_name, **revision, **remote)
@@ -322,12 +322,14 @@ def _one_dtype(dtype: Any, torch_dtype: Any) -> Any:
     return values[0] if values else fast_dtype()
 
 
-def _as_config(value: Any) -> SpectrumConfig:
+def _as_config(value: Any, model_name: str) -> SpectrumConfig:
     if value is None:
         return SpectrumConfig()
     if isinstance(value, SpectrumConfig):
         return value
-    return SpectrumConfig(plan=value)
+    return SpectrumConfig(
+        plan=Plan.named(value, model_id=model_name) if isinstance(value, str | os.PathLike) else value
+    )
 
 
 def _plan_before_loading(model_name: str, skeleton: nn.Module | None, config: SpectrumConfig, **revision: Any) -> Plan:
@@ -338,7 +340,8 @@ def _plan_before_loading(model_name: str, skeleton: nn.Module | None, config: Sp
     """
     if config.plan is not None:
         return config.plan if skeleton is None else plan_for(skeleton, config.plan)
-    report, gradients, options = config.resolved_report(), config.resolved_gradients(), config.options()
+    report, gradients = config.resolved_report(model_name, download=True, **revision), config.resolved_gradients()
+    config.report, options = report, config.options()
     by_data = needs_gradients(options)
     if by_data and gradients is None:
         raise OptionError(

@@ -37,5 +37,6 @@ def write_recipe(folder: Path, asked: Asked, price: Price, rate: float, steps: i
     ]
     if price.contestant.peft is not None:
         write_text(folder / "peft.yaml", yaml.safe_dump(dict(price.contestant.peft), sort_keys=False))
+        plain.pop("report", None)  # PEFT's own methods are made of no scores
         plain["peft_config"] = str((folder / "peft.yaml").resolve())
     write_text(folder / RECIPE, "\n".join(head) + "\n" + yaml.safe_dump(plain, sort_keys=False))

@@ -81,8 +81,8 @@ def read_tune(given: Mapping[str, Any], *, train: Mapping[str, Any], task: str, 
         if key not in KEYS:
             raise OptionError(f"{source}: unknown key {key!r}." + near_matches(key, KEYS))
     for key, instead in _FOUND.items():
-        if train.get(key) is not None:
-            hint = f"use {instead}" if instead else "leave it out"
+        if train.get(key) is not None and (key, train[key]) != ("report", "auto"):
+            hint = f"use {instead}" if instead else "leave it out" + (", or say auto" if key == "report" else "")
             raise OptionError(f"{source}: {key} is one run's, and tune makes many: {hint}.")
     values: dict[str, Any] = {
         "memory": None, "hours": None, "metric": HEADED.get(task, "loss"), "better": None,

@@ -251,7 +251,7 @@ class Tune:
     def cell(self, price: Price, task: Task, steps: int, *, final: bool = False) -> Cell:
         """A run of the race, judged on the search rows; one of the finals on the evaluation rows, too."""
         asked = self.asked
-        left_out = ("eval_dataset", "eval_split", "dataset_split", "num_train_epochs", "max_steps")
+        left_out = ("eval_dataset", "eval_split", "dataset_split", "num_train_epochs", "max_steps", "report")
         shared = {
             k: v for k, v in asked.train.items() if v is not None and k not in left_out and not k.endswith("_column")
         }

@@ -39,7 +39,7 @@ ARROWS = {
     "push": "card weights",
     # models
     "tuner": "card devices plan probe push scan weights",
-    "memory": "plan tuner weights",
+    "memory": "plan scan tuner weights",
     "train": "arguments card data devices memory plan plots probe push scan tuner",
     "export": "card tuner weights",
     # all of it together
