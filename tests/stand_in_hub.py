@@ -379,7 +379,7 @@ class _Handler(BaseHTTPRequestHandler):
             stop = begin + troubles.cut_after
         if asked and troubles.dead_after is not None:
             troubles.dead_after -= 1
-            stop = end if troubles.dead_after >= 0 else begin
+            stop = stop if troubles.dead_after >= 0 else begin
         sent = 0
         try:
             for piece in blob.pieces(begin, stop):

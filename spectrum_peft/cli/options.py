@@ -18,7 +18,9 @@ from ..plan import MODES, OPTIONS, get_mode
 from ..records import GradientReport, MemoryReport, Plan, SnrReport, is_stream, mode_of, repository_named
 
 # What REPORT and --report mean wherever they are taken: `scan.report_named`.
-REPORT_HELP = "of `scan`, or a published file; auto: kept here, else in the model's repository, else scanned; or ORG/NAME on the hub"
+REPORT_HELP = (
+    "of `scan`, or a published file; auto: kept here, else in the model's repository, else scanned; or ORG/NAME"
+)
 PLAN_HELP = "of `plan`, or ORG/NAME on the hub"
 
 # --- flags that several verbs share ----------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +19,37 @@ _TRIES, _FIRST_WAIT, _LONGEST_WAIT = 6, 0.25, 8.0
 STOP: ContextVar[threading.Event | None] = ContextVar("STOP", default=None)
 
 
+class _Pieces:
+    """Buffers one behind the other that are filled in order, each made when its first byte comes and handed on with its last.
+
+    Attributes:
+        left: bytes that are still to come.
+    """
+
+    def __init__(self, sizes: Sequence[int], filled: Callable[[bytearray], object]) -> None:
+        self.left = sum(sizes)
+        self._sizes, self._filled = deque(sizes), filled
+        self._buffer: bytearray | None = None
+        self._at = 0
+        self._pass_on()
+
+    def write(self, came: bytes) -> None:
+        rest = memoryview(came)
+        self.left -= len(rest)
+        while len(rest):
+            self._buffer = bytearray(self._sizes[0]) if self._buffer is None else self._buffer
+            count = min(len(rest), len(self._buffer) - self._at)
+            self._buffer[self._at : self._at + count] = rest[:count]
+            self._at, rest = self._at + count, rest[count:]
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self._sizes and self._at == self._sizes[0]:  # several where some are empty
+            size, buffer = self._sizes.popleft(), self._buffer
+            self._buffer, self._at = None, 0
+            self._filled(bytearray(size) if buffer is None else buffer)
+
+
 class RangeReader:
     """The files of one commit. Safe to use from several threads.
 
@@ -29,43 +62,51 @@ class RangeReader:
         self.received = 0
         self._lock = threading.Lock()
 
-    def read_into(self, name: str, begin: int, view: memoryview) -> None:
-        """Fill `view`, bytes, with what the file `name` holds from byte `begin` on.
+    def read(self, name: str, begin: int, end: int) -> bytearray:
+        """What the file `name` holds from byte `begin` up to byte `end`; as `read_run`."""
+        found: list[bytearray] = []
+        self.read_run(name, begin, [end - begin], found.append)
+        return found[0]
 
+    def read_run(self, name: str, begin: int, sizes: Sequence[int], filled: Callable[[bytearray], object]) -> None:
+        """Pieces of a file that lie one behind the other from byte `begin` on, by one request.
+
+        Args:
+            sizes: bytes of each. filled: is handed each as soon as it has come, in order; it must not raise.
         Raises:
             HubError: no access; the file is not the one that the commit listed; ranges are ignored; nothing comes any more.
         """
-        done = failures = 0
+        pieces = _Pieces(sizes, filled)
+        failures = 0
         stop = STOP.get() or threading.Event()
-        while done < len(view):
+        end = begin + pieces.left
+        while pieces.left:
+            where, at = f"{self.snapshot.repo_id}/{name}", end - pieces.left
             if stop.is_set():
-                raise HubError(f"{self.snapshot.repo_id}/{name}: reading was stopped at byte {begin + done}.")
-            came, problem = self._once(name, begin + done, view[done:])
-            done += came
+                raise HubError(f"{where}: reading was stopped at byte {at}.")
+            problem = self._once(name, at, pieces)
             if problem is None:
                 continue
-            failures = 0 if came else failures + 1
+            failures = 0 if end - pieces.left > at else failures + 1
             if failures == _TRIES:
-                where = f"{self.snapshot.repo_id}/{name}"
                 raise HubError(
-                    f"{where}: the connection broke {failures} times in a row at byte {begin + done} ({problem}); what was "
-                    "scored is kept, the same command goes on from there."
+                    f"{where}: the connection broke {failures} times in a row at byte {at} ({problem}); what was scored is kept, "
+                    "the same command goes on from there."
                 )
             if failures:
                 stop.wait(min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (failures - 1)))
 
-    def _once(self, name: str, begin: int, view: memoryview) -> tuple[int, str | None]:
-        """One request: (bytes that came, why it ended early or None)."""
+    def _once(self, name: str, begin: int, pieces: _Pieces) -> str | None:
+        """One request for all that is left: why it ended early, or None."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.errors import HfHubHTTPError
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
         snapshot, file = self.snapshot, self.snapshot.files[name]
-        end = begin + len(view)
+        end = begin + pieces.left
         kind = None if snapshot.kind == "model" else snapshot.kind
         url = hf_hub_url(snapshot.repo_id, name, revision=snapshot.commit, repo_type=kind)
         headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-        done = 0
         problem = None
         with (
             asked(snapshot.repo_id, snapshot.commit, snapshot.kind),
@@ -75,22 +116,21 @@ class RangeReader:
             self._check(response, name, file, begin, end)
             # An error must not leave this block: huggingface_hub would take it for one of the connection's beginning.
             try:
-                for piece in response.iter_raw():
+                for came in response.iter_raw():
                     if (stop := STOP.get()) and stop.is_set():
                         problem = "stopped"
                         break
-                    if done + len(piece) > len(view):
+                    if len(came) > pieces.left:
                         problem = "more bytes than were asked for"
                         break
-                    view[done : done + len(piece)] = piece
-                    done += len(piece)
                     with self._lock:
-                        self.received += len(piece)
+                        self.received += len(came)
+                    pieces.write(came)
             except HfHubHTTPError:
                 raise
             except transport_error() as error:
                 problem = one_line(error) or type(error).__name__
-        return done, problem or (None if done == len(view) else "the answer ended early")
+        return problem or ("the answer ended early" if pieces.left else None)
 
     def _check(self, response: Any, name: str, file: HubFile, begin: int, end: int) -> None:
         """

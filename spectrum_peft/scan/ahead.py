@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
 from ..hub import STOP
+from ..weights.neighbours import Group
 
 # Connections side by side: one seldom fills a line.
 _CONNECTIONS = 4
@@ -17,22 +18,22 @@ class Ahead:
     """Reads tensors in the order in which they will be asked for; `with` stops it.
 
     Args:
-        read: gives a tensor by its name. names: in order. sizes: bytes of each.
-        budget: bytes of tensors that are being fetched or wait to be taken; the next one is fetched whatever its size.
+        read: gives a tensor by its name. groups: what is fetched together, in order. sizes: {name: bytes}.
+        budget: bytes of tensors that are being fetched or wait to be taken; the next group is fetched whatever its size.
         fetched: called with the size of each tensor that has come.
     """
 
     def __init__(
         self,
         read: Callable[[str], Tensor],
-        names: Sequence[str],
-        sizes: Sequence[int],
+        groups: Sequence[Group],
+        sizes: Mapping[str, int],
         budget: int,
         fetched: Callable[[int], object],
     ) -> None:
         self._read, self._budget, self._fetched = read, budget, fetched
-        self._todo = list(zip(names, sizes, strict=True))[::-1]
-        self._sizes = dict(self._todo)
+        self._todo = [(group, sum(sizes[name] for name in group.names)) for group in reversed(groups)]
+        self._sizes = sizes
         self._held = 0
         self._ready: dict[str, Tensor | Exception] = {}
         self._changed = threading.Condition()
@@ -53,7 +54,7 @@ class Ahead:
             self._ready.clear()
             self._changed.notify_all()
 
-    def _next(self) -> tuple[str, int] | None:
+    def _next(self) -> Group | None:
         with self._changed:
             while (
                 not self._stop.is_set() and self._todo and self._held and self._held + self._todo[-1][1] > self._budget
@@ -61,25 +62,36 @@ class Ahead:
                 self._changed.wait()
             if self._stop.is_set() or not self._todo:
                 return None
-            name, size = self._todo.pop()
+            group, size = self._todo.pop()
             self._held += size
-            return name, size
+            return group
 
     def _fetch(self) -> None:
         STOP.set(self._stop)
-        while (todo := self._next()) is not None:
-            name, size = todo
-            found: Tensor | Exception
+        while (group := self._next()) is not None:
+            came: set[str] = set()
+
+            def arrived(name: str, came: set[str] = came) -> None:
+                came.add(name)
+                try:
+                    self._put(name, self._read(name))
+                except Exception as error:  # raised where the tensor is asked for
+                    self._put(name, error)
+
             try:
-                found = self._read(name)
-            except Exception as error:  # raised where the tensor is asked for
-                found = error
-            with self._changed:
-                if self._stop.is_set():
-                    return
-                self._ready[name] = found
-                self._changed.notify_all()
-            self._fetched(size)
+                group.fetch(arrived)
+            except Exception as error:
+                for name in group.names:
+                    if name not in came:
+                        self._put(name, error)
+
+    def _put(self, name: str, found: Tensor | Exception) -> None:
+        with self._changed:
+            if self._stop.is_set():
+                return
+            self._ready[name] = found
+            self._changed.notify_all()
+        self._fetched(self._sizes[name])
 
     def take(self, name: str) -> Tensor:
         """A tensor, once, as soon as it is there.

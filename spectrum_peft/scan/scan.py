@@ -26,6 +26,7 @@ from ..errors import CheckpointError, OptionError, near_matches, one_line
 from ..machine import cores
 from ..records import Fingerprint, MatrixStat, SnrReport
 from ..weights import TensorInfo, WeightSource, open_weights
+from ..weights.neighbours import Group, groups_of
 from ..weights.source import structure_of
 from ..weights.threads import one_torch_thread
 from . import criteria
@@ -175,7 +176,10 @@ def scan_or_take(
                 "going on with a stopped scan: %d of %d matrices are done", len(wanted) - len(rest), len(wanted)
             )
         began = time.monotonic()
-        for name, result in _side_by_side(one, source, wanted, rest, jobs, _reads_ahead(source, where)):
+        ahead = _reads_ahead(source, where)
+        # The fingerprint asks for the small tensors between matrices; a scan of some kinds or layers makes none.
+        groups = groups_of(source, [name for name, _ in rest], not limits) if ahead else []
+        for name, result in _side_by_side(one, source, wanted, rest, jobs, groups):
             partial.add(name, result)
         report = report_of({name: partial.results[name] for name, _ in wanted})
         if source.received is not None:
@@ -283,14 +287,21 @@ def _side_by_side(
     wanted: list[tuple[str, TensorInfo]],
     todo: list[tuple[str, TensorInfo]],
     jobs: int,
-    ahead: bool,
+    groups: Sequence[Group],
 ) -> Iterator[tuple[str, MatrixScore]]:
-    """Results as they come; the first error stops the rest and is raised."""
+    """Results as they come; the first error stops the rest and is raised.
+
+    Args:
+        groups: what is read ahead together, in this order; none where a job reads its matrix when it is its turn.
+    """
     far = source.received is not None
+    if groups:
+        infos = dict(todo)
+        todo = [(name, infos[name]) for group in groups for name in group.names]
     with (
         _progress(wanted, todo, far) as (fetched, scored),
         ThreadPoolExecutor(jobs, thread_name_prefix="scan") as pool,
-        _reader(source, todo, fetched, ahead) as read,
+        _reader(source, todo, fetched, groups) as read,
     ):
         running: dict[Future[MatrixScore], str] = {pool.submit(one, read, name, info): name for name, info in todo}
         try:
@@ -304,14 +315,16 @@ def _side_by_side(
 
 @contextmanager
 def _reader(
-    source: WeightSource, todo: list[tuple[str, TensorInfo]], fetched: Callable[[int], object], ahead: bool
+    source: WeightSource,
+    todo: list[tuple[str, TensorInfo]],
+    fetched: Callable[[int], object],
+    groups: Sequence[Group],
 ) -> Iterator[Read]:
     """How a job gets its matrix: read when it is its turn, or taken from those that were fetched before."""
-    if not ahead:
+    if not groups:
         yield source.read
         return
-    names_, sizes = [name for name, _ in todo], [_bytes(info) for _, info in todo]
-    with Ahead(source.read, names_, sizes, _AHEAD, fetched) as reading:
+    with Ahead(source.read, groups, {name: _bytes(info) for name, info in todo}, _AHEAD, fetched) as reading:
         yield reading.take
 
 

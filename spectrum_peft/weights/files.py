@@ -238,23 +238,37 @@ class FileWeights:
 
     def _value(self, name: str, slab: int | None = None) -> Tensor:
         """A float tensor of the file by its name, or the part of it that is an expert's."""
-        form = self.forms[name]
-        if slab is None:
-            return form.values(self._stored)
-
-        def of_expert(part: str) -> Tensor:
-            shape = self._spans[part][1].shape
-            return self._stored(part, slab if shape and shape[0] == form.shape[0] else None)
-
-        return form.values(of_expert)
+        return self.forms[name].values(lambda part: self._stored(part, self._own(name, part, slab)))
 
     def _stored(self, name: str, slab: int | None = None) -> Tensor:
+        span = self._spans[name][1]
+        values = self.shards.read(*self._range(name, slab)).view(DTYPES[span.dtype])
+        return values.reshape(span.shape if slab is None else span.shape[1:])
+
+    def _range(self, name: str, slab: int | None = None) -> tuple[Path, int, int]:
+        """The file and the bytes of a stored tensor, or of its part that is an expert's."""
         path, span = self._spans[name]
-        begin, end, shape = span.begin, span.end, span.shape
-        if slab is not None:
-            size = (end - begin) // shape[0]
-            begin, end, shape = begin + slab * size, begin + (slab + 1) * size, shape[1:]
-        return self.shards.read(path, begin, end).view(DTYPES[span.dtype]).reshape(shape)
+        if slab is None:
+            return path, span.begin, span.end
+        size = (span.end - span.begin) // span.shape[0]
+        return path, span.begin + slab * size, span.begin + (slab + 1) * size
+
+    def ranges(self, name: str) -> list[tuple[Path, int, int]]:
+        """What `read` of a tensor, or of one expert, reads; empty where it is made of more than its own bytes."""
+        item, expert = split_found(name, self._logical, self.model_id)
+        if item.recipe is not None:
+            return []
+        chosen = (
+            item.parts if item.info.experts is None or item.slab or expert is None else item.parts[expert : expert + 1]
+        )
+        slab = expert if item.slab else None
+        read = [(name, part) for stored in chosen for name in stored for part in self.forms[name].parts]
+        return [self._range(part, self._own(name, part, slab)) for name, part in read]
+
+    def _own(self, name: str, part: str, slab: int | None) -> int | None:
+        """The expert of which a part of a tensor is read; None for all of it, where it is every expert's."""
+        shape = self._spans[part][1].shape
+        return slab if shape and shape[0] == self.forms[name].shape[0] else None
 
     def place_of(self, stored: str) -> tuple[Path, Span]:
         """The file and the byte range of a stored tensor, by its name in the file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class HubShards:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._reader = RangeReader(snapshot)
+        self._here: dict[tuple[str, int, int], bytearray] = {}  # that came with others and wait to be read
         self._ends: dict[tuple[str, int, int], bytes] = {}
         self._remembered = 0
         self._lock = threading.Lock()
@@ -51,33 +52,54 @@ class HubShards:
         return header_spans(start[8 : 8 + length], size, where)
 
     def _bytes(self, name: str, begin: int, end: int) -> bytes:
-        buffer = bytearray(end - begin)
-        self._reader.read_into(name, begin, memoryview(buffer))
-        return bytes(buffer)
+        return bytes(self._reader.read(name, begin, end))
 
     def read(self, path: Path, begin: int, end: int) -> Tensor:
-        known = self._ends.get((path.name, begin, end))
-        if known is not None:
-            return torch.frombuffer(bytearray(known), dtype=torch.uint8)
-        buffer = torch.empty(end - begin, dtype=torch.uint8)
-        if begin < end:
-            self._reader.read_into(path.name, begin, memoryview(buffer.numpy().data).cast("B"))
-        self._remember(path.name, begin, end, buffer)
-        return buffer
+        if begin == end:
+            return torch.empty(0, dtype=torch.uint8)
+        key = (path.name, begin, end)
+        with self._lock:
+            here = self._here.pop(key, None)
+        if here is None and (known := self._ends.get(key)) is not None:
+            here = bytearray(known)
+        if here is None:
+            here = self._reader.read(*key)
+            self._remember(*key, here)
+        return torch.frombuffer(here, dtype=torch.uint8)
+
+    def fetch(self, path: Path, ranges: Sequence[tuple[int, int]], arrived: Callable[[int], object]) -> None:
+        """Ranges that touch, by one request: `arrived(i)` as soon as the i-th is here, in order; until it returns, `read` gives
+        the range without asking again."""
+        numbers = iter(range(len(ranges)))
+
+        def filled(buffer: bytearray) -> None:
+            i = next(numbers)
+            key = (path.name, *ranges[i])
+            self._remember(*key, buffer)
+            with self._lock:
+                self._here[key] = buffer
+            arrived(i)
+
+        try:
+            self._reader.read_run(path.name, ranges[0][0], [end - begin for begin, end in ranges], filled)
+        finally:
+            with self._lock:
+                for begin, end in ranges:
+                    self._here.pop((path.name, begin, end), None)
 
     def read_many(self, ranges: Sequence[tuple[Path, int, int]]) -> Iterator[Tensor]:
         with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="range") as pool:
             for first in range(0, len(ranges), _AT_ONCE):
                 yield from pool.map(lambda where: self.read(*where), ranges[first : first + _AT_ONCE])
 
-    def _remember(self, name: str, begin: int, end: int, values: Tensor) -> None:
+    def _remember(self, name: str, begin: int, end: int, values: bytearray) -> None:
         parts = [(begin, end)] if end - begin <= 2 * SAMPLE else [(begin, begin + SAMPLE), (end - SAMPLE, end)]
         for first, last in parts:
             with self._lock:
                 if self._remembered + last - first > _MOST_REMEMBERED:
                     return
                 self._remembered += last - first
-            self._ends[name, first, last] = values[first - begin : last - begin].numpy().tobytes()
+            self._ends[name, first, last] = bytes(memoryview(values)[first - begin : last - begin])
 
     def identity(self, files: Sequence[Path]) -> str | None:
         listed = self._reader.snapshot.files

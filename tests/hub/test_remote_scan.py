@@ -21,7 +21,7 @@ from spectrum_peft import make_plan, scan_weights
 from spectrum_peft.errors import CheckpointError, HubError, OptionError
 from spectrum_peft.hub import ranges
 from spectrum_peft.records import SnrReport
-from spectrum_peft.weights import open_weights
+from spectrum_peft.weights import neighbours, open_weights
 
 MODEL = "org/model"
 WEIGHTS = "model.safetensors"
@@ -105,6 +105,42 @@ def test_what_is_read_is_what_is_scored_and_the_ends_of_the_rest(hub: StandIn, t
     assert hub.files_read() < 0.5 * (tmp_path / WEIGHTS).stat().st_size + scored / 2
     kept = [p for p in (tmp_path / "hub_cache").rglob("*") if p.is_file() and p.stat().st_size > 1 << 16]
     assert kept == []
+
+
+def ranges_asked(hub: StandIn) -> int:
+    return sum(r.status == 206 for r in hub.requests)
+
+
+def test_neighbours_come_by_one_request(hub: StandIn, moe_folder: Path, tmp_path: Path) -> None:
+    """A mixture stores three tensors for each expert, which the class puts together in another order."""
+    hub.add(MODEL, moe_folder)
+    report = scan_weights(MODEL)
+    assert same(report, scan_weights(moe_folder))
+    # The header; one run of all that is scored, with the norms between; the embeddings, the head and the last norm at the
+    # file's ends, which the fingerprint asks for.
+    assert ranges_asked(hub) == 5 < len(report.scores) == 20
+    # A header of less than 64 KiB comes with what follows it.
+    assert hub.files_read() <= sum(4 * s.numel for s in report.stats) + 64 * 1024 + 2048
+    torn = sharded(moe_folder, tmp_path / "sharded")  # an expert's gate in one file, its up in the other
+    hub.add("org/torn", torn)
+    assert same(scan_weights("org/torn"), scan_weights(torn))
+
+
+def test_a_request_for_neighbours_has_a_limit(hub: StandIn, moe_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "_MOST", 40_000)
+    hub.add(MODEL, moe_folder)
+    assert same(scan_weights(MODEL), scan_weights(moe_folder))
+    sizes = [r.sent for r in hub.requests if r.status == 206][1:]
+    expert = 3 * 4 * 32 * 48  # gate and up lie around down, and come in one piece
+    assert 2 * expert <= max(sizes) <= 40_000 and len(sizes) >= 6
+
+
+def test_a_run_that_is_cut_goes_on_where_it_was(hub: StandIn, moe_folder: Path) -> None:
+    hub.add(MODEL, moe_folder)
+    open_weights(MODEL, download=False)
+    hub.troubles.cuts, hub.troubles.cut_after = 7, 9_000
+    assert same(scan_weights(MODEL), scan_weights(moe_folder))
+    assert hub.troubles.cuts == 0
 
 
 def test_kinds_and_layers_read_only_what_they_name(hub: StandIn, tiny_llama_folder: Path, tmp_path: Path) -> None:
@@ -191,7 +227,8 @@ def test_a_line_that_stays_dead_is_given_up_and_the_scan_goes_on_later(
     torch.manual_seed(0)
     save_file({f"layers.{i}.mlp.up_proj.weight": torch.randn(512, 384) for i in range(8)}, tmp_path / WEIGHTS)
     hub.add(MODEL, {WEIGHTS: tmp_path / WEIGHTS})
-    hub.troubles.dead_after = 1 + 5  # the header and five matrices
+    # The header and five matrices of the eight that come together, then nothing any more.
+    hub.troubles.dead_after, hub.troubles.cuts, hub.troubles.cut_after = 2, 1, 5 * 4 * 512 * 384
     with pytest.raises(HubError, match=r"the connection broke 6 times in a row.*the same command goes on from there"):
         scan_weights(MODEL, jobs=1)
     for thread in threading.enumerate():
