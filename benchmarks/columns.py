@@ -253,6 +253,10 @@ def contestants(task: Task) -> dict[str, Any]:
         "columns by activation": {"columns_by": "activation", "calibration_data": task.train(16, 1000)},
         "columns by fisher": {"columns_by": "fisher", "calibration_data": task.train(16, 1000)},
         "columns by spectrum": {"columns_by": "spectrum", "criterion": "mp"},
+        "columns and rows, coupled": {
+            "coupled": True,
+            "head_width": 1,
+        },  # single features, so that as many parameters train
     }
     return {
         "lora": LoraConfig(

@@ -108,7 +108,8 @@ def _chosen_by(plan: Plan) -> str:
         share = _percent(options["spectrum_ratio"])
         return f"criterion {plan.criterion}, preset {options['preset']} at {share} of each kind"
     if mode.of_each:
-        text = f"every matrix, its columns by {options['columns_by']}"
+        rows = ", or rows of some," if any(e.rows for e in plan.entries) else ""
+        text = f"every matrix, its columns{rows} by {options['columns_by']}"
     elif not mode.selective:
         text = "everything, scores are not asked"
     elif options["snr_threshold"] is not None:

@@ -106,7 +106,8 @@ MODES: dict[str, Mode] = {
         ),
         Mode(
             "columns", "real weights of some columns of every matrix", select="columns", action="columns", default_lr=2e-4,
-            of_each=True, own_options=frozenset({"n_columns", "columns_by", "column_block"}),
+            of_each=True,
+            own_options=frozenset({"n_columns", "columns_by", "column_block", "rows_of", "coupled", "head_width"}),
         ),
     )
 }  # fmt: skip

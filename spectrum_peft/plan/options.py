@@ -55,6 +55,9 @@ OPTIONS: dict[str, Any] = {
     "n_columns": None,  # as many as have the parameters of a LoRA of rank r
     "columns_by": "random",
     "column_block": 1,
+    "rows_of": None,  # none; with `coupled` those that put out what another matrix of the block takes in
+    "coupled": False,
+    "head_width": None,  # heads are not known; `SpectrumConfig` asks the model, where `coupled`
     "seed": 0,
     "preset": None,
 }
@@ -146,6 +149,17 @@ def _pair(check: Callable[[str, Any], float], what: str) -> Callable[[str, Any],
     return checked
 
 
+def _names(name: str, value: Any) -> list[str]:
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Sequence)
+        or not value
+        or not all(isinstance(v, str) for v in value)
+    ):
+        raise OptionError(f"{name} is {quoted(value)}, wanted a list of names of modules, or of endings of names.")
+    return list(value)
+
+
 def _interval(name: str, value: Any) -> int | str:
     return "epoch" if value == "epoch" else _integer(1)(name, value)
 
@@ -187,6 +201,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "n_columns": _optional(_integer(1, MOST_RANK)),
     "columns_by": _one_of(*COLUMNS_BY),
     "column_block": _integer(1, MOST_RANK),
+    "rows_of": _optional(_names),
+    "coupled": _flag,
+    "head_width": _optional(_integer(1, MOST_RANK)),
     "seed": _integer(0),
     "preset": _optional(_one_of("published")),
 }

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from .. import names
 from ..errors import OptionError, near_matches
 from ..records import GradientReport, GradientStat, PlanEntry
 from .budget import allocate_ranks
@@ -277,76 +278,145 @@ def _clusters(likeness: Sequence[Sequence[float]], options: Mapping[str, Any]) -
 def columns(
     candidates: Sequence[Candidate], options: Mapping[str, Any], gradients: GradientReport | None = None
 ) -> Draft:
-    """Some columns of every candidate within `backward_depth`: the input features whose weights train.
+    """Some columns of every candidate within `backward_depth`, or some rows of it: the features whose weights train.
 
     How many: `n_columns`, a share `spectrum_ratio` of those that a matrix has, or as many as have the parameters of a LoRA of
-    rank r on it, k = r (in + out) / out. Which: drawn from seed and name, or those with the best scores in `gradients`, in
-    runs of `column_block`, which begin at multiples of it.
+    rank r on it, k = r (in + out) / out columns or r (in + out) / in rows. Which: drawn from seed and name, or those with the
+    best scores in `gradients`, in runs of `column_block`, which begin at multiples of it; the hidden features of an attention
+    in whole heads of `head_width`. Rows train of `rows_of`; with `coupled` their numbers are those of the columns of the
+    matrix that takes in what they put out.
+    Source of the coupling: Yang et al. (2024), "S2FT", arXiv:2412.06289.
 
     Raises:
-        OptionError: fused experts among the candidates; a shape that is not known; scores that are asked for and missing.
+        OptionError: fused experts among the candidates; a shape that is not known; scores that are asked for and missing; a
+            name of `rows_of` that matches nothing.
     """
     _refuse_fused(candidates, options)
     everything(candidates, options)  # what it refuses is refused here
-    entries, clamped = [], []
+    entries = {}
     for c in candidates:
-        entry = PlanEntry(c.name, "freeze", kind=c.kind, shape=c.shape, score=c.score)
+        entries[c.name] = PlanEntry(c.name, "freeze", kind=c.kind, shape=c.shape, score=c.score)
         if c.reachable:
             if c.shape is None:
                 raise OptionError(
                     f"mode {options['mode']!r} counts columns, and the shape of {c.name} is not known (a published scan "
                     "states none). Scan the checkpoint."
                 )
-            entry = replace(entry, transposed=c.transposed)
-            wanted, inside = _wanted_columns(entry, options), entry.inside
-            if wanted > inside:
-                clamped.append((c.name, inside))
-            entries.append(with_columns(entry, wanted, options, gradients))
-        else:
-            entries.append(entry)
+            entries[c.name] = replace(entries[c.name], transposed=c.transposed)
+    able = [entries[c.name] for c in candidates if c.reachable]
+    leaders = _leaders(able) if options["coupled"] else {}
+    by_rows = set(leaders) if options["rows_of"] is None else _of_modules(able, options["rows_of"])
+    leaders = {name: leader for name, leader in leaders.items() if name in by_rows and leader not in by_rows}
+    clamped = []
+    for entry in sorted(able, key=lambda e: e.name in leaders):  # who follows comes behind
+        rows = entry.name in by_rows
+        if entry.name in leaders:
+            leader = entries[leaders[entry.name]]
+            entries[entry.name] = replace(
+                entry, action=leader.action, rank=leader.rank, alpha=leader.alpha, rows=leader.columns
+            )
+            continue
+        wanted, there = _wanted_columns(entry, options, rows), entry.outside if rows else entry.inside
+        if wanted > there:
+            clamped.append((entry.name, there))
+        entries[entry.name] = with_columns(entry, wanted, options, gradients, rows=rows)
     notes = []
     if clamped:
         notes.append(
             f"more columns are asked for than {len(clamped)} of {len(entries)} matrices have, first {clamped[0][0]}: all "
             f"{clamped[0][1]} of it train."
         )
-    return Draft(tuple(entries), tuple(notes))
+    if by_rows or options["coupled"]:
+        notes.append(
+            f"of {len(by_rows)} of {len(entries)} matrices rows train, {len(leaders)} of these coupled to the columns of another."
+        )
+    return Draft(tuple(entries.values()), tuple(notes))
 
 
-def _wanted_columns(entry: PlanEntry, options: Mapping[str, Any]) -> int:
+def _place(name: str) -> tuple[str, bool]:
+    """Where a matrix' hidden features belong: (its attention, or its block or expert; whether it is an attention)."""
+    parts = names.module_name(name).split(".")
+    number = max((i for i, part in enumerate(parts) if part.isdecimal()), default=-1)
+    attention = next((i for i in range(number + 1, len(parts)) if "att" in parts[i].lower()), None)
+    return ".".join(parts[: (number if attention is None else attention) + 1]), attention is not None
+
+
+def _leaders(entries: Sequence[PlanEntry]) -> dict[str, str]:
+    """{matrix that reads the residual stream: the one of its place that takes in, alone, as many features as it puts out}."""
+    writers: dict[tuple[str, int], list[str]] = {}
+    for entry in entries:
+        if _side(entry) == "out":
+            writers.setdefault((_place(entry.name)[0], entry.inside), []).append(entry.name)
+    found = {e.name: writers.get((_place(e.name)[0], e.outside), []) for e in entries if _side(e) == "in"}
+    return {name: takers[0] for name, takers in found.items() if len(takers) == 1}
+
+
+def _side(entry: PlanEntry) -> str:
+    return names.residual_side(entry.kind, (entry.outside, entry.inside))
+
+
+def _of_modules(entries: Sequence[PlanEntry], modules: Sequence[str]) -> set[str]:
+    """Names of the entries of some modules, each given by its name or the end of it."""
+    found = set()
+    for module in modules:
+        matching = {e.name for e in entries if f".{names.module_name(e.name)}".endswith(f".{module}")}
+        if not matching:
+            leaves = sorted({names.module_name(e.name).rpartition(".")[2] for e in entries})
+            raise OptionError(f"rows_of: {module!r} is no matrix that trains." + near_matches(module, leaves))
+        found |= matching
+    return found
+
+
+def _wanted_columns(entry: PlanEntry, options: Mapping[str, Any], rows: bool) -> int:
     if options["n_columns"] is not None:
         return int(options["n_columns"])
     if options["spectrum_ratio"] is not None:
-        return max(1, math.floor(entry.inside * float(options["spectrum_ratio"]) + 1e-9))
-    return columns_of_rank(entry, int(options["r"]))
+        there = entry.outside if rows else entry.inside
+        return max(1, math.floor(there * float(options["spectrum_ratio"]) + 1e-9))
+    return columns_of_rank(entry, int(options["r"]), rows=rows)
 
 
-def columns_of_rank(entry: PlanEntry, rank: int) -> int:
-    """How many columns of a matrix have as many elements as a LoRA of some rank on it, rounded down."""
-    out = entry.numel // entry.inside
-    return max(1, rank * (entry.inside + out) // out)
+def columns_of_rank(entry: PlanEntry, rank: int, *, rows: bool = False) -> int:
+    """How many columns, or rows, of a matrix have as many elements as a LoRA of some rank on it, rounded down."""
+    return max(1, rank * (entry.inside + entry.outside) // (entry.inside if rows else entry.outside))
 
 
 def with_columns(
-    entry: PlanEntry, count: int, options: Mapping[str, Any], gradients: GradientReport | None = None
+    entry: PlanEntry,
+    count: int,
+    options: Mapping[str, Any],
+    gradients: GradientReport | None = None,
+    *,
+    rows: bool = False,
 ) -> PlanEntry:
-    """The entry with about `count` columns that train, in whole runs of `column_block`, at least one run.
+    """The entry with about `count` columns, or rows, that train, in whole runs of `column_block` or heads, at least one run.
 
     Raises:
-        OptionError: the scores that `columns_by` asks for are missing.
+        OptionError: the scores that `columns_by` asks for are missing, as those of rows always are; heads that do not divide
+            the features of an attention.
     """
-    inside = entry.inside
-    block = min(int(options["column_block"]), inside)
-    runs = inside // block
+    there = entry.outside if rows else entry.inside
+    block, by = min(int(options["column_block"]), there), options["columns_by"]
+    if options["head_width"] is not None and _place(entry.name)[1] and rows == (_side(entry) == "in"):
+        block = int(options["head_width"])
+        if there % block:
+            raise OptionError(
+                f"head_width is {block}, wanted a divisor of the {there} hidden features of {entry.name}."
+            )
+    runs = there // block
     taken = min(runs, max(1, round(count / block)))
-    by = options["columns_by"]
-    if count >= inside:
-        chosen = list(range(inside))
+    if count >= there:
+        chosen = list(range(there))
     else:
         if by == "random":
             order = random.Random(f"{options['seed']} {entry.name}").sample(range(runs), taken)
+        elif rows:
+            raise OptionError(
+                f"columns_by={by!r} scores input features, and of {entry.name} rows train, coupled to no columns: wanted "
+                "columns_by='random', or other rows_of."
+            )
         else:
-            scores = _column_scores(entry.name, inside, by, gradients)
+            scores = _column_scores(entry.name, there, by, gradients)
             totals = [math.fsum(scores[i * block : (i + 1) * block]) for i in range(runs)]
             order = sorted(range(runs), key=lambda i: (-totals[i], i))[:taken]
         chosen = [i * block + j for i in sorted(order) for j in range(block)]
@@ -356,7 +426,8 @@ def with_columns(
         action=get_mode(options["mode"]).action,
         rank=len(chosen),
         alpha=math.sqrt(len(chosen)) if options["use_rslora"] else float(len(chosen)),
-        columns=tuple(chosen),
+        columns=None if rows else tuple(chosen),
+        rows=tuple(chosen) if rows else None,
     )
 
 

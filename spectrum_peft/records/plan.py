@@ -43,8 +43,9 @@ class PlanEntry:
         gain: a trained number of this entry scales the group's factor.
         components: `lorsa`: indexes of the singular components that train, ascending, 0 the largest; `rank` is the rank of
             their rotations then.
-        columns: `columns`: numbers of the input features whose weights train, ascending; `rank` is how many.
-        transposed: the matrix is stored as (in, out); said where columns are counted.
+        columns, rows: `columns`: numbers of the input features, or of the output features, whose weights train, ascending; one
+            of the two; `rank` is how many.
+        transposed: the matrix is stored as (in, out); said where columns or rows are counted.
         active: False holds a place that re-evaluation may fill; nothing of it trains.
         kind, shape, score: as in the report, so that a plan explains itself.
     """
@@ -61,6 +62,7 @@ class PlanEntry:
     score: float | None = None
     components: tuple[int, ...] | None = None
     columns: tuple[int, ...] | None = None
+    rows: tuple[int, ...] | None = None
     transposed: bool = False
     shared: int = 0
     gain: bool = False
@@ -80,9 +82,14 @@ class PlanEntry:
         return self.shape[0 if self.transposed else -1] if self.shape else 0
 
     @property
+    def outside(self) -> int:
+        """Output features of a matrix whose rows are counted; 0 if its shape is not known."""
+        return self.shape[-1 if self.transposed else 0] if self.shape else 0
+
+    @property
     def trainable_numel(self) -> int:
         """Elements that train for this entry on its own: the weight, both factors of a LoRA (per expert) and its gain,
-        the shifts and rotations of singular components, or some columns."""
+        the shifts and rotations of singular components, some columns or some rows."""
         if not self.trains or not self.shape:
             return 0
         if self.action in REAL_WEIGHT_ACTIONS:
@@ -90,7 +97,9 @@ class PlanEntry:
         if self.components is not None:
             return len(self.components) * (1 + 2 * (self.rank or 0))
         if self.columns is not None:
-            return len(self.columns) * (self.numel // self.inside)
+            return len(self.columns) * self.outside
+        if self.rows is not None:
+            return len(self.rows) * self.inside
         experts = self.shape[0] if len(self.shape) == 3 else 1
         return experts * (self.rank or 0) * (self.shape[-1] + self.shape[-2]) + self.gain
 
@@ -121,21 +130,20 @@ def _problem(entry: PlanEntry) -> str | None:
         return (
             f"components is {quoted(chosen)} for the shape {shape}, wanted indexes that ascend, below its smaller side"
         )
-    if (entry.columns is not None) != (entry.action == "columns"):
-        return (
-            f"columns is {quoted(entry.columns)} with action {entry.action!r}, wanted them for 'columns' and only there"
-        )
-    columns = entry.columns
-    if columns is not None and (
-        len(columns) != entry.rank
-        or columns[0] < 0
-        or any(a >= b for a, b in pairwise(columns))
-        or (shape is not None and (len(shape) != 2 or columns[-1] >= entry.inside))
-    ):
-        return (
-            f"columns is {quoted(columns)} for the shape {shape}, wanted {entry.rank} numbers of its columns, as rank says, that "
-            "ascend"
-        )
+    if (entry.columns is not None) + (entry.rows is not None) != (entry.action == "columns"):
+        both = "" if entry.rows is None else f" and rows {quoted(entry.rows)}"
+        return f"columns is {quoted(entry.columns)}{both} with action {entry.action!r}, wanted them for 'columns' and only there"
+    for what, numbers, width in (("columns", entry.columns, entry.inside), ("rows", entry.rows, entry.outside)):
+        if numbers is not None and (
+            len(numbers) != entry.rank
+            or numbers[0] < 0
+            or any(a >= b for a, b in pairwise(numbers))
+            or (shape is not None and (len(shape) != 2 or numbers[-1] >= width))
+        ):
+            return (
+                f"{what} is {quoted(numbers)} for the shape {shape}, wanted {entry.rank} numbers of its {what}, as rank says, "
+                "that ascend"
+            )
     return None
 
 
@@ -241,6 +249,7 @@ class Plan(SharedRecord):
                 e.active,
                 *(e.components or ()),
                 *(e.columns or ()),
+                *(("rows", *e.rows) if e.rows else ()),
                 *["gain"] * e.gain,
             )
             for e in self.entries

@@ -132,5 +132,5 @@ def checked_tensors(
     for name, basis in singular_layers(model, adapter_name):
         basis.check_digest(got[f"{name}.lora_A.{adapter_name}.digest"], where)
     for name, part in column_layers(model, adapter_name):
-        part.check(got[f"{name}.lora_A.{adapter_name}.columns"], f"{where}: {name}")
+        part.check(got[f"{name}.{part.factor}.{adapter_name}.{part.numbered}"], f"{where}: {name}")
     return got

@@ -211,6 +211,8 @@ def _settled(model: nn.Module, config: SpectrumConfig, layers: bool) -> Plan:
         raise OptionError(f"mode {config.mode!r} can train none of the model's matrices; the first is {name}: {why}.")
     report = fit
     candidates = candidates_of(config, report)
+    if options["coupled"] and options["head_width"] is None:
+        options["head_width"] = _head_width(base_of(model))
     gradients = None
     if needs_gradients(options):
         gradients = _gradients(model, config, options, worth_probing(report, candidates, options))
@@ -222,6 +224,15 @@ def _settled(model: nn.Module, config: SpectrumConfig, layers: bool) -> Plan:
     config.report = report
     _settle_tokens(model, config, plan, present)
     return _with_saved(model, config, plan, present)
+
+
+def _head_width(model: nn.Module) -> int | None:
+    """Hidden features of one head of an attention, as the model's config says it; None where it does not."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    said = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    width, heads = (getattr(config, key, None) for key in ("hidden_size", "num_attention_heads"))
+    return said or (width // heads if width and heads else None)
 
 
 def _with_saved(model: nn.Module, config: SpectrumConfig, plan: Plan, present: dict[str, Any]) -> Plan:

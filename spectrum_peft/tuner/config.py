@@ -75,6 +75,11 @@ class SpectrumConfig(LoraConfig):
         columns_by: `columns`: which ones: `random`, or by a column's energy in the signal part of the `spectrum`, by the mean
             square of the input feature (`activation`) or by its `fisher` mass, both on calibration data.
         column_block: `columns`: they come in runs of this many.
+        rows_of: `columns`: names, or ends of names, of modules of which rows train instead.
+        coupled: `columns`: those rows are the hidden features that another matrix' columns take; without `rows_of` those of
+            every matrix for which there is one.
+        head_width: `columns`: hidden features of an attention come in whole heads of so many; None: of the model's, where
+            `coupled`.
         calibration_data: batches, dicts that the model accepts, with labels; for modes and criteria that need gradients.
             Used once, never saved.
         gradients: a GradientReport or a path to one, instead of calibration_data.
@@ -126,6 +131,9 @@ class SpectrumConfig(LoraConfig):
     n_columns: int | None = field(default=None, metadata={"help": "columns: how many of each matrix train."})
     columns_by: str = field(default="random", metadata={"help": "columns: random, spectrum, activation or fisher."})
     column_block: int = field(default=1, metadata={"help": "columns: length of their contiguous runs."})
+    rows_of: list[str] | None = field(default=None, metadata={"help": "columns: modules of which rows train."})
+    coupled: bool = field(default=False, metadata={"help": "columns: rows follow the columns of another matrix."})
+    head_width: int | None = field(default=None, metadata={"help": "columns: features of a head, taken whole."})
     seed: int = field(default=0, metadata={"help": "Seed of random choices and of new adapter rows."})
     preset: str | None = field(default=None, metadata={"help": "'published': choose as the published script does."})
     report: Any = field(default=None, metadata={"help": "SnrReport, a path to one, auto, or a hub repository."})
@@ -189,8 +197,9 @@ class SpectrumConfig(LoraConfig):
                 f"rank_pattern or alpha_pattern is given together with rescore_every={self.rescore_every!r}, which moves ranks. "
                 "Leave out one of them."
             )
-        if mode.action == "columns" and (self.alpha_pattern or self.n_columns or self.spectrum_ratio):
-            given = next(n for n in ("alpha_pattern", "n_columns", "spectrum_ratio") if getattr(self, n))
+        others = ("alpha_pattern", "n_columns", "spectrum_ratio", "coupled")
+        if mode.action == "columns" and any(getattr(self, n) for n in others):
+            given = next(n for n in others if getattr(self, n))
             raise OptionError(
                 f"{given}={getattr(self, given)!r}: in mode 'columns' rank_pattern says how many columns a module has, beside r, "
                 "and there is no scale. Leave one of them out."
@@ -222,9 +231,10 @@ class SpectrumConfig(LoraConfig):
         entries = []
         for entry in plan.entries:
             by_rank = get_pattern_key(list(ranks), modules.get(entry.name, ""))
-            if entry.columns is not None and by_rank in ranks:
-                count = columns_of_rank(entry, ranks[by_rank])
-                entry = with_columns(entry, count, plan.options, gradients)
+            if entry.action == "columns" and by_rank in ranks:
+                rows = entry.rows is not None
+                count = columns_of_rank(entry, ranks[by_rank], rows=rows)
+                entry = with_columns(entry, count, plan.options, gradients, rows=rows)
             elif entry.action == "lora" and entry.rank:
                 by_alpha = get_pattern_key(list(alphas), modules[entry.name])
                 alpha = float(alphas.get(by_alpha, self.lora_alpha or 2 * self.r))

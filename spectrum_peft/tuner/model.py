@@ -223,7 +223,7 @@ class SpectrumModel(LoraModel):
                 lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
             )
             entry = lora_config.plan.by_name.get(f"{current_key}.weight")
-            if entry is not None and entry.columns is not None:
+            if entry is not None and entry.action == "columns":
                 install_columns(getattr(parent, target_name), adapter_name, entry)
             if entry is not None and entry.components is not None:
                 options = lora_config.plan.options

@@ -47,7 +47,7 @@ def check_summands(
     if len(adapters) == 1:
         return "linear"
     for name in adapters:
-        if combination in OF_FACTORS and any(e.components or e.columns for e in configs[name].plan.entries):
+        if combination in OF_FACTORS and any(e.components or e.columns or e.rows for e in configs[name].plan.entries):
             raise OptionError(
                 f"combination_type={combination!r} mixes factors, and those of adapter {name!r} are a basis of its own; use "
                 "'svd' or 'cat'."

@@ -47,7 +47,7 @@ _KEY = re.compile(
     r"(?P<module>.+)\.(?:"
     r"(?P<part>lora_[AB]\.(?:weight|shared|gain)|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?"
     r"|(?P<singular>lora_A\.(?:left|values|right|digest)|lora_B\.(?:shift|p|q))"
-    r"|(?P<columns>lora_A\.columns)"
+    r"|(?P<lines>lora_A\.columns|lora_B\.rows)"
     r"|lora_spectrum\.(?P<held>.+)|token_adapter\.(?P<rows>trainable_tokens_delta))"
 )
 _MAGNITUDE = "lora_magnitude_vector"
@@ -200,9 +200,9 @@ class AdapterState:
                 low_rank.setdefault(match["module"], {})[match["part"]] = key
             elif match is not None and match["singular"]:
                 singular.setdefault(match["module"], {})[match["singular"].partition(".")[2]] = key
-            elif match is not None and match["columns"]:
-                made = self._one_hot(key, wanted[key], infos.get(found.get(wanted[key], "")), infos)
-                low_rank.setdefault(match["module"], {})["lora_A.weight"] = made
+            elif match is not None and match["lines"]:
+                part, made = self._one_hot(key, wanted[key], infos.get(found.get(wanted[key], "")), infos)
+                low_rank.setdefault(match["module"], {})[part] = made
         low_rank = self._with_shared(low_rank)
         for module, parts in sorted(low_rank.items(), key=lambda item: WRAPPERS.sub("", f"{item[0]}.weight") in found):
             result += self._low_rank(module, parts, infos, found, model_type)
@@ -259,33 +259,35 @@ class AdapterState:
                 parts[f"{letter}.weight"] = self._gained(key, parts.pop(f"{letter}.gain", None))
         return result
 
-    def _one_hot(self, key: str, name: str, info: TensorInfo | None, known: Iterable[str]) -> str:
-        """Key of the A (k, in) that selects the columns whose numbers stand under `key`.
+    def _one_hot(self, key: str, name: str, info: TensorInfo | None, known: Iterable[str]) -> tuple[str, str]:
+        """Which factor, and its key, selects the columns or rows whose numbers stand under `key`: A (k, in) or B (out, k).
 
         Raises:
-            MismatchError: no such parameter, numbers that are no columns of it, or others than the plan's.
+            MismatchError: no such parameter, numbers that are none of its columns or rows, or others than the plan's.
         """
-        other = key.removesuffix("lora_A.columns") + "lora_B.weight"
+        rows = key.endswith("lora_B.rows")
+        what, part, factor = ("rows", "lora_B.rows", "A") if rows else ("columns", "lora_A.columns", "B")
+        other = key.removesuffix(part) + f"lora_{factor}.weight"
         if info is None or other not in self.tensors:
             lacking = (
                 "fits no parameter of the base." + near_matches(name, known) if info is None else f"lacks {other!r}."
             )
             raise MismatchError(f"{self.where}: tensor {key!r} {lacking}")
-        columns, entry = self.tensors[key].whole(), None if self.plan is None else self.plan.by_name.get(name)
-        inside = info.numel // self.tensors[other].shape[0]
-        right = (
-            columns.dtype == torch.int64 and columns.dim() == 1 and bool(((0 <= columns) & (columns < inside)).all())
-        )
-        if not right or (entry is not None and entry.columns is not None and columns.tolist() != list(entry.columns)):
+        numbers, entry = self.tensors[key].whole(), None if self.plan is None else self.plan.by_name.get(name)
+        width = info.numel // self.tensors[other].shape[1 if rows else 0]
+        right = numbers.dtype == torch.int64 and numbers.dim() == 1 and bool(((0 <= numbers) & (numbers < width)).all())
+        planned = None if entry is None else getattr(entry, what)
+        if not right or (planned is not None and numbers.tolist() != list(planned)):
             raise MismatchError(
-                f"{self.where}: tensor {key!r} holds {columns.flatten()[:3].tolist()} ..., wanted the numbers of columns of "
-                f"{name}, below {inside}, as in the plan."
+                f"{self.where}: tensor {key!r} holds {numbers.flatten()[:3].tolist()} ..., wanted the numbers of {what} of "
+                f"{name}, below {width}, as in the plan."
             )
-        made = key.removesuffix("columns") + "weight"
-        self._made[made] = Stored.computed(
-            (len(columns), inside), lambda: torch.zeros(len(columns), inside).scatter_(1, columns[:, None], 1)
+        made = key.removesuffix(what) + "weight"
+        shape, along, index = (
+            ((width, len(numbers)), 0, numbers[None]) if rows else ((len(numbers), width), 1, numbers[:, None])
         )
-        return made
+        self._made[made] = Stored.computed(shape, lambda: torch.zeros(shape).scatter_(along, index, 1))
+        return part[: len("lora_A")] + ".weight", made
 
     def _gained(self, key: str, gain: str | None) -> str:
         """Key of a group's factor as one layer has it: times the layer's gain, where there is one."""

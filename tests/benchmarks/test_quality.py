@@ -280,7 +280,11 @@ def test_the_comparison_of_columns_takes_up_what_an_earlier_call_kept(tiny_llama
     kept: list[dict[str, Any]] = []
     columns.quality(task, range(2), {}, lambda found: kept.append(copy.deepcopy(dict(found))))
     runs = kept[-1]["runs"]
-    assert set(runs) == {"lora", "columns", "columns by activation", "columns by fisher", "columns by spectrum"}
+    assert set(runs) == {
+        "lora",
+        "columns",
+        *(f"columns {how}" for how in ("by activation", "by fisher", "by spectrum", "and rows, coupled")),
+    }
     for rows in runs.values():
         tried = sorted(row["rate"] for row in rows if row["seed"] == 0)
         best = tables.best_run(rows)["rate"]

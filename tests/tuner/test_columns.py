@@ -31,7 +31,7 @@ from spectrum_peft import (
 from spectrum_peft.errors import CheckpointError, MismatchError, OptionError
 from spectrum_peft.export import export_lora
 from spectrum_peft.probe import column_energies
-from spectrum_peft.tuner.columns import column_layers, install_columns
+from spectrum_peft.tuner.columns import Rows, column_layers, install_columns
 from spectrum_peft.tuner.factors import factors
 
 pytestmark = LIBRARIES
@@ -56,47 +56,68 @@ def adapted(base: Any, **options: Any) -> Any:
     return get_peft_model(base, SpectrumConfig(mode="columns", task_type="CAUSAL_LM", **{"r": 4, **options}))
 
 
+def change_of(layer: Any) -> Any:
+    """D: of columns (out, k), of rows (k, in)."""
+    return (
+        layer.lora_A["default"].weight if isinstance(layer.lora_B["default"], Rows) else layer.lora_B["default"].weight
+    )
+
+
+def delta_of(layer: Any) -> Tensor:
+    """The dense W' - W, (out, in), from D and the numbers, line by line; in float64."""
+    change = change_of(layer).detach().double()
+    delta = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
+    if isinstance(layer.lora_B["default"], Rows):
+        for i, row in enumerate(layer.lora_B["default"].rows.tolist()):
+            delta[row] = change[i]
+    else:
+        for i, column in enumerate(layer.lora_A["default"].columns.tolist()):
+            delta[:, column] = change[:, i]
+    return delta
+
+
 def disturb(model: Any, scale: float = 0.1) -> Any:
     """Give D values that are not zero."""
     generator = torch.Generator().manual_seed(9)
     for name, _ in column_layers(model, "default"):
-        weight = model.get_submodule(name).lora_B["default"].weight
+        weight = change_of(model.get_submodule(name))
         weight.data.copy_(torch.randn(weight.shape, generator=generator) * scale)
     return model
 
 
-def layer_of(out: int, inside: int, columns: tuple[int, ...], dtype: torch.dtype, dropout: float = 0.0) -> Any:
-    """PEFT's layer over one Linear, with the columns in it and a D that is not zero."""
+def layer_of(
+    out: int, inside: int, lines: tuple[int, ...], dtype: torch.dtype, dropout: float = 0.0, side: str = "columns"
+) -> Any:
+    """PEFT's layer over one Linear, with the columns or rows in it and a D that is not zero."""
     from peft.tuners.lora.layer import Linear
 
     from spectrum_peft.records import PlanEntry
 
     torch.manual_seed(0)
     base = nn.Linear(inside, out, dtype=dtype).requires_grad_(False)
-    layer = Linear(base, "default", LoraConfig(lora_dropout=dropout), r=len(columns), lora_alpha=len(columns))
-    install_columns(layer, "default", PlanEntry("w.weight", "columns", shape=(out, inside), columns=columns))
-    layer.lora_B.to(dtype)
-    layer.lora_B["default"].weight.data.normal_(std=0.3)
+    layer = Linear(base, "default", LoraConfig(lora_dropout=dropout), r=len(lines), lora_alpha=len(lines))
+    install_columns(layer, "default", PlanEntry("w.weight", "columns", shape=(out, inside), **{side: lines}))
+    change_of(layer).data = torch.empty_like(change_of(layer), dtype=dtype).normal_(std=0.3)
     return layer
 
 
 # --- what is computed ------------------------------------------------------------------------------------------------
 
 
-def test_the_derivatives_are_those_of_finite_differences_and_of_the_summed_weight() -> None:
-    """In float64: gradcheck by x and D, and autograd of W + D P written as one dense matrix."""
-    columns = (0, 3, 4)
-    layer = layer_of(5, 7, columns, torch.float64)
+@pytest.mark.parametrize("side", ["columns", "rows"])
+def test_the_derivatives_are_those_of_finite_differences_and_of_the_summed_weight(side: str) -> None:
+    """In float64: gradcheck by x and D, and autograd of W + D P, or W + P^T D, written as one dense matrix."""
+    lines = [0, 3, 4]
+    layer = layer_of(5, 7, tuple(lines), torch.float64, side=side)
     x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
-    change = layer.lora_B["default"].weight
+    change = change_of(layer)
+    key = {"columns": "lora_B.default.weight", "rows": "lora_A.default.weight"}[side]
 
     def run(x: Tensor, d: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, {"lora_B.default.weight": d}, (x,))
+        return torch.func.functional_call(layer, {key: d}, (x,))
 
     assert torch.autograd.gradcheck(run, (x, change))
-    dense = torch.zeros(5, 7, dtype=torch.float64)
-    dense[:, list(columns)] = change.detach()
-    whole = (layer.base_layer.weight + dense).requires_grad_(True)
+    whole = (layer.base_layer.weight + delta_of(layer)).requires_grad_(True)
     wanted = functional.linear(x, whole, layer.base_layer.bias)
     found = layer(x)
     assert torch.allclose(found, wanted, rtol=0, atol=1e-14)  # sums of 7 products of order 1
@@ -105,7 +126,7 @@ def test_the_derivatives_are_those_of_finite_differences_and_of_the_summed_weigh
     found_dx, found_d = torch.autograd.grad(found, (x, change), g)
     assert torch.allclose(found_dx, dx, rtol=0, atol=1e-14)
     # Sums of at most a dozen products of order 1 in float64, 1.1e-16 each.
-    assert torch.allclose(found_d, dw[:, list(columns)], rtol=0, atol=1e-14)
+    assert torch.allclose(found_d, dw[:, lines] if side == "columns" else dw[lines], rtol=0, atol=1e-14)
 
 
 def kept_bytes(layer: Any, x: Tensor) -> int:
@@ -196,9 +217,12 @@ def test_gradients_under_checkpointing_and_autocast(folder: Path, how: str) -> N
             assert again[n].dtype == torch.float32
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_on_a_quantized_base_the_gradient_is_that_of_the_dequantized_weight(folder: Path, quantization: str) -> None:
-    config = SpectrumConfig(mode="columns", r=4, task_type="CAUSAL_LM")
+@pytest.mark.parametrize(("quantization", "rows"), [("nf4", False), ("nf4", True), ("fp4", False), ("int8", False)])
+def test_on_a_quantized_base_the_gradient_is_that_of_the_dequantized_weight(
+    folder: Path, quantization: str, rows: bool
+) -> None:
+    options: dict[str, Any] = {"rows_of": ["up_proj"]} if rows else {}
+    config = SpectrumConfig(mode="columns", r=4, task_type="CAUSAL_LM", **options)
     try:
         model, _ = load_model_with_spectrum(str(folder), config, quantization=quantization, dtype=torch.float32)
     except OptionError as error:
@@ -208,41 +232,40 @@ def test_on_a_quantized_base_the_gradient_is_that_of_the_dequantized_weight(fold
     x = torch.randn(2, 5, layer.in_features, requires_grad=True)
     g = torch.randn(2, 5, layer.out_features)
     found = layer(x)
-    dx, dd = torch.autograd.grad(found, (x, layer.lora_B["default"].weight), g)
+    dx, dd = torch.autograd.grad(found, (x, change_of(layer)), g)
     base_x = x.detach().clone().requires_grad_(True)
     plain = layer.base_layer(base_x)
     (base_dx,) = torch.autograd.grad(plain, base_x, g)
-    columns = layer.lora_A["default"].columns
-    picked = x.detach()[..., columns]
-    change = layer.lora_B["default"].weight.detach()
+    delta = delta_of(layer).float()
     # Sums of at most 128 products of order 0.3 in float32, in another order: 128 * 6e-8 * 0.3 is 2.3e-6, and so below.
-    assert torch.allclose(found, plain + picked @ change.T, atol=1e-5)
-    wanted = base_dx.clone()
-    wanted[..., columns] += g @ change
-    assert torch.allclose(dx, wanted, atol=1e-5)
-    assert torch.allclose(dd, torch.einsum("bto,btk->ok", g, picked), atol=1e-5)
+    assert torch.allclose(found, plain + x.detach() @ delta.T, atol=1e-5)
+    assert torch.allclose(dx, base_dx + g @ delta, atol=1e-5)
+    whole = torch.einsum("bto,bti->oi", g, x.detach())
+    entry = model.peft_config["default"].plan.by_name[NAME]
+    lines = list(entry.rows or entry.columns)
+    assert torch.allclose(dd, whole[lines] if rows else whole[:, lines], atol=1e-5)
 
 
 # --- merge, files ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_merge_is_w_plus_d_rounded_once(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """By PEFT's merge and by the merge of files, bit for bit, against a loop over columns in float64; the rest untouched."""
+def test_the_merge_is_w_plus_d_rounded_once(family: str, dtype: torch.dtype, coupled: bool, tmp_path: Path) -> None:
+    """By PEFT's merge and by the merge of files, bit for bit, against a loop over lines in float64; the rest untouched."""
     architecture = ARCHITECTURES[family]
     architecture.build().to(dtype).save_pretrained(tmp_path / "base")
     base = base_of(tmp_path / "base", dtype)
     before = {n: p.detach().clone() for n, p in base.named_parameters()}
-    model = disturb(adapted(base))
+    model = disturb(adapted(base, coupled=coupled))
     model.save_pretrained(tmp_path / "adapter")
     wanted = dict(before)
+    assert coupled == any(e.rows for e in model.peft_config["default"].plan.entries)
     for entry in model.peft_config["default"].plan.entries:
-        d = model.base_model.model.get_submodule(entry.name.removesuffix(".weight")).lora_B["default"].weight
         whole = before[entry.name].double()
-        side = whole.T if entry.transposed else whole
-        for i, column in enumerate(entry.columns or ()):
-            side[:, column] += d[:, i].detach().double()
+        delta = delta_of(model.base_model.model.get_submodule(entry.name.removesuffix(".weight")))
+        whole += delta.T if entry.transposed else delta
         # float64 sums of two float32 numbers are exact to 2^-53: rounded to float32, and then to the weight's dtype, once.
         wanted[entry.name] = whole.float().to(dtype)
     assert any(e.transposed for e in model.peft_config["default"].plan.entries) == (family == "gpt2")
@@ -273,8 +296,26 @@ def test_what_is_stored_is_d_and_the_numbers_of_the_columns(folder: Path, tmp_pa
             merge_into_base(tmp_path, folder, tmp_path / "merged")
 
 
-def test_it_exports_as_a_plain_lora_that_computes_the_same(folder: Path, tmp_path: Path) -> None:
-    model = disturb(adapted(base_of(folder)))
+def test_rows_are_stored_with_their_numbers_too(folder: Path, tmp_path: Path) -> None:
+    model = disturb(adapted(base_of(folder), coupled=True))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = f"base_model.model.{MODULE}.lora_B.rows"
+    assert tensors[key].tolist() == list(model.peft_config["default"].plan.by_name[NAME].rows)
+    assert tensors[key.replace("B.rows", "A.weight")].shape == (len(tensors[key]), 64)
+    again = PeftModel.from_pretrained(base_of(folder), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    for broken in (tensors[key].flip(0), tensors[key] + 1000):
+        save_file({**tensors, key: broken}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(MismatchError, match="up_proj: the file holds rows"):
+            PeftModel.from_pretrained(base_of(folder), tmp_path)
+        with pytest.raises(MismatchError, match=r"wanted the numbers of rows of .*up_proj.weight, below"):
+            merge_into_base(tmp_path, folder, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_it_exports_as_a_plain_lora_that_computes_the_same(folder: Path, coupled: bool, tmp_path: Path) -> None:
+    model = disturb(adapted(base_of(folder), coupled=coupled))
     model.save_pretrained(tmp_path / "adapter")
     export_lora(tmp_path / "adapter", tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
@@ -296,8 +337,14 @@ def test_columns_that_cannot_be_are_refused(folder: Path) -> None:
             )
     with pytest.raises(CheckpointError, match="wanted them for 'columns' and only there"):
         plan.replace(entries=tuple(dataclasses.replace(e, action="lora") for e in plan.entries))
+    with pytest.raises(CheckpointError, match=r"columns is .* and rows .*wanted them for 'columns' and only there"):
+        plan.replace(entries=tuple(dataclasses.replace(e, rows=e.columns) for e in plan.entries))
+    with pytest.raises(CheckpointError, match=r"rows is .*wanted 1 numbers of its rows"):
+        plan.replace(entries=tuple(dataclasses.replace(e, columns=None, rows=(128,), rank=1) for e in plan.entries))
     with pytest.raises(MismatchError, match="the plan has column 7, the matrix has 7 input features"):
         layer_of(5, 7, (0, 7), torch.float32)
+    with pytest.raises(MismatchError, match="the plan has row 5, the matrix has 5 output features"):
+        layer_of(5, 7, (0, 5), torch.float32, side="rows")
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -361,6 +408,98 @@ def test_rank_pattern_counts_columns_by_module(folder: Path) -> None:
             assert entry == before
     with pytest.raises(OptionError, match="n_columns=3: in mode 'columns' rank_pattern says"):
         SpectrumConfig(mode="columns", n_columns=3, rank_pattern={"up_proj": 2})
+
+
+# --- rows, coupled to columns ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_what_coupled_rows_change_reaches_the_next_matrix_in_the_columns_that_train(family: str) -> None:
+    """By hooks: with the rows of the first block disturbed, what its last matrices take in differs at their columns alone."""
+    architecture = ARCHITECTURES[family]
+    model = get_peft_model(
+        architecture.build().eval(),
+        SpectrumConfig(mode="columns", r=4, coupled=True, task_type=architecture.task_type),
+    )
+    entries = [e for e in model.peft_config["default"].plan.entries if ".0." in e.name and ".1." not in e.name]
+    if family == "t5":  # the decoder's attention to an encoder that changes would see all of it
+        entries = [e for e in entries if e.name.startswith("encoder")]
+    batch, takers = batch_for(architecture, model), {}
+    rows = {e.name: e.rows for e in entries if e.rows}
+    assert rows
+
+    def inputs() -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+        handles = [
+            model.get_submodule(f"base_model.model.{e.name.removesuffix('.weight')}").register_forward_pre_hook(
+                lambda m, args, name=e.name: seen.__setitem__(name, args[0].detach().clone())
+            )
+            for e in entries
+            if e.columns in rows.values()
+        ]
+        with torch.no_grad():
+            model(**batch)
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    for name in rows:
+        before = inputs()
+        taker = next(e for e in entries if e.columns == rows[name])
+        layer: Any = model.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+        change_of(layer).data.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+        moved = (inputs()[taker.name] - before[taker.name]).abs().amax(dim=tuple(range(before[taker.name].dim() - 1)))
+        change_of(layer).data.zero_()
+        # Equal to the bit elsewhere: the other features come of the same products.
+        assert set(moved.nonzero().flatten().tolist()) <= set(taker.columns)
+        assert moved[list(taker.columns)].max() > 0
+        takers[name] = taker.name
+    ends = ("down_proj", "o_proj", "c_proj", "dense", ".o", ".wo")
+    assert all(name.removesuffix(".weight").endswith(ends) for name in takers.values())
+
+
+def test_heads_are_the_units_of_an_attention(folder: Path) -> None:
+    report = scan_weights(folder)
+    config = base_of(folder).config
+    width = config.hidden_size // config.num_attention_heads
+    plan = make_plan(report, mode="columns", r=4, coupled=True, head_width=width)
+    assert adapted(base_of(folder), coupled=True).peft_config["default"].plan.digest == plan.digest  # the model's own
+    for entry in plan.entries:
+        if entry.kind in ("self_attn.o_proj", "self_attn.q_proj"):
+            numbers = entry.columns or entry.rows or ()
+            assert [n // width for n in numbers[::width]] == sorted({n // width for n in numbers})
+            assert len(numbers) % width == 0
+    with pytest.raises(OptionError, match=r"head_width is 48, wanted a divisor of the 64 hidden features of .*o_proj"):
+        make_plan(report, mode="columns", head_width=48)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_rows_of_named_modules_have_the_parameters_of_a_lora(family: str) -> None:
+    report = scan_weights(ARCHITECTURES[family].build(), "last")
+    kinds = ["up_proj", "v_proj"] if family == "llama" else ["intermediate.dense"]
+    plan = make_plan(report, mode="columns", r=8, rows_of=kinds)
+    lora = make_plan(report, mode="lora", r=8)
+    assert {e.kind for e in plan.entries if e.rows} == {e.kind for e in plan.entries if e.kind.endswith(tuple(kinds))}
+    lines = sum(e.inside if e.rows else e.outside for e in plan.entries)  # less than one is rounded away in each
+    assert 0 <= lora.trainable_parameters - plan.trainable_parameters < lines
+
+
+def test_rows_that_cannot_be_chosen_are_refused(folder: Path) -> None:
+    report, batches = scan_weights(folder), [batch_for(ARCHITECTURES["llama"], base_of(folder))]
+    with pytest.raises(OptionError, match=r"rows_of: 'up_prj' is no matrix that trains.*up_proj"):
+        make_plan(report, mode="columns", rows_of=["up_prj"])
+    with pytest.raises(OptionError, match="rows_of is 'up_proj', wanted a list of names"):
+        make_plan(report, mode="columns", rows_of="up_proj")
+    scores = probe_gradients(base_of(folder), batches, directions=0, columns="fisher")
+    with pytest.raises(
+        OptionError, match=r"columns_by='fisher' scores input features, and of .*up_proj.weight rows train"
+    ):
+        make_plan(report, mode="columns", columns_by="fisher", gradients=scores, rows_of=["up_proj"])
+    plan = make_plan(report, mode="columns", columns_by="fisher", gradients=scores, rows_of=["up_proj"], coupled=True)
+    down = plan.by_name[NAME.replace("up_proj", "down_proj")]
+    assert plan.by_name[NAME].rows == down.columns and plan.by_name[NAME.replace("up_", "gate_")].columns
+    with pytest.raises(OptionError, match="coupled=True: in mode 'columns' rank_pattern says"):
+        SpectrumConfig(mode="columns", coupled=True, rank_pattern={"up_proj": 2})
 
 
 @pytest.mark.parametrize("field", [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": False}])
@@ -448,7 +587,9 @@ def test_the_dry_run_knows_what_is_kept_and_the_fit_searches_the_share(folder: P
     report = scan_weights(folder)
     step = {"batch_size": 2, "max_length": 64, "dtype": "float32"}
     columns, lora = (estimate_memory(folder, make_plan(report, mode=mode), **step) for mode in ("columns", "lora"))
+    rows = estimate_memory(folder, make_plan(report, mode="columns", coupled=True), **step)
     assert columns.by_category["activations"] < lora.by_category["activations"]
+    assert columns.by_category["activations"] < rows.by_category["activations"]  # rows need their matrix' input whole
     whole = estimate_memory(folder, make_plan(report, mode="columns", spectrum_ratio=1.0), **step)
     least = estimate_memory(folder, make_plan(report, mode="columns", n_columns=1), **step)
     budget = (whole.peak_bytes + least.peak_bytes) // 2
