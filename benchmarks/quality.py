@@ -488,12 +488,24 @@ def draw(path: Path, folder: Path) -> Path:
     return plots.save(figure, folder / f"quality_{data['suite'].replace('-', '_')}.png")
 
 
+def write_page(path: Path, folder: Path) -> Path:
+    """A suite's results as `compare` reports them: report.html and its pictures, in a folder of the suite's name."""
+    from spectrum_peft.compare import page
+
+    data = {"scan": None, **json.loads(path.read_text())}
+    folder = folder / data["suite"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text(page.html(data, page.draw(data, folder / "plots")), encoding="utf-8")
+    return folder / "report.html"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"default all: {', '.join(SUITES)}")
     parser.add_argument("--quick", action="store_true", help="the small grids")
     parser.add_argument("--jobs", type=int, default=1, help="suites at a time; they share the cores")
     parser.add_argument("--draw", action="store_true", help="draw the results of the suites of adapters; run nothing")
+    parser.add_argument("--pages", type=Path, metavar="FOLDER", help="write the report of each kept result; run nothing")
     parser.add_argument("--list", action="store_true", help="say what there is and how long it takes; run nothing")
     parser.add_argument(
         "--data", type=Path, default=common.ROOT.parent / "shared" / "data", help="folder of the datasets"
@@ -508,6 +520,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.draw:
         for path in sorted(options.output.glob("quality-adapters-*.json")):
             print(draw(path, options.pictures))
+        return
+    if options.pages:
+        for path in sorted(options.output.glob("quality-*.json")):
+            print(write_page(path, options.pages))
         return
     total = 0.0
     names = options.suites or [name for name, suite in SUITES.items() if suite.quick is not None or not options.quick]

@@ -24,13 +24,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 WHEN = {
-    "full": "you have the memory and want the reference to compare with",
+    "full": "you have the memory, or want the reference to compare with",
     "spectrum": "you want real weights, a plain checkpoint, and a fraction of the optimizer's memory",
     "lora": "the usual baseline; on a 4-bit base this is QLoRA",
     "spectra_qlora": "on a 4-bit base: QLoRA with half of its adapter memory, at ratio 0.5",
     "alors": "one budget, spent where the scores are high; ranks may move during training",
-    "sgm": "adapters have to be small in number: blocks with like gradients share a factor; needs calibration data",
-    "lorsa": "a task shall be stored in a few thousand numbers that train: below LoRA of rank 1; needs calibration data",
+    "sgm": "adapter files have to be small: blocks with like gradients share a factor; needs calibration data",
+    "lorsa": "a task is to fit in a few thousand trained numbers, fewer than LoRA of rank 1 has; needs calibration data",
     "columns": "LoRA's size with less kept for backward, on a 4-bit base too; what is learnt are real weights, merged by adding",
 }
 # Which contestant of benchmarks/modes.py stands for a mode; "4-bit" rows are compared with full training in float32, too.
@@ -70,47 +70,41 @@ def modes() -> str:
     rows = []
     for name, mode in MODES.items():
         found = contestants.get(CONTESTANT.get(name, "")) or measured_beside(name)
-        costs = ["", "", "not measured", ""]
-        if found is not None:
-            costs = costs_of(found, "4-bit" if CONTESTANT.get(name) in _ON_NF4 else "float32")
+        base = "4-bit" if CONTESTANT.get(name) in _ON_NF4 else "float32"
+        costs = ["not measured", "", ""] if found is None else costs_of(found, base)
+        if name == "columns" and found is not None:  # its steps were timed on one thread
+            costs[1] = "[its page](docs/columns.md)"
         rows.append([f"`{name}`", mode.summary, *costs, f"{mode.default_lr:g}", WHEN[name]])
         if name == "lora" and "lora, nf4" in contestants:  # what spectra_qlora is to be held against
-            rows.append(
-                [
-                    "`lora`",
-                    "the same on a 4-bit base: QLoRA",
-                    *costs_of(contestants["lora, nf4"], "4-bit"),
-                    f"{mode.default_lr:g}",
-                    "the usual way where the weights do not fit in 16 bit",
-                ]
-            )
-    heads = [
-        "mode",
-        "what trains",
-        "base here",
-        "trained",
-        "step",
-        "weights + gradients + AdamW",
-        "rate of long runs",
-        "when",
-    ]
+            costs = costs_of(contestants["lora, nf4"], "4-bit")
+            when = "the usual way where the weights do not fit in 16 bit"
+            rows.append(["`lora`", "the same on a 4-bit base: QLoRA", *costs, f"{mode.default_lr:g}", when])
+    heads = ["mode", "what trains", "trained", "step", "weights + gradients + AdamW", "rate of long runs", "take it when"]
     settings = data["settings"]
     return table(heads, rows) + (
         f"\nSmolLM2-135M, batch {settings['batch']} x {settings['length']} tokens, median of {settings['repeats']} repeats "
         f"(`python benchmarks/modes.py`; {machine(data)}). `spectrum` at ratio 0.25, `spectra_qlora` and `alors` at 0.5, "
-        "`sgm` and `lorsa` at 1.0 (`python benchmarks/adapters.py`, another run), `columns` for rank 16 (`columns.py` there).\n"
+        "`sgm` and `lorsa` at 1.0 (`benchmarks/adapters.py`, another run), `columns` for rank 16 (`benchmarks/columns.py`). Rates are "
+        "those of 4,000 steps or more; [shorter runs](docs/learning_rate.md) take higher ones.\n"
     )
 
 
 def costs_of(found: Mapping[str, Any], base: str) -> list[str]:
-    """The cells of a contestant: base, trained parameters, step, bytes of the state."""
+    """The cells of a contestant: trained parameters, step, bytes of the state and the base that they are of."""
     state = sum(found[k] for k in ("weight_bytes", "gradient_bytes", "optimizer_bytes"))
     trained = f"{found['trainable_parameters'] / 1e6:.1f} M"
-    return [base, trained, f"{found['step']['median']:.2f} s", f"{state / 2**20:,.0f} MiB"]
+    step = f"{found['step']['median']:.2f} s" if "step" in found else ""
+    return [trained, step, f"{state / 2**20:,.0f} MiB ({base})"]
 
 
 def measured_beside(name: str) -> dict[str, Any] | None:
-    """A contestant of benchmarks/adapters.py, which measures as benchmarks/modes.py does: its step over all repeats."""
+    """A contestant of benchmarks/adapters.py, which measures as benchmarks/modes.py does, its step over all repeats; `columns`
+    of benchmarks/columns.py, which times steps in another way."""
+    if name == "columns":
+        if not (RESULTS / "columns.json").exists():
+            return None
+        cost: dict[str, Any] = result("columns")["cost"]["models"]["smollm2-135m"]["float32"]["contestants"]["columns"]
+        return cost
     if not (RESULTS / "adapters.json").exists():
         return None
     repeats = result("adapters")["parts"]["steps"]

@@ -19,6 +19,7 @@ def on_files(files: Any, config: Any) -> Any:
     readme = re.sub(
         r"\[([^\]]+)\]\((?!https?:|#)(?![\w./-]+\.(?:md|png))[^)]*\)", r"`\1`", readme
     )  # folders of the repository
+    readme = f"---\nhide: [toc]\n---\n{readme}"  # its table of modes is wide
     files.append(File.generated(config, "index.md", content=readme))
     for picture in sorted((ROOT / "benchmarks" / "results").glob("*.png")):
         files.append(File.generated(config, f"images/{picture.name}", abs_src_path=str(picture)))
@@ -28,3 +29,8 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Links out of docs/ to those pictures stay right on the site."""
     return _MARK.sub(r"](images/\1)", markdown)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """The search works in a page that was opened from the disk, without a network."""
+    return output.replace("https://unpkg.com/iframe-worker/shim", "site/search_from_files.js")
