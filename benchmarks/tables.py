@@ -84,8 +84,8 @@ def modes() -> str:
     return table(heads, rows) + (
         f"\nSmolLM2-135M, batch {settings['batch']} x {settings['length']} tokens, median of {settings['repeats']} repeats "
         f"(`python benchmarks/modes.py`; {machine(data)}). `spectrum` at ratio 0.25, `spectra_qlora` and `alors` at 0.5, "
-        "`sgm` and `lorsa` at 1.0 (`benchmarks/adapters.py`, another run), `columns` for rank 16 (`benchmarks/columns.py`). Rates are "
-        "those of 4,000 steps or more; [shorter runs](docs/learning_rate.md) take higher ones.\n"
+        "`sgm` and `lorsa` at 1.0 (`benchmarks/adapters.py`, another run), `columns` for rank 16 (`benchmarks/columns.py`). "
+        "Rates are those of 4,000 steps or more; [shorter runs](docs/learning_rate.md) take higher ones.\n"
     )
 
 

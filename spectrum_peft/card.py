@@ -7,6 +7,7 @@ Everything is read from the files of the folder: `train_results.json`, `spectrum
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,19 +95,21 @@ def card_of(
     lines.append(_summary(adapter, plan, results, base, merged_from))
     if plan is not None and plan.revision:
         lines.append(f"The base's revision is `{plan.revision}`.")
-    lines += ["", "## Use", "", "```python", _snippet(name, adapter, config, task, base), "```"]
+    lines += ["", "## Use", "", "```python", _snippet(name, adapter, config, task, base), *_answer(folder, task), "```"]
     rows = _rows(plan, results)
     if rows:
         lines += ["", "## How it was trained", "", "| | |", "| --- | --- |"]
         lines += [f"| {name} | {value} |" for name, value in rows]
     if picture:
-        lines += ["", f"![Scores of the base by layer and kind; what trained is marked]({picture})"]
+        lines += ["", f"![How high each matrix of the base scores within its kind; what trained has a dot]({picture})"]
     if results.get("after"):
         lines += ["", "## How good it is", "", "| on the evaluation rows | before | after |", "| --- | --- | --- |"]
         before = results.get("before") or {}
         for name, value in results["after"].items():
             if name not in {"tokens", "examples"}:
                 lines.append(f"| {name.replace('_', ' ')} | {_number(before.get(name))} | {_number(value)} |")
+        if said := _judged(adapter, results, merged_from):
+            lines += ["", said]
     lines += ["", "## Made with", ""]
     used = {"spectrum_peft": __version__, **versions()}
     lines.append(", ".join(f"{name} {found}" for name, found in used.items() if name not in {"numpy", "scipy"}) + ".")
@@ -152,11 +155,20 @@ def _summary(
 def _rows(plan: Plan | None, results: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows: list[tuple[str, Any]] = [("data", results.get("dataset") and f"`{Path(str(results['dataset'])).name}`")]
     rows.append(("method", results.get("mode")))
+    trained, total = results.get("trainable_parameters"), results.get("total_parameters")
     if plan is not None:
         amounts = {name: plan.options.get(name) for name in ("spectrum_ratio", "snr_threshold", "trainable_parameters")}
         chosen = [f"{name} {value:g}" for name, value in amounts.items() if value is not None]
         rows += [("chosen by", f"criterion {plan.criterion}, {chosen[0]}" if chosen else None)]
         rows += [("matrices that train", f"{len(plan.trainable_names)} of {len(plan.entries)}")]
+        ranks = Counter(entry.rank for entry in plan.entries if entry.trains and entry.rank)
+        each = [f"{rank} in {n} of them" for rank, n in sorted(ranks.items(), reverse=True)]
+        rows += [("rank", f"{next(iter(ranks))}" if len(ranks) == 1 else ", ".join(each))]
+    rows += [
+        ("parameters that train", f"{trained:,} of {total:,} ({trained / total:.2%})" if trained and total else None)
+    ]
+    if plan is not None and plan.fingerprint is not None and plan.fingerprint.content:
+        rows += [("digest of the base's weights", f"`{plan.fingerprint.content[:16]}`")]
     steps = results.get("steps")
     rows += [
         ("base held in", results.get("quantization") if results.get("quantization") not in (None, "none") else None),
@@ -174,6 +186,31 @@ def _rows(plan: Plan | None, results: Mapping[str, Any]) -> list[tuple[str, str]
         ("seed", results.get("seed")),
     ]
     return [(name, str(value)) for name, value in rows if value is not None and value != ""]
+
+
+def _judged(adapter: Mapping[str, Any], results: Mapping[str, Any], merged_from: str | None) -> str:
+    """In what form the model was judged, where that is not the one that lies in the folder."""
+    held = results.get("quantization")
+    held = f"its base held in {held}, as in training" if held not in (None, "none") else ""
+    if merged_from:
+        before = "Judged was the adapter before it was merged" + (f", {held}" if held else "")
+        return f"{before}; `spectrum-peft evaluate` judges this folder."
+    return f"Judged with {held}; on another base the figures are others." if held and adapter else ""
+
+
+def _answer(folder: Path, task: Any) -> list[str]:
+    """Lines that let a model that talks answer."""
+    if _TASKS.get(str(task)) != _WRITING or not (folder / "chat_template.jinja").is_file():
+        return []
+    return [
+        "",
+        'messages = [{"role": "user", "content": "What is a norm?"}]',
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
+        "answer = model.generate(**inputs, max_new_tokens=100)[0, inputs.input_ids.shape[1] :]",
+        "print(tokenizer.decode(answer, skip_special_tokens=True))",
+    ]
 
 
 def _number(value: Any) -> str:

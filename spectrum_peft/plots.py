@@ -229,7 +229,7 @@ def _colour_cells(figure: Figure, axes: Axes, grid: np.ndarray, criterion: str) 
     bar = figure.colorbar(image, cax=beside)
     bar.outline.set_visible(False)
     bar.set_ticks([0, 0.5, 1], labels=["lowest", "middle", "highest"])
-    bar.set_label(f"rank within its kind\n({criterion})", fontsize=9)
+    bar.set_label(f"place within its kind\n({criterion})", fontsize=9)
     bar.ax.tick_params(labelsize=8)
 
 

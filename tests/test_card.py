@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from spectrum_peft.card import CARD, PICTURE, write_card
+from spectrum_peft.card import CARD, PICTURE, card_of, write_card
 from spectrum_peft.cli.main import main
+from spectrum_peft.records import PLAN_FILE, Plan
 
 FLAGS = "--max-steps 2 --per-device-train-batch-size 2 --logging-steps 1 --dtype float32"
 
@@ -44,6 +45,25 @@ def test_the_card_is_valid_metadata_and_says_what_happened(runs: dict[str, Path]
     assert f"{results['after']['loss']:.4g}" in card.text and "rows.jsonl" in card.text
     assert (folder / PICTURE).is_file() == (f"({PICTURE})" in card.text)
     assert ("merged into it" in card.text) == (name == "merged")
+    # The figures are those of the adapter; where they are another folder's, it says so.
+    assert ("Judged was the adapter before it was merged;" in card.text) == (name == "merged")
+    trained = f"| parameters that train | {results['trainable_parameters']:,} of {results['total_parameters']:,} ("
+    assert trained in card.text
+    if name in ("alors", "plain"):
+        plan = Plan.load(runs["alors"] / PLAN_FILE)
+        high, low = sorted({e.rank for e in plan.entries if e.trains}, reverse=True)
+        assert f"| rank | {high} in " in card.text and f", {low} in " in card.text
+
+
+def test_figures_of_a_4_bit_base_are_called_so(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    results = {"mode": "lora", "quantization": "nf4", "before": {"loss": 2.0}, "after": {"loss": 1.0}}
+    text = card_of(tmp_path, results, None, name="small")
+    assert "Judged with its base held in nf4, as in training" in text
+    assert "Judged" not in card_of(tmp_path, {**results, "quantization": "none"}, None, name="small")
+    assert "before it was merged, its base held in nf4" in card_of(
+        tmp_path, results, None, name="m", merged_from="small"
+    )
 
 
 @pytest.mark.slow
@@ -53,6 +73,7 @@ def test_the_snippet_of_the_card_loads_the_folder(runs: dict[str, Path], name: s
     needs_us = "import spectrum_peft" in code
     assert needs_us == (json.loads((runs[name] / "adapter_config.json").read_text())["peft_type"] == "SPECTRUM"
                         if (runs[name] / "adapter_config.json").is_file() else False)  # fmt: skip
+    assert "model.generate(" in code  # rows of text, and a template: it talks
     program = code + "\nprint(type(model).__name__, sum(p.numel() for p in model.parameters()))"
     done = subprocess.run(
         [sys.executable, "-c", program],

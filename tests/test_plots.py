@@ -70,7 +70,7 @@ def test_the_cells_hold_the_ranks_within_their_kind_by_block(llama_report):
             assert grid[kinds.index(stat.kind), int(stat.name.split(".")[2])] == pytest.approx(below / 11)
     figure.canvas.draw()
     drawn = {text.get_text() for text in figure.findobj(Text)}
-    assert {"rank within its kind\n(spectrum)", "lowest", "highest"} <= drawn
+    assert {"place within its kind\n(spectrum)", "lowest", "highest"} <= drawn
 
 
 def test_equal_scores_have_one_colour_and_what_has_no_rank_none():
