@@ -145,7 +145,14 @@ def writing(data: str, steps: int, held_out: int) -> Task:
     def batches(split: str, n: int, seed: int) -> list[dict[str, Any]]:
         rows: Any = read_dataset(str(DATA / data / f"{split}.jsonl"))
         rows = rows.remove_columns([c for c in rows.column_names if c not in ("prompt", "completion")])
-        return calibration_batches(rows, tokenizer, n, seed, batch_size=modes.BATCH, max_length=modes.LENGTH)
+        found: list[dict[str, Any]] = []
+        while len(found) * modes.BATCH < n:  # of a long prompt the cut leaves no answer: others are drawn in place of such a batch
+            more = calibration_batches(
+                rows, tokenizer, n - len(found) * modes.BATCH, seed, batch_size=modes.BATCH, max_length=modes.LENGTH
+            )
+            found += [batch for batch in more if (batch["labels"][:, 1:] != -100).any()]
+            seed += 10_000
+        return found
 
     settings = {"task": data, "steps": steps, "batch": modes.BATCH, "length": modes.LENGTH, "held_out_rows": held_out}
     base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
