@@ -146,7 +146,8 @@ def writing(data: str, steps: int, held_out: int) -> Task:
         rows: Any = read_dataset(str(DATA / data / f"{split}.jsonl"))
         rows = rows.remove_columns([c for c in rows.column_names if c not in ("prompt", "completion")])
         found: list[dict[str, Any]] = []
-        while len(found) * modes.BATCH < n:  # of a long prompt the cut leaves no answer: others are drawn in place of such a batch
+        # Of a long prompt the cut leaves no answer: others are drawn in place of a batch of such rows.
+        while len(found) * modes.BATCH < n:
             more = calibration_batches(
                 rows, tokenizer, n - len(found) * modes.BATCH, seed, batch_size=modes.BATCH, max_length=modes.LENGTH
             )
