@@ -7,14 +7,17 @@
 
 Each suite is two runs of `spectrum-peft compare`: a search over learning rates, judged on a part of the training data;
 then every contestant at the rate that was best for it, judged on the evaluation data. The search begins with as many
-rates for every contestant; where the best is the lowest or the highest, the next one beyond is tried.
+rates for every contestant; where the best is the lowest or the highest, the next one beyond is tried. In the suites `controls-`
+the budget of the search is the same for all, in steps: while one goes beyond its edge, the others try one rate more between those
+they have.
 Finished cells are kept in the work folder; the same command goes on where it was stopped. Times are noted but not the
 point: never run this beside a timing benchmark, nor believe its times where other work was running.
 
 Classifiers begin with a head that was fitted beforehand, on rows that are not trained on afterwards: else a short run would
 measure how fast a random head learns, and the best method would be the one that bears the highest rate.
 
-The datasets are folders with train.jsonl and validation.jsonl; `--data` says where they are.
+The datasets are folders with train.jsonl and validation.jsonl; `--data` says where they are. `python_topics` is made here, of the
+help topics that come with Python.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ from spectrum_peft.plan import MODES
 SEARCH_SHARE = 10  # % of the training rows that the search is judged on
 # How often the search goes on beyond its edge. What is there still is said to stand at the edge.
 WIDENINGS = 3
+TOPICS, TOPIC_CHARACTERS = "python_topics", 1000  # about 250 tokens
 HEAD_ROWS = 2000  # the first of the training data
 GENERAL_ROWS = {True: 20, False: 100}  # of general text, in a small grid and in a whole one
 _PREPARING = threading.Lock()  # suites beside each other share what they begin with
@@ -65,6 +69,7 @@ class Suite:
         step_seconds: what a step takes on 2 cores, about: for the hours that are stated before anything is run.
         evaluation: rows of the evaluation data.
         reference: the contestant that the others are held against, seed by seed.
+        equal: in the search all try as many rates.
     """
 
     question: str
@@ -77,6 +82,7 @@ class Suite:
     evaluation: int = 1000
     quick_evaluation: int = 1000
     category: str | None = None
+    equal: bool = False
 
 
 _CRITERIA = ["spectrum", "mp", "mean_std", "kappa", "fisher"]
@@ -98,21 +104,35 @@ _CHOICE: dict[str, Any] = {
     "modes": ["spectrum"], "ratios": [0.1, 0.25, 0.5], "criteria": _CRITERIA, "controls": ["random", "last", "first"],
     "contestants": [{"name": "full", "mode": "full"}],
 }  # fmt: skip
+_CONTROLS: dict[str, Any] = {"modes": ["spectrum"], "ratios": [0.25], "controls": ["random", "spaced", "last"]}
 _MODES: dict[str, Any] = {"modes": list(MODES), "ratios": [0.5], "controls": ["random", "last", "uniform_rank"]}
 _RATIOS: dict[str, Any] = {
     "modes": ["spectrum", "lora", "full"], "ratios": [1.0, 0.75, 0.5, 0.35, 0.25, 0.1], "controls": ["random"],
 }  # fmt: skip
 
 
+_LORA = {"peft_type": "LORA", "target_modules": "all-linear"}
+
+
+def _lora(rank: int) -> dict[str, Any]:
+    return {"name": f"LoRA r{rank}", "peft": {**_LORA, "r": rank, "lora_alpha": 2 * rank}}
+
+
+_EVERY_MATRIX = {
+    "name": "every matrix",
+    "mode": "spectrum",
+    "spectrum_ratio": 1.0,
+}  # of the blocks: no embedding, no head
+
+
 def _adapters(steps: int, only: Sequence[str] | None = None) -> dict[str, Any]:
     """Adapters of several budgets beside `full`. Of LoRA there is nothing below rank 1."""
-    lora = {"peft_type": "LORA", "target_modules": "all-linear"}
     schedule = {"tinit": steps // 10, "tfinal": max(1, 3 * steps // 10), "total_step": steps}
-    adalora = {**lora, **schedule, "peft_type": "ADALORA", "init_r": 6, "target_r": 4, "lora_alpha": 8}
+    adalora = {**_LORA, **schedule, "peft_type": "ADALORA", "init_r": 6, "target_r": 4, "lora_alpha": 8}
     rows: list[dict[str, Any]] = [
         {"name": "full", "mode": "full"},
-        *({"name": f"LoRA r{r}", "peft": {**lora, "r": r, "lora_alpha": 2 * r}} for r in (1, 4, 16)),
-        {"name": "DoRA r4", "peft": {**lora, "r": 4, "lora_alpha": 8, "use_dora": True}},
+        *(_lora(r) for r in (1, 4, 16)),
+        {"name": "DoRA r4", "peft": {**_LORA, "r": 4, "lora_alpha": 8, "use_dora": True}},
         {"name": "AdaLoRA r4", "peft": adalora},
         *({"name": f"spectra_qlora r{r}", "mode": "spectra_qlora", "r": r} for r in (1, 4, 8, 16)),
         *({"name": f"sgm r{r}", "mode": "sgm", "r": r} for r in (4, 9)),
@@ -141,6 +161,19 @@ _QUICK_WRITE: dict[str, Any] = {
 _QUICK_STEPS = 150
 _QUICK_CLASSIFY: dict[str, Any] = {"max_steps": _QUICK_STEPS, "per_device_train_batch_size": 8}
 
+
+def _controls(question: str, data: str, evaluation: int) -> Suite:
+    """Real weights of a quarter beside chance, whose lot is drawn anew for each of the three seeds, depth, all, and LoRA."""
+    ranks = {
+        "contestants": [{"name": "full", "mode": "full"}, _EVERY_MATRIX, *(_lora(r) for r in (1, 4, 16, 64))],
+    }  # fmt: skip
+    few = {"controls": ["random", "spaced"], "contestants": [_EVERY_MATRIX, _lora(1), _lora(16)]}
+    return Suite(
+        question, "smollm2", data, "spectrum 0.25 by random", {**_WRITE, **_CONTROLS, **ranks}, {**_QUICK_WRITE, **few},
+        step_seconds=2.0, evaluation=evaluation, quick_evaluation=40, equal=True,
+    )  # fmt: skip
+
+
 SUITES: dict[str, Suite] = {
     "choice-banking77": Suite(
         "Does the spectrum choose better than chance, or than depth alone?", "minilm", "banking77", "spectrum 0.25",
@@ -160,6 +193,10 @@ SUITES: dict[str, Suite] = {
         "The same, on instructions.", "smollm2", "dolly", "spectrum 0.25", {**_WRITE, **_CHOICE, "ratios": [0.25]},
         step_seconds=2.0, evaluation=300,
     ),
+    "controls-gsm8k": _controls("Three lots, even spacing, every matrix, LoRA of four ranks: worked problems.", "gsm8k", 300),
+    "controls-dolly": _controls("The same, on instructions.", "dolly", 300),
+    "controls-wikitext": _controls("The same, on plain text.", "wikitext2_small", 200),
+    "controls-topics": _controls("The same, on Python's help topics.", "python_topics", 100),
     "modes-banking77": Suite(
         "All modes at their defaults, classification.", "minilm", "banking77", "lora", {**_CLASSIFY, **_MODES},
         {**_QUICK_CLASSIFY, "controls": []}, step_seconds=0.16,
@@ -323,8 +360,12 @@ def best_rates(results: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]
     return chosen, at_edge
 
 
-def wider_rates(results: Mapping[str, Any]) -> dict[str, list[float]]:
-    """The rates of the next search: those tried, and one beyond where the best is at the edge, as far as its neighbour."""
+def wider_rates(results: Mapping[str, Any], equal: bool = False) -> dict[str, list[float]]:
+    """The rates of the next search: those tried, and one beyond where the best is at the edge, as far as its neighbour.
+
+    Args:
+        equal: the others try one more, too: between the best and the better of its neighbours.
+    """
     chosen, at_edge = best_rates(results)
     wider = {}
     for label, rates in _tried(results).items():
@@ -332,16 +373,24 @@ def wider_rates(results: Mapping[str, Any]) -> dict[str, list[float]]:
         if label in at_edge:
             near, beyond = (list(rates)[:2], 0) if chosen[label] == min(rates) else (list(rates)[-2:][::-1], len(rates))
             wider[label].insert(beyond, float(f"{near[0] * near[0] / near[1]:.6g}"))
+        elif equal and label in chosen and len(rates) > 1:
+            place = list(rates).index(chosen[label])
+            beside = [
+                (figure, rate) for rate, figure in list(rates.items())[place - 1 : place + 2 : 2] if figure is not None
+            ]
+            best = max if METRICS[results["metric"]].higher else min
+            nearer = best(beside)[1] if beside else list(rates)[place - 1]
+            wider[label] = sorted([*rates, float(f"{(nearer * chosen[label]) ** 0.5:.6g}")])
     return wider
 
 
-def search(config: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
+def search(config: Mapping[str, Any], threads: int | None, equal: bool = False) -> dict[str, Any]:
     """Results of the search after its last widening; runs of the earlier rounds are taken up, not repeated."""
     found = compare(config, threads)
     for _ in range(WIDENINGS):
         if not best_rates(found)[1]:
             break
-        rates = {"learning_rates": wider_rates(found), "learning_rate_factors": [1.0]}
+        rates = {"learning_rates": wider_rates(found, equal), "learning_rate_factors": [1.0]}
         found = compare({**config, **rates}, threads)
     return found
 
@@ -405,6 +454,35 @@ def hours(suite: Suite, config: Mapping[str, Any]) -> tuple[int, float]:
     return searched + final, (searched * each + final * (each + written)) / 3600
 
 
+def source_of(suite: Suite, data: Path, work: Path) -> Path:
+    """The folder of the dataset."""
+    if suite.data != TOPICS:
+        return data / suite.data
+    write_topics(work / TOPICS)
+    return work / TOPICS
+
+
+def write_topics(folder: Path) -> None:
+    """Python's help topics in pieces of whole paragraphs; every fourth topic is for the evaluation, the whole of it."""
+    import pydoc_data.topics
+
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, list[str]] = {"train": [], "validation": []}
+    for number, (_, text) in enumerate(sorted(pydoc_data.topics.topics.items())):
+        pieces = [""]
+        for paragraph in text.split("\n\n"):
+            if pieces[-1] and len(pieces[-1]) + len(paragraph) > TOPIC_CHARACTERS:
+                pieces.append("")
+            pieces[-1] += ("\n\n" if pieces[-1] else "") + paragraph.strip("\n")
+        parts["train" if number % 4 else "validation"] += [
+            json.dumps({"text": piece}) for piece in pieces if piece.strip()
+        ]
+    for name, lines in parts.items():
+        written = folder / f"{name}.{os.getpid()}"
+        written.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        written.replace(folder / f"{name}.jsonl")
+
+
 def prepare(suite: Suite, quick: bool, data: Path, work: Path) -> tuple[dict[str, Any], Path, Path]:
     """(keys of `compare`, rows to train on, rows to judge on), with the base and the files that they name written.
 
@@ -413,7 +491,7 @@ def prepare(suite: Suite, quick: bool, data: Path, work: Path) -> tuple[dict[str
     parts = (suite.data, suite.model, suite.category, "quick" if quick else None)
     ground = work / "grounds" / "-".join(part for part in parts if part)
     config = settings(suite, quick, ground)
-    source, most = data / suite.data, suite.quick_evaluation if quick else suite.evaluation
+    source, most = source_of(suite, data, work), suite.quick_evaluation if quick else suite.evaluation
     judged = some_rows(source / "validation.jsonl", ground / f"evaluation{most}.jsonl", most, suite.category)
     if general := suite.config.get("general"):
         some_rows(data / general / "validation.jsonl", Path(config["general_text"]), GENERAL_ROWS[quick], None)
@@ -432,7 +510,7 @@ def run(name: str, quick: bool, data: Path, work: Path, output: Path, threads: i
     with _PREPARING:
         config, train, judged = prepare(suite, quick, data, work)
     print(f"\n== {name}: {suite.question}", flush=True)
-    found = search(search_config(suite, config, train, folder, SEARCH_SHARE), threads)
+    found = search(search_config(suite, config, train, folder, SEARCH_SHARE), threads, suite.equal)
     rates, at_edge = best_rates(found)
     asked = {**config, "reference": suite.reference}
     results = compare(final_config(asked, rates, train, judged, folder), threads)
@@ -531,7 +609,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         suite = SUITES[name]
         if options.quick and suite.quick is None:
             parser.error(f"{name!r} has no small grid")
-        if not (options.data / suite.data / "train.jsonl").is_file():
+        if suite.data != TOPICS and not (options.data / suite.data / "train.jsonl").is_file():
             parser.error(f"{options.data / suite.data}: no train.jsonl there; --data names the folder of the datasets")
         count, time = hours(suite, settings(suite, options.quick, options.work / name))
         total += time

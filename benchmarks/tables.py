@@ -630,7 +630,8 @@ _MODELS = {"minilm": "all-MiniLM-L6-v2", "smollm2": "SmolLM2-135M-Instruct"}
 _SUITES = [
     f"{what}-{data}"
     for what, on in {
-        "choice": ("banking77", "goemotions", "gsm8k", "dolly"), "modes": ("banking77", "dolly", "wikitext"),
+        "choice": ("banking77", "goemotions", "gsm8k", "dolly"), "controls": ("gsm8k", "dolly", "wikitext", "topics"),
+        "modes": ("banking77", "dolly", "wikitext"),
         "ratios": ("banking77", "dolly"), "summaries": ("dolly",), "adapters": ("banking77", "goemotions", "gsm8k"),
     }.items()
     for data in on

@@ -603,9 +603,10 @@ def trade_off(
     _quiet(axes)
     if higher is not None:
         edge = front(points, higher)
+        dearest = max(p["x"] for p in points)
         axes.step(
-            [p["x"] for p in edge], [p["y"] for p in edge], where="post", color="#8a8a8a", linewidth=1.2, linestyle=":",
-            label="no cheaper one is better", zorder=1,
+            [*(p["x"] for p in edge), dearest], [*(p["y"] for p in edge), edge[-1]["y"]], where="post", color="#8a8a8a",
+            linewidth=1.2, linestyle=":", label="no cheaper one is better", zorder=1,
         )  # fmt: skip
     labels = list(dict.fromkeys(p["label"] for p in points))
     for i, (label, colour) in enumerate(zip(labels, colours(len(labels)), strict=True)):

@@ -47,6 +47,11 @@ def test_the_search_goes_on_beyond_its_edge_and_only_there() -> None:
     ]
     wider = quality.wider_rates({"metric": "loss", "contestants": rows})
     assert wider == {"in": [1, 2, 4], "low": [0.5, 1, 2, 6], "high": [1, 2, 6, 18], "diverges": [1, 2, 3]}
+    # Where all search as much, those that know their best go between it and the better of its neighbours.
+    equal = quality.wider_rates({"metric": "loss", "contestants": rows}, equal=True)
+    assert {len(rates) for rates in equal.values()} == {4}
+    assert equal["in"] == [1, 2, pytest.approx(8**0.5, rel=1e-5), 4] and equal["low"] == wider["low"]
+    assert equal["diverges"] == [1, pytest.approx(2**0.5, rel=1e-5), 2, 3]
 
 
 def test_the_search_ends_where_the_best_is_inside_or_after_its_last_widening(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,14 +104,16 @@ def test_the_search_never_sees_the_evaluation_data_and_gives_every_method_as_man
 
 def test_the_small_grids_take_the_hours_that_are_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "folder_of", lambda model: model)
-    modes, adapters = [], []
+    spent: dict[str, float] = {}
     for name, suite in quality.SUITES.items():
         if suite.quick is not None:
             config = quality.settings(suite, True, tmp_path)
             assert len(config["learning_rate_factors"]) >= 3
             assert len(config["seeds"]) >= 3 or name == "adapters-gsm8k"
-            (adapters if name.startswith("adapters-") else modes).append(quality.hours(suite, config)[1])
-    assert 0 < sum(modes) <= 4 and 0 < sum(adapters) <= 3
+            kind = name.partition("-")[0] if name.startswith(("adapters-", "controls-")) else "modes"
+            spent[kind] = spent.get(kind, 0) + quality.hours(suite, config)[1]
+    assert spent.keys() == {"modes", "adapters", "controls"}
+    assert 0 < spent["modes"] <= 4 and 0 < spent["adapters"] <= 3 and 0 < spent["controls"] <= 4
     assert list(tmp_path.iterdir()) == []
 
 
@@ -117,6 +124,23 @@ def test_every_suite_has_its_reference(
     for name, suite in quality.SUITES.items():
         for quick in (False, True) if suite.quick is not None else (False,):
             assert suite.reference in quality.labels(quality.settings(suite, quick, tmp_path)), (name, quick)
+
+
+def test_help_topics_are_whole_and_none_is_on_both_sides(tmp_path: Path) -> None:
+    import pydoc_data.topics
+
+    quality.write_topics(tmp_path)
+    parts = {name: quality.lines_of(tmp_path / f"{name}.jsonl") for name in ("train", "validation")}
+    texts = {name: [json.loads(line)["text"] for line in lines] for name, lines in parts.items()}
+    assert len(texts["validation"]) >= quality.SUITES["controls-topics"].evaluation
+
+    def letters(text: str) -> str:
+        return "".join(text.split())
+
+    held_out = [text for i, (_, text) in enumerate(sorted(pydoc_data.topics.topics.items())) if i % 4 == 0]
+    assert "".join(map(letters, texts["validation"])) == "".join(map(letters, held_out))
+    whole = sum(len(letters(text)) for text in pydoc_data.topics.topics.values())
+    assert sum(len(letters(t)) for part in texts.values() for t in part) == whole
 
 
 def test_every_mode_is_in_the_suites_of_modes() -> None:
