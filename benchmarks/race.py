@@ -5,7 +5,8 @@
 
 Each contestant is trained once with `auto` and once at every rate of a grid of factors of sqrt(10) around it, from the same
 base on the same rows; the last grid rate on either side is worse than the best, or the grid goes on. What is reported is the
-loss on held-out rows: at the default rate, at the raced one, at the grid's best. One thread; times mean nothing.
+loss on held-out rows: at the default rate, at the raced one, at the grid's best. One thread; times mean nothing. Finished runs
+are kept in the work folder and finished contestants in the result, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import contextlib
 import io
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,13 @@ def run(suite: str, flags: Sequence[str], rate: str, seed: int, work: Path) -> d
         held_out.write_text("\n".join(lines[: settings["eval-rows"]]) + "\n", encoding="utf-8")
     del settings["eval-rows"]
     output = work / f"{suite}-{'-'.join(flags)}-{rate}-{seed}"
+    finished = output / "train_results.json"  # the last file that is written
+    if finished.is_file():
+        return dict(json.loads(finished.read_text(encoding="utf-8")))
     argv = ["train", "--model", str(folder_of(settings.pop("model"))), "--dataset", str(DATA / suite / "train.jsonl")]
     argv += ["--eval-dataset", str(held_out), "--output-dir", str(output), "--learning-rate", rate, "--seed", str(seed)]
     argv += ["--report-to", "none", "--save-strategy", "no", "--dtype", "float32", *flags]
+    argv += ["--overwrite-output-dir"]  # of a run that was ended
     for name, value in settings.items():
         argv += [f"--{name}", str(value)]
     if suite == "gsm8k":
@@ -65,7 +69,7 @@ def run(suite: str, flags: Sequence[str], rate: str, seed: int, work: Path) -> d
         code = main(argv)
     if code:
         raise RuntimeError(said.getvalue())
-    found: dict[str, Any] = json.loads((output / "train_results.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
     (output / "model.safetensors").unlink(missing_ok=True)
     return found
 
@@ -102,23 +106,24 @@ def contest(suite: str, name: str, seed: int, work: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chat", action="store_true", help="SmolLM2 on gsm8k, too")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="how many")
+    parser.add_argument("--work", type=Path, default=common.ROOT / "race_runs", help="folder of the runs")
     options = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
     rows = json.loads(RESULT.read_text(encoding="utf-8"))["runs"] if RESULT.is_file() else []
     done = {(row["suite"], row["contestant"], row["seed"]) for row in rows}
-    with tempfile.TemporaryDirectory() as work:
-        for suite in ("banking77", "gsm8k") if options.chat else ("banking77",):
-            for seed in range(options.seeds):
-                for name in CONTESTANTS:
-                    if (suite, name, seed) not in done:
-                        rows.append(contest(suite, name, seed, Path(work)))
-                        row = rows[-1]
-                        figures = [
-                            f"{k} {row[f'{k}_rate']:.3g} {row[f'{k}_loss']:.4f}" for k in ("default", "raced", "best")
-                        ]
-                        print(f"{suite} {name} seed {seed}: {', '.join(figures)}", flush=True)
-                        common.save(RESULT, "race", {"commit": common.commit(), "suites": SUITES, "runs": rows})
+    options.work.mkdir(parents=True, exist_ok=True)
+    for suite in ("banking77", "gsm8k") if options.chat else ("banking77",):
+        for seed in range(options.seeds):
+            for name in CONTESTANTS:
+                if (suite, name, seed) not in done:
+                    rows.append(contest(suite, name, seed, options.work))
+                    row = rows[-1]
+                    figures = [
+                        f"{k} {row[f'{k}_rate']:.3g} {row[f'{k}_loss']:.4f}" for k in ("default", "raced", "best")
+                    ]
+                    print(f"{suite} {name} seed {seed}: {', '.join(figures)}", flush=True)
+                    common.save(RESULT, "race", {"commit": common.commit(), "suites": SUITES, "runs": rows})
 
 
 if __name__ == "__main__":
