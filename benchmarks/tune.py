@@ -307,7 +307,6 @@ def of_tune(
 ) -> dict[str, Any]:  # fmt: skip
     """Where a tune ended, and what it spent."""
     from spectrum_peft.tuning.report import search_means
-    from spectrum_peft.tuning.stages import CLOCK_STEPS
 
     outcomes = one.final_outcomes()
     winner = next(iter(search_means(outcomes, one.higher)))
@@ -315,10 +314,10 @@ def of_tune(
     mine = summary(winner, rate, runs)
     assert mine is not None
     # A run that fails has taken some of its steps; all of them are counted.
-    raced = sum(row["steps"] for row in one.stage_spending() if row["stage"].startswith("rung"))
+    raced = sum(row["steps"] for row in one.stage_spending() if row["stage"] != "finals")
     failed = sum(d.task.until for d in one.raced() if d.results is None)
     finals = [runs[o.cell.label, o.cell.train["learning_rate"], o.cell.seed] for o in outcomes]
-    steps = CLOCK_STEPS + raced + failed + sum(row["steps"] for row in finals)
+    steps = raced + failed + sum(row["steps"] for row in finals)
     plan, clock = one.prepared.outline, one.prepared.clock
     seconds = sum(d.seconds for d in one.raced()) + sum(row["seconds"] for row in finals)
     told = {

@@ -185,10 +185,12 @@ def _measured(
     if ask := wanted.get("scores"):
         from .scores import score_rows
 
-        found["scores"] = {}
+        found["scores"], found["judge_seconds"] = {}, {}
         for one in ask:  # each a set of rows; of one that the report shows, every metric
             rows = saved.rows(one["dataset"])
+            began = time.perf_counter()
             scored = score_rows(saved, rows, one["metric"], one["max_new_tokens"], one["dataset"])
+            found["judge_seconds"][one["name"]] = time.perf_counter() - began
             found["scores"][one["name"]] = scored
             if one["shown"]:
                 metrics |= saved.metrics(rows) | {one["metric"]: scored["value"]}

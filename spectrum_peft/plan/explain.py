@@ -12,6 +12,10 @@ from .choose import covering, groups
 from .modes import get_mode
 from .options import OPTIONS
 
+# What chooses without a score, and what the measured comparisons say of scores beside it (docs/results.md).
+_CONTROLS = ("random", "first", "last", "spaced")
+_NOT_SHOWN = "No score was shown to choose better than chance; `compare --controls random spaced` tells on your data."
+
 
 @dataclass(frozen=True)
 class PlanNumbers:
@@ -75,6 +79,7 @@ def explain(plan: Plan, report: SnrReport | None = None) -> str:
         + (f"; other tensors that train: {count.saved}." if count.saved else "."),
         _parameters_line(count),
         f"Chosen by: {_chosen_by(plan)}.",
+        *([_NOT_SHOWN] if get_mode(plan.mode).selective and plan.criterion not in _CONTROLS else []),
         "",
         _kind_table(matrices, report),
     ]

@@ -45,7 +45,7 @@ def dry_run(options: argparse.Namespace, rest: Rest, plan_options: dict[str, Any
     check_output(
         Path(run.args.output_dir or ""), overwrite=bool(options.overwrite_output_dir), resumed=run.resume is not None
     )
-    print(introduction(run))
+    print(introduction(run, plan_options))
     counts = counted(run, options)
     for name, found in counts.items():
         print(f"{name}: {found}")

@@ -25,11 +25,16 @@ class Clock:
     """What things take, in seconds.
 
     Attributes:
-        step: {contestant: one optimizer step}. overhead: of a run beside its steps: a process, loading, judging, saving.
+        step: {contestant: one optimizer step}.
+        overhead: of a run of the race beside its steps: a process, loading, judging, saving.
+        longer: by how much that of a run of the finals is longer, which is judged on the evaluation rows, too.
+        timed: runs of which this is known, where none has been raced yet.
     """
 
     step: Mapping[str, float]
     overhead: float
+    longer: float = 0.0
+    timed: int = 0
 
     def mean(self) -> float:
         return sum(self.step.values()) / len(self.step)
@@ -97,7 +102,7 @@ def _most(runs: int, room: int) -> int:
 
 
 def final_seconds(contestants: int, seeds: int, steps: int, clock: Clock) -> float:
-    return contestants * seeds * (clock.overhead + steps * clock.mean())
+    return contestants * seeds * (clock.overhead + clock.longer + steps * clock.mean())
 
 
 def outline(

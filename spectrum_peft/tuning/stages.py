@@ -214,8 +214,35 @@ class Tune:
         return epoch * (1 if self.asked.values["hours"] is None else MOST_EPOCHS)
 
     def _clock(self, prices: Sequence[Price]) -> Clock:
-        """Time a few steps of the first contestant; the others by their operations beside it."""
-        first = prices[0]
+        """Time a few steps of the first contestant of each kind; the others by their operations beside it.
+
+        Kinds are real weights and adapters, on the base as it is and quantized: operations alone do not say what the many small
+        products of adapters take, nor what a 4-bit weight does.
+        """
+        kinds: dict[Any, list[Price]] = {}
+        for price in prices:
+            kinds.setdefault((_real(price), price.settings.get("quantization")), []).append(price)
+        step: dict[str, float] = {}
+        timed: list[Clock] = []
+        failed: list[str] = []
+        for alike in kinds.values():
+            for first in alike:
+                seconds = self._timed(first, failed)
+                if seconds is not None:
+                    timed.append(seconds)
+                    step |= {p.contestant.label: seconds.step[""] * _operations(p) / _operations(first) for p in alike}
+                    break
+        if not timed:
+            raise TrainingSetupError(f"all {len(failed)} runs that were timed failed, the first: {failed[0]}")
+        usual = statistics.fmean(step.values())  # of a kind none of which can be timed: its runs will fail
+        return Clock(
+            {p.contestant.label: step.get(p.contestant.label, usual) for p in prices},
+            statistics.fmean(one.overhead for one in timed), statistics.fmean(one.longer for one in timed),
+            len(timed) + len(failed),
+        )  # fmt: skip
+
+    def _timed(self, first: Price, failed: list[str]) -> Clock | None:
+        """One contestant's times; None where it failed, and why is noted."""
         self.announce(f"timing {CLOCK_STEPS} steps of {first.contestant.label}")
         cell = self.cell(first, Task(first.contestant.label, 1e-4, CLOCK_STEPS, self.race_seed), steps=CLOCK_STEPS)
         began = time.monotonic()
@@ -223,11 +250,15 @@ class Tune:
         seconds = time.monotonic() - began
         self._forget(cell)
         if results is None:
-            raise TrainingSetupError(f"{first.contestant.label}: the run that is timed failed: {error}")
+            self.announce(f"  failed: {error}")
+            failed.append(f"{first.contestant.label}: {error}")
+            return None
         steps = results["step_seconds"]
-        step = statistics.median(steps[1:] or steps)
-        own = _operations(first)
-        return Clock({p.contestant.label: step * _operations(p) / own for p in prices}, seconds - sum(steps))
+        return Clock({"": statistics.median(steps[1:] or steps)}, seconds - sum(steps), self._longer(results))
+
+    def _longer(self, results: Mapping[str, Any]) -> float:
+        """Seconds of judging on the evaluation rows, by those on the search rows: the metric, and all others beside it."""
+        return 2 * results["judge_seconds"]["search"] * self.sets.evaluation_rows / self.sets.search_rows
 
     def _say_plan(self, plan: Outline, clock: Clock) -> None:
         rungs = ", ".join(f"{runs} to step {until}" for until, runs in zip(plan.rungs, plan.runs(), strict=True))
@@ -412,13 +443,16 @@ class Tune:
     def _measured(self, done: Sequence[Done]) -> Clock:
         """Times of the runs of a rung."""
         step: dict[str, list[float]] = {}
-        beside = []
+        beside, longer = [], []
         for d in done:
             if d.results is not None and d.results["step_seconds"]:
                 seconds = d.results["step_seconds"]
                 step.setdefault(d.task.contestant, []).append(statistics.median(seconds[1:] or seconds))
                 beside.append(d.seconds - sum(seconds))
-        return Clock({k: statistics.fmean(v) for k, v in step.items()}, statistics.fmean(beside))
+                longer.append(self._longer(d.results))
+        return Clock(
+            {k: statistics.fmean(v) for k, v in step.items()}, statistics.fmean(beside), statistics.fmean(longer)
+        )
 
     def step_seconds(self, rung: int) -> Mapping[str, float]:
         """{contestant: seconds of a step in that rung}."""
@@ -521,7 +555,12 @@ class Tune:
 
     def stage_spending(self) -> list[dict[str, Any]]:
         """What each stage spent: runs, optimizer steps, seconds."""
-        rows = [{"stage": "what fits", "runs": 0, "steps": 0, "seconds": self.prepared.seconds}]
+        rows = [
+            {
+                "stage": "what fits", "runs": (n := self.prepared.clock.timed), "steps": n * CLOCK_STEPS,
+                "seconds": self.prepared.seconds,
+            }
+        ]  # fmt: skip
         for name in (*(f"rung {i}" for i in range(len(self.prepared.outline.rungs))), "finals"):
             done = self.queue.done(self.queue.stage(name, self.higher))
             steps = sum(len(d.results["step_seconds"]) for d in done if d.results is not None)
@@ -545,11 +584,15 @@ def _entry(done: Done) -> Entry:
     return Entry(done.task.contestant, done.task.rate, float(scores["value"]), rows)
 
 
-def _operations(price: Price) -> float:
+def _real(price: Price) -> bool:
+    """Weights of the base train themselves, as a whole."""
     from ..plan import MODES
 
-    mode = None if price.contestant.peft is not None else MODES[price.contestant.mode]
-    real = price.trained if mode is not None and mode.real_weights else 0
+    return price.contestant.peft is None and MODES[price.contestant.mode].action == "train"
+
+
+def _operations(price: Price) -> float:
+    real = price.trained if _real(price) else 0
     depth = float(price.contestant.settings.get("backward_depth", 1.0))
     return relative_step(real, price.total, checkpointing=bool(price.settings["gradient_checkpointing"]), depth=depth)
 

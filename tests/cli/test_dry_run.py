@@ -63,7 +63,7 @@ def test_the_run_is_as_it_was_said(task: str, run: Run) -> None:
     code, said, err = run(f"{line} --dry-run")
     assert code == 0, err
     assert not Path("out").exists() and "nothing was trained and nothing written" in said
-    assert "training: 10 rows read" in said
+    assert "training: 10 rows read" in said and "no --mode was given" not in said
     assert "peak " in said and "Mode lora" in said
     assert "time: not known" in said
     code, out, err = run(line)
@@ -89,10 +89,11 @@ def test_every_kind_of_plan_is_said(mode: str, run: Run) -> None:
 
 def test_a_step_is_measured_where_it_is_asked_for(run: Run) -> None:
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of("causal_lm", 4)))
-    line = "--mode lora --dataset rows.jsonl --output-dir out --num-train-epochs 100 --per-device-train-batch-size 2"
+    line = "--dataset rows.jsonl --output-dir out --num-train-epochs 100 --per-device-train-batch-size 2"
     code, said, err = run(f"{line} --dry-run --time-steps 2 --show-rows 1 --packing --max-length 64")
     assert code == 0, err
     assert re.search(r"time: about \d+ (s|min) for \d+ steps of [\d.]+ s, measured on 2", said)
+    assert "no --mode was given, and none was shown to be the best one" in said
     assert "row 1: " in said and "carry loss (*)" in said and said.count("rows read") == 1
     assert not Path("out").exists()
     assert run(f"{line} --time-steps 2")[0] == 2

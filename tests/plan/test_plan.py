@@ -601,6 +601,13 @@ def test_explain_says_how_the_choice_was_made(llama_report, options, said):
     assert said in explain(make_plan(llama_report(), **options))
 
 
+def test_explain_says_that_no_score_beats_chance_where_a_score_has_chosen(llama_report):
+    said = "No score was shown to choose better than chance"
+    assert all(said in explain(make_plan(llama_report(), mode=mode)) for mode in ("spectrum", "spectra_qlora", "alors"))
+    assert not any(said in explain(make_plan(llama_report(), mode=mode)) for mode in ("lora", "full", "columns"))
+    assert said not in explain(make_plan(replace(llama_report(), criterion="random"), criterion="random"))
+
+
 def test_explain_refuses_a_report_of_another_checkpoint(llama_report):
     other = replace(llama_report(), fingerprint=Fingerprint("c" * 64, None, "file"))
     with pytest.raises(MismatchError, match="the plan does not belong to the report"):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
 from spectrum_peft.errors import OptionError
 from spectrum_peft.tuning.schedule import Clock, Outline, outline, relative_step, rest, room_after, rungs_of, ties_of
 
+MEASURED = json.loads((Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "modes.json").read_text())[
+    "models"
+]
 CLOCK = Clock({"a": 1.0, "b": 3.0}, 10.0)  # 2 s a step on average
 WANTED = {"contestants": 10, "rates": 4, "finalists": 3, "seeds": 3}
 
@@ -69,3 +74,31 @@ def test_a_step_counts_forward_backward_and_the_weights_that_train() -> None:
         relative_step(0, 100, checkpointing=True) == full
         and relative_step(0, 100, checkpointing=False, depth=0.5) == 1.5
     )
+
+
+@pytest.mark.parametrize("model", list(MEASURED))
+@pytest.mark.parametrize(("timed", "others"), [
+    ("spectrum 0.25", ["full", "spectrum 0.25, upper half"]),
+    ("lora", ["spectra_qlora 0.5", "spectra_qlora 0.5, upper half", "alors 0.5"]),
+    ("lora, SFT", ["spectra_qlora 0.5, SFT", "spectra_qlora 0.5, upper half, SFT", "alors 0.5, SFT"]),
+])  # fmt: skip
+def test_operations_beside_one_that_was_timed_say_what_a_step_of_its_kind_takes(
+    model: str, timed: str, others: list[str]
+) -> None:
+    found = MEASURED[model]["contestants"]
+    whole = found["full"]["trainable_parameters"]
+
+    def operations(name: str) -> float:
+        trained = 0 if "lora" in name or "alors" in name else found[name]["trainable_parameters"]
+        return relative_step(trained, whole, checkpointing=False, depth=0.5 if "upper half" in name else 1.0)
+
+    for name in others:  # a quarter is what is promised of the estimate before the first run
+        said = found[timed]["step"]["median"] * operations(name) / operations(timed)
+        assert said == pytest.approx(found[name]["step"]["median"], rel=0.25), name
+
+
+def test_a_run_of_the_finals_is_longer_by_its_judging() -> None:
+    plan = Outline(90, **WANTED)
+    longer = Clock(CLOCK.step, CLOCK.overhead, 5.0)
+    assert plan.final_seconds(longer) - plan.final_seconds(CLOCK) == pytest.approx((3 + 2) * 3 * 5.0)
+    assert plan.race_seconds(longer) == plan.race_seconds(CLOCK)

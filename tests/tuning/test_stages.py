@@ -76,7 +76,8 @@ class World:
         scored = {"value": value, "rows": rows}
         results = {
             "label": cell.label, "seed": cell.seed, "control": None, "versions": versions(), "metrics": {"loss": value},
-            "scores": {"search": scored, "evaluation": scored}, "mode": cell.train["mode"], "task": "causal_lm",
+            "scores": {"search": scored, "evaluation": scored}, "judge_seconds": {"search": 0.0},
+            "mode": cell.train["mode"], "task": "causal_lm",
             "dtype": "float32", "quantization": None,
             "new_head": False, "learning_rate": rate, "trainable_parameters": 10, "total_parameters": 100,
             "steps": steps, "step_seconds": [seconds] * run, "input_tokens": 100, "peak_memory_bytes": 2**20,
@@ -169,8 +170,8 @@ def test_the_hours_are_met_though_steps_are_other_than_thought(
     clock = SimpleNamespace(monotonic=lambda: world.now, sleep=time.sleep)
     monkeypatch.setattr(stages, "time", clock)
     monkeypatch.setattr(queue, "time", clock)
-    # What is timed beforehand is lora; the others are estimated beside it, and are slower or faster than that says.
-    world.overhead, world.step = 20.0, {"lora r16": 1.0, "full": 1.5 * slower, "real 0.25 random": slower}
+    # What is timed beforehand is lora and the random choice; full is estimated beside it, and slower or faster than that says.
+    world.overhead, world.step = 20.0, {"lora r16": 1.0, "full": 1.5 * slower, "real 0.25 random": 1.0}
     found = tune(hours=hours, max_steps=2000, num_train_epochs=None)
     # 20 % is what is promised.
     assert 0.8 * hours * 3600 <= world.now <= 1.2 * hours * 3600
@@ -202,7 +203,7 @@ def test_cells_that_fail_are_told_and_the_race_goes_on(
 
 def test_when_all_fail_one_line_says_so(tune: Tune, world: World) -> None:
     world.fails = set(PLANTED)
-    with pytest.raises(SpectrumError, match=r"all \d+ runs of the race failed, the first: the loss is nan"):
+    with pytest.raises(SpectrumError, match=r"all 3 runs that were timed failed, the first: lora r16: the loss is nan"):
         tune()
 
 
@@ -227,7 +228,10 @@ def test_a_wrong_wish_is_one_line_before_anything_is_trained(
 ) -> None:
     with pytest.raises(SpectrumError, match=re.escape(says)):
         tune(**changes)
-    assert all(label == "lora r16" for label, *_ in world.ran)  # nothing but the run that is timed
+    # Nothing but the runs that are timed, one of real weights and one of adapters.
+    assert {label for label, *_ in world.ran} <= {"lora r16", "real 0.25 random"} and {u for *_, u, _ in world.ran} <= {
+        4
+    }
 
 
 def test_another_tune_or_something_else_in_the_folder_is_refused(
