@@ -826,6 +826,36 @@ def test_every_mode_and_a_score_that_needs_data_take_part(
     assert len({row["metrics"]["loss"] for row in found}) > len(MODES)
 
 
+@pytest.mark.slow
+def test_columns_chosen_by_scores_take_part_beside_a_lora_of_equal_size(
+    config: dict[str, Any], launched: list[str], compare: Callable[..., tuple[int, str]]
+) -> None:
+    ways: dict[str, dict[str, Any]] = {
+        "random": {}, "spectrum": {"columns_by": "spectrum"}, "activation": {"columns_by": "activation"},
+        "fisher": {"columns_by": "fisher"}, "coupled": {"coupled": True, "head_width": 1},
+    }  # fmt: skip
+    asked = [{"name": f"columns {name}", "mode": "columns", **way} for name, way in ways.items()]
+    config |= {
+        "modes": ["lora"],
+        "controls": [],
+        "contestants": asked,
+        "r": 4,
+        "calibration_samples": 4,
+        "max_steps": 2,
+    }
+    code, said = compare(config)
+    assert code == 0, said
+    found = {row["label"]: row for row in stored()["cells"]}
+    assert list(found) == ["lora", *(f"columns {name}" for name in ways)]
+    assert [row["error"] for row in found.values()] == [None] * 6
+    sizes = {label: row["trainable_parameters"] for label, row in found.items()}
+    # A line of 64 or 128 elements is the unit of columns: less than one is rounded away in each of 28 matrices.
+    assert all(0 <= sizes["lora"] - size < 28 * 128 for size in sizes.values())
+    # Other columns train in each, and the base is the same.
+    assert len({row["metrics"]["loss"] for row in found.values()}) == 6
+    assert len({round(row["loss_curve"][0][1], 4) for row in found.values()}) == 1
+
+
 @pytest.mark.parametrize("new_head", [False, True])
 def test_classification_is_ranked_by_accuracy_and_a_new_head_is_pointed_out(
     new_head: bool, launched: list[str], compare: Callable[..., tuple[int, str]], tmp_path: Path

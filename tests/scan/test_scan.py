@@ -547,10 +547,15 @@ def test_an_adapter_folder_on_fused_experts(mixtral_folder: Path, tmp_path: Path
     same_scores(tmp_path / "adapter", merged, mixtral_folder, lambda n: ".experts." in n)
 
 
-def test_an_adapter_folder_of_real_weights(tiny_llama_folder: Path, tiny_llama: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{"mode": "spectrum", "spectrum_ratio": 0.5}, {"mode": "columns"}, {"mode": "columns", "coupled": True}]
+)
+def test_an_adapter_folder_of_real_weights(
+    options: dict[str, Any], tiny_llama_folder: Path, tiny_llama: Any, tmp_path: Path
+) -> None:
     from spectrum_peft import SpectrumConfig
 
-    config = SpectrumConfig(mode="spectrum", spectrum_ratio=0.5, task_type="CAUSAL_LM")
+    config = SpectrumConfig(**options, task_type="CAUSAL_LM")
     merged = trained(tmp_path / "adapter", tiny_llama, config)
     chosen = set(SpectrumConfig.from_pretrained(tmp_path / "adapter").plan.trainable_names)
     assert chosen

@@ -30,6 +30,7 @@ QUICK = [("llama", None), ("llama_tied", None), ("gpt2", None), ("bert", None), 
 QUICK += [("llama", "nf4"), ("bert", "nf4")]
 SAMPLE = ("spectrum", "alors", "lorsa", "columns")
 BASES = [*QUICK, *((family, None) for family in sorted(ARCHITECTURES) if (family, None) not in QUICK)]
+BASES += [("llama", "fp4"), ("llama", "int8")]
 
 
 def is_quick(family: str, mode: str, quantization: str | None) -> bool:

@@ -75,12 +75,12 @@ def test_real_weights_train_and_the_result_is_a_dense_checkpoint(
     assert torch.equal(logits(loaded(tmp_path / "tuned")), wanted)
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+@pytest.mark.parametrize(("method", "mode"), [("fp8", "lora"), ("mxfp4", "lora"), ("fp8", "columns")])
 def test_an_adapter_is_merged_onto_the_dequantized_base(
-    method: str, bases: dict[str, tuple[Path, Path]], tmp_path: Path
+    method: str, mode: str, bases: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
     base, _ = bases[method]
-    model, _ = load_model_with_spectrum(str(base), SpectrumConfig(mode="lora", r=4), dtype="float32")
+    model, _ = load_model_with_spectrum(str(base), SpectrumConfig(mode=mode, r=4), dtype="float32")
     wanted = trained(model)
     model.save_pretrained(tmp_path / "adapter")
     again, _ = load_trained(str(tmp_path / "adapter"), dtype="float32")
