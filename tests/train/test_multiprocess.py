@@ -28,6 +28,9 @@ CASES = [
     *(f"fsdp2:{mode}" for mode in MODES),
     *(f"fsdp2:{name}:plain" for name, mode in MODES.items() if mode.plain_model),
     "fsdp2:lora:nf4",
+    "fsdp2:columns:nf4",
+    "columns:coupled",
+    "fsdp2:columns:coupled",
 ]
 REFUSALS = (
     "different plans", "different sizes", "different rows", "fewer rows", "moving ranks", "buffers of lorsa",

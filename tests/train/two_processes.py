@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node 2 two_processes.py OUT CASE...      (or: python two_processes.py OUT CASE...)
 
-CASE is mode, mode:nf4, mode:plain, mode:moving, mode:sft, or fsdp2:mode, fsdp2:mode:plain and so on, under which two processes
-share out the model's weights. Writes OUT/CASE-<number of processes>.safetensors, all parameters
-at the end, and the plan beside it.
+CASE is mode, mode:nf4, mode:plain, mode:moving, mode:coupled, mode:sft, or fsdp2:mode, fsdp2:mode:plain and so on, under which
+two processes share out the model's weights. Writes OUT/CASE-<number of processes>.safetensors, all parameters at the end, and
+the plan beside it.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ def trained(folder: Path, case: str, out: Path, resume: Path | None = None) -> A
         )  # fmt: skip
     else:
         options = {"rescore_every": 1, "scope": "global", "criterion": "mp"} if kind == "moving" else {}
+        if kind == "coupled":
+            options = {"coupled": True}
         if case == "fsdp2:alors":  # of several rates
             options = {"scope": "global", "criterion": "mp"}
         if kind not in {"nf4", "plain"}:

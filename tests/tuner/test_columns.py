@@ -191,9 +191,10 @@ def test_the_function_is_the_bases_to_the_bit_at_the_start_in_every_dtype(folder
         assert torch.equal(logits(adapted(base)), before)
 
 
+@pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("how", ["checkpointing", "autocast"])
-def test_gradients_under_checkpointing_and_autocast(folder: Path, how: str) -> None:
-    model = disturb(adapted(base_of(folder)))
+def test_gradients_under_checkpointing_and_autocast(folder: Path, how: str, coupled: bool) -> None:
+    model = disturb(adapted(base_of(folder), coupled=coupled))
     batch = batch_for(ARCHITECTURES["llama"], model)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
@@ -598,11 +599,18 @@ def test_the_dry_run_knows_what_is_kept_and_the_fit_searches_the_share(folder: P
     assert estimate_memory(folder, plan, **step).peak_bytes <= budget
 
 
-def test_torch_compile_traces_it_whole() -> None:
-    layer = layer_of(6, 8, (1, 6), torch.float32)
-    x = torch.randn(3, 8)
+@pytest.mark.parametrize("side", ["columns", "rows"])
+def test_torch_compile_traces_it_whole(side: str) -> None:
+    layer = layer_of(6, 8, (1, 5), torch.float32, side=side)
+    x = torch.randn(3, 8, requires_grad=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
         # The same eight products in float32; a compiler may fuse the sum: 8 * 6e-8, and 1e-5 of the value.
-        assert torch.allclose(compiled(x), layer(x), atol=1e-6)
+        found, wanted = compiled(x), layer(x)
+        assert torch.allclose(found, wanted, atol=1e-6)
+        gradients = [
+            torch.autograd.grad(y.square().sum(), (x, change_of(m))) for y, m in ((found, compiled), (wanted, layer))
+        ]
+    # Sums of six to eight products below 10 in float32: 8 * 6e-8 * 10.
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
