@@ -242,15 +242,8 @@ def part_process(model: Path, repeats: int) -> dict[str, Any]:
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(folder: Path, shape: Shape) -> None:
-    """Random bfloat16 weights in shards of at most 2 GB with an index, one tensor in memory at a time.
-
-    Every entry is drawn: repeated numbers would give matrices of low rank, which cost a scan more than real ones.
-    """
-    import torch
-
-    from spectrum_peft.weights.writer import SafetensorsWriter, header_bytes
-
+def shards_of(shape: Shape) -> dict[str, dict[str, tuple[int, ...]]]:
+    """{file: {tensor: dimensions}} in shards of at most 2 GB."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
     for name, dimensions in shape.tensors().items():
@@ -260,22 +253,49 @@ def write_checkpoint(folder: Path, shape: Shape) -> None:
             size = 0
         shards[-1][name] = dimensions
         size += bytes_of_it
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": tensors for i, tensors in enumerate(shards)}
+
+
+def header_of(tensors: Mapping[str, tuple[int, ...]]) -> bytes:
+    """The beginning of a safetensors file of bfloat16 tensors, one after the other."""
+    import torch
+
+    from spectrum_peft.weights.writer import header_bytes
+
+    layout = {name: (torch.bfloat16, dimensions) for name, dimensions in tensors.items()}
+    return header_bytes(layout, {"format": "pt"}, layout)
+
+
+def small_files(shape: Shape) -> dict[str, str]:
+    """{name: text} of the index and the config."""
+    where = {name: file for file, tensors in shards_of(shape).items() for name in tensors}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": shape.tied}
+    return {
+        "model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": where}), "config.json": json.dumps(config),
+    }  # fmt: skip
+
+
+def write_checkpoint(folder: Path, shape: Shape) -> None:
+    """Random bfloat16 weights in shards with an index, one tensor in memory at a time.
+
+    Every entry is drawn: repeated numbers would give matrices of low rank, which cost a scan more than real ones.
+    """
+    import torch
+
+    from spectrum_peft.weights.writer import SafetensorsWriter
+
     generator = torch.Generator().manual_seed(0)
-    for file, tensors in zip(files, shards, strict=True):
-        layout = {name: (torch.bfloat16, dimensions) for name, dimensions in tensors.items()}
+    for file, tensors in shards_of(shape).items():
         total = sum(2 * math.prod(dimensions) for dimensions in tensors.values())
-        with SafetensorsWriter(folder / file, header_bytes(layout, {"format": "pt"}, layout), total) as writer:
+        with SafetensorsWriter(folder / file, header_of(tensors), total) as writer:
             at = 0
             for dimensions in tensors.values():
                 for rows in torch.empty(dimensions, device="meta").split(4096):
                     part = torch.randn(rows.shape, generator=generator).mul_(0.02).bfloat16()
                     writer.write(part, at)
                     at += 2 * part.numel()
-    where = {name: file for file, tensors in zip(files, shards, strict=True) for name in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": shape.tied}
-    (folder / "config.json").write_text(json.dumps(config))
+    for name, text in small_files(shape).items():
+        (folder / name).write_text(text)
 
 
 def part_sizes(where: Path | None, max_billions: float, jobs: int | None) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -685,8 +685,15 @@ def hub() -> str:
     data = result("hub")
     parts, goals = data["parts"], data["goals"]
     rows = []
-    for part, name in (("bytes", "Llama-2-7B's shapes"), ("real", "SmolLM2-135M")):
-        found = parts[part]
+    for part, name in (
+        ("whole", "Llama-2-7B, {blocks} blocks"),
+        ("bytes", "Llama-2-7B's shapes"),
+        ("real", "SmolLM2-135M"),
+    ):
+        found = parts.get(part)
+        if found is None:
+            continue
+        name = name.format(**found)
         scored, ratio = found["scored_bytes"] / 1e6, found["ratio"]
         rows.append(
             [f"{name}: bytes sent over {scored:,.0f} MB scored", f"{ratio:.4f}", f"<= {goals['bytes_ratio']}",

@@ -10,6 +10,7 @@ Written from huggingface_hub 2.4 (`hf_api.py`, `_commit_api.py`, `lfs.py`, `file
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import sys
@@ -102,6 +103,11 @@ class Troubles:
         broken: so many requests for files are answered 503.
         bytes_per_second: of all connections together; delay: seconds before every answer.
         refuse_uploads: so many uploads of LFS objects are cut.
+        failing: so many requests for what is known of a repository are answered by this status; limited: by 429 with the header
+            by which the real service says that its window ends in so many seconds.
+        tokens: those that are known; any other is answered 401. None: all are.
+        redirect: status by which a large file is sent elsewhere. circle: it is sent to itself.
+        compressed: bodies of files are gzip.
     """
 
     cut_after: int = 0
@@ -115,6 +121,12 @@ class Troubles:
     bytes_per_second: float | None = None
     delay: float = 0.0
     refuse_uploads: int = 0
+    failing: tuple[int, int] = (0, 500)
+    limited: tuple[int, int] = (0, 0)
+    tokens: frozenset[str] | None = None
+    redirect: int = 302
+    circle: bool = False
+    compressed: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,11 +146,12 @@ class StandIn:
     """The server; `with StandIn() as hub:` runs it in threads.
 
     Attributes:
-        url: for HF_ENDPOINT. requests: all that were answered, in order.
+        url: for HF_ENDPOINT. requests: all that were answered, in order. moved: {old name: new name} of repositories.
     """
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
+        self.moved: dict[str, str] = {}
         self.objects: dict[str, bytes] = {}  # LFS objects that were uploaded and not committed yet
         self.troubles = Troubles()
         self.requests: deque[Request] = deque()
@@ -235,6 +248,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         time.sleep(self.hub.troubles.delay)
         path = urlsplit(self.path).path
+        if self._turned_away(path):
+            return
         parts = [unquote(part) for part in path.strip("/").split("/")]
         if parts[0] == "cdn":
             sha256 = parts[1]
@@ -259,6 +274,29 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, None, "Not found")
 
     do_HEAD = do_GET
+
+    def _turned_away(self, path: str) -> bool:
+        """Whether the request is answered before anybody looks for what it asks for."""
+        troubles = self.hub.troubles
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+        if troubles.tokens is not None and token is not None and token not in troubles.tokens:
+            self._refuse(401, None, "Invalid credentials in Authorization header")
+            return True
+        old = next((old for old in self.hub.moved if f"/{old}" in path), None)
+        if old is not None:
+            self._answer(307, b"", {"Location": self.path.replace(old, self.hub.moved[old])})
+            return True
+        if path.startswith("/api/models/") and troubles.failing[0]:
+            count, status = troubles.failing
+            troubles.failing = (count - 1, status)
+            self._answer(status)
+            return True
+        if path.startswith("/api/models/") and troubles.limited[0]:
+            count, seconds = troubles.limited
+            troubles.limited = (count - 1, seconds)
+            self._answer(429, b"", {"RateLimit": f'"api";r=0;t={seconds}'})
+            return True
+        return False
 
     def _found(self, kind: str, name: str, revision: str) -> tuple[Repo, str] | None:
         """(repository, commit), or the refusal is sent."""
@@ -349,7 +387,9 @@ class _Handler(BaseHTTPRequestHandler):
                 "X-Linked-Size": str(blob.size),
                 "Location": f"http://localhost:{self.hub.port}/cdn/{blob.sha256}",
             }
-            self._answer(302, b"", headers)
+            if troubles.circle:
+                headers["Location"] = self.path
+            self._answer(troubles.redirect, b"", headers)
         else:
             self._send(blob, {**headers, "ETag": f'"{etag}"'})
 
@@ -364,6 +404,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(416, b"", {"Content-Range": f"bytes */{blob.size}"})
                 return
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{blob.size}"
+        if troubles.compressed:
+            blob = Blob(gzip.compress(b"".join(blob.pieces(begin, end))))
+            begin, end = 0, blob.size
+            headers["Content-Encoding"] = "gzip"
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -482,18 +526,22 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, b"", {"ETag": f'"{sha256}"'})
 
 
-def main() -> None:
-    """python stand_in_hub.py FOLDER NAME [BYTES_PER_SECOND]: serve a folder's files; its address first, then, when standard
-    input ends, what was asked for, as JSON."""
-    folder, name, *rate = sys.argv[1:]
+def serve(files: Mapping[str, Blob], name: str, bytes_per_second: float | None = None) -> None:
+    """Serve a repository until standard input ends: its address first, then what was asked for, as JSON."""
     with StandIn() as hub:
-        # Hashes of files of many gigabytes take minutes, and nobody here downloads one whole.
-        files = {p.name: Blob(p, hashlib.sha256(p.name.encode()).hexdigest()) for p in sorted(Path(folder).iterdir())}
         hub.add(name, files)
-        hub.troubles.bytes_per_second = float(rate[0]) if rate else None
+        hub.troubles.bytes_per_second = bytes_per_second
         print(hub.url, flush=True)
         sys.stdin.read()
         print(json.dumps({"requests": len(hub.requests), "bytes": hub.files_read()}))
+
+
+def main() -> None:
+    """python stand_in_hub.py FOLDER NAME [BYTES_PER_SECOND]: serve a folder's files."""
+    folder, name, *rate = sys.argv[1:]
+    # Hashes of files of many gigabytes take minutes, and nobody here downloads one whole.
+    files = {p.name: Blob(p, hashlib.sha256(p.name.encode()).hexdigest()) for p in sorted(Path(folder).iterdir())}
+    serve(files, name, float(rate[0]) if rate else None)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ def patiently(call: Callable[[], _T]) -> _T:
     huggingface_hub does this itself for files, not for what it is told about a repository.
     """
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import parse_ratelimit_headers
 
     for attempt in range(_TRIES):
         try:
@@ -130,7 +131,10 @@ def patiently(call: Callable[[], _T]) -> _T:
             if error.response.status_code not in _PASSING or attempt == _TRIES - 1:
                 raise
             said = error.response.headers.get("Retry-After", "")
+            window = parse_ratelimit_headers(error.response.headers)
             wait = float(said) + 0.5 if said.isdigit() else 0.5 * 2**attempt
+            if window is not None and window.remaining == 0:
+                wait = window.reset_in_seconds + 0.5
         except transport_error():
             if attempt == _TRIES - 1:
                 raise
@@ -193,6 +197,8 @@ def asked(repo_id: str, revision: str | None = None, kind: Kind = "model") -> It
         }.get(status, one_line(error)[:300])
         raise HubError(f"{name}{at}: the hub refuses ({status}): {what}.") from error
     except (transport_error(), OSError) as error:
+        if type(error).__name__ == "TooManyRedirects":
+            raise HubError(f"{name}{at}: the hub at {constants.ENDPOINT} redirects in a circle.") from error
         raise HubError(
             f"{name}{at}: no such file or folder here, not in the hub's cache, and the hub cannot be reached "
             f"({constants.ENDPOINT}: {one_line(error)[:200]})."

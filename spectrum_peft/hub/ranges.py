@@ -149,6 +149,9 @@ class RangeReader:
                 f"{where}: its etag is {etag}, wanted {file.etag} as commit {self.snapshot.commit[:12]} lists it: the file "
                 "changed, or another one is sent; nothing of it is used. Scan again."
             )
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding != "identity":
+            raise HubError(f"{where}: the server sends it as {encoding}, wanted its bytes as they are.")
         if response.status_code == 200 and (begin, end) == (0, file.size):
             return
         if response.status_code != 206:
