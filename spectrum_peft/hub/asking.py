@@ -175,7 +175,8 @@ def asked(repo_id: str, revision: str | None = None, kind: Kind = "model") -> It
     except hub.RepositoryNotFoundError as error:
         if get_token():
             raise HubError(
-                f"{name}: the hub has no such repository, or it is private and the token that was sent may not read it."
+                f"{name}: no such file or folder here, and the hub has no such repository, or it is private and the token "
+                "that was sent may not read it."
             ) from error
         raise HubError(
             f"{name}: no such file or folder here, and the hub shows no such repository to who is not logged in: it is "

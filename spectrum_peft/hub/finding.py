@@ -70,7 +70,10 @@ def the_one(found: Iterable[Place], repo_id: str, what: str, *, model: str, comm
         return mine[0]
     if not mine:
         of = model + (f" at commit {commit}" if commit else "")
-        hint = near_matches(model, {p.model for p in all_of_them})
+        others = {p.model for p in all_of_them}
+        hint = near_matches(model, others) if model != repo_id else ""
+        if model == repo_id and others:  # nobody said which model
+            hint = f" It has those of {', '.join(sorted(others)[:4])}: name the model."
         kept = sorted({p.state for p in all_of_them if p.model == model})
         there = f" It has those of {', '.join(kept[:4])}." if kept else hint
         raise HubError(f"{repo_id}: has no {what} of {of}.{there}")

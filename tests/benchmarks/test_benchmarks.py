@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -189,3 +190,25 @@ def test_the_rule_for_rates_finds_a_law_that_was_planted() -> None:
         asked = best(means, 1000)
         # A mean of logarithms in float64 of an exact law.
         assert tables._fitted_rate(asked._replace(rate=7.0), others) == pytest.approx(asked.rate, rel=1e-9)
+
+
+def test_a_made_checkpoint_is_the_same_bytes_however_it_is_asked_for() -> None:
+    import made
+    from safetensors.torch import load
+
+    shapes = {"a.weight": (700, 1000), "b.weight": (41, 7)}
+    file = made.MadeFile(3, shapes)
+    whole = b"".join(file.pieces(0, file.size))
+    cuts = [0, 5, 100, file.size // 3, file.size - 1, file.size]
+    again = made.MadeFile(3, shapes)
+    assert whole == b"".join(piece for a, b in itertools.pairwise(cuts) for piece in again.pieces(a, b))
+    assert len(whole) == file.size
+    tensors = {name: tensor.float() for name, tensor in load(whole).items()}
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "a.weight": (700, 1000),
+        "b.weight": (41, 7),
+    }
+    assert torch.linalg.matrix_rank(tensors["b.weight"]) == 7
+    # Independent, mean zero, of the least size 2^-6 and the largest 2^-5: the mean of 700,000 lies within 5 standard errors.
+    assert abs(tensors["a.weight"].mean()) < 5 * 0.024 / 700_000**0.5
+    assert 2**-6 <= tensors["a.weight"].abs().min() < tensors["a.weight"].abs().max() < 2**-5

@@ -307,7 +307,10 @@ def test_gated_private_missing_and_pickles_each_say_so(
         with pytest.raises(CheckpointError, match=said):
             scan_weights(name)
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    with pytest.raises(HubError, match="no such repository, or it is private and the token that was sent may not"):
+    with pytest.raises(
+        HubError,
+        match="and the hub has no such repository, or it is private and the token that was sent may not",
+    ):
         scan_weights("org/private")
     with pytest.raises(HubError, match="the token that was sent has no access"):
         scan_weights("org/gated")

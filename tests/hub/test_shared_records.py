@@ -49,6 +49,10 @@ def test_what_is_not_there_and_what_is_there_twice(hub: StandIn, tiny_llama_fold
     report.push_to_hub(SHARED)
     with pytest.raises(HubError, match=r"someone/scans: has no snr report of org/modle.* Did you mean 'org/model'"):
         SnrReport.from_hub(SHARED, model_id="org/modle")
+    with pytest.raises(
+        HubError, match=r"has no snr report of someone/scans\. It has those of org/model: name the model"
+    ):
+        SnrReport.from_hub(SHARED)
     with pytest.raises(HubError, match=f"It has those of {report.revision}"):
         SnrReport.from_hub(SHARED, model_id=MODEL, commit="0" * 40)
     with pytest.raises(HubError, match="has no snr report by 'mp'"):
