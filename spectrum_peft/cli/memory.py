@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mixed-precision", help="auto (that of a 16-bit dtype), no, bf16 or fp16")
     switch(group, "--padding", help="batches hold padding, so that attention has a mask; default true")
     switch(group, "--peft", help="wrap by PEFT in every mode, as the trainers' peft_config does")
+    switch(group, "--reference", help="of dpo and kto: the model as it was before is held beside it")
     add("--sharding", help="data_parallel, zero1, zero2, zero3 or fsdp2")
     add("--devices", type=int, metavar="N", help="that the training is sharded over")
     add_load_options(parser)
@@ -69,7 +70,7 @@ _number_or_auto.__name__ = "number, or 'auto',"
 # Flags of `memory` that describe the step, under the names of `memory.Step` and `estimate_memory`.
 _STEP = (
     "batch_size", "max_length", "dtype", "optimizer", "gradient_checkpointing", "gradient_accumulation_steps",
-    "quantization", "attn_implementation", "device", "trainer", "mixed_precision", "padding", "peft", "sharding", "devices",
+    "quantization", "attn_implementation", "device", "trainer", "mixed_precision", "padding", "peft", "reference", "sharding", "devices",
 )  # fmt: skip
 
 

@@ -57,6 +57,10 @@ class Step:
         padding: batches hold padding, so that attention gets a mask; False: it gets none.
         max_grad_norm: gradients are clipped to it; 0 for no clipping.
         peft: True: wrapped by PEFT in every mode, as the trainers' `peft_config` does; None: only where it is needed.
+        reference: the loss holds the model beside itself as it was before (DPO, KTO; `trainer="sft"` says what a pass costs): a
+            second pass without gradients while the first one's activations lie there, and a copy of what it needs, of all
+            weights of a plain model and of the adapter of a wrapped one. False where the log-probabilities of the reference
+            are precomputed.
     """
 
     batch_size: int = 1
@@ -73,6 +77,7 @@ class Step:
     padding: bool = True
     max_grad_norm: float = 1.0
     peft: bool | None = None
+    reference: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_length", "gradient_accumulation_steps"):
@@ -90,6 +95,8 @@ class Step:
             value = getattr(self, name)
             if value not in choices:
                 raise OptionError(f"{name} is {value!r}." + near_matches(str(value), [c for c in choices if c]))
+        if self.reference and self.trainer != "sft":
+            raise OptionError(f"reference=True is for trainer='sft', and trainer is {self.trainer!r}.")
 
 
 class _EightBitAdamSizes(torch.optim.Optimizer):
@@ -182,6 +189,9 @@ def _loss(model: Any, batch: dict[str, Tensor], step: Step, autocast: Any) -> Te
     if step.trainer == "sft":
         with autocast:
             outputs = model(**batch, use_cache=False, fused_lm_head=True)
+            if step.reference:  # trl 1.16 dpo_trainer.py, `_compute_loss`; kto_trainer.py has another such pass before the first
+                with torch.no_grad():
+                    model(**batch, use_cache=False, fused_lm_head=True)
         # trl 1.16 sft_trainer.py, `compute_loss`: per-token log-probabilities, summed
         return -outputs.log_probs.sum() / batch["labels"].numel()
     with autocast:
@@ -287,6 +297,16 @@ def _adopt_model(tracker: StorageTracker, model: nn.Module, step: Step) -> int:
     return sum(t.untyped_storage().nbytes() for t in host)
 
 
+def _reference(model: nn.Module) -> tuple[list[Tensor], str]:
+    """What lies beside a model so that it can be run as it was before, and the category of that.
+
+    Source: trl 1.16, dpo_trainer.py, `DPOTrainer.__init__`: a second model, or the adapter again under the name `ref`.
+    """
+    if not isinstance(model, PeftModel):
+        return [torch.empty_like(t) for t in (*model.parameters(), *model.buffers())], "weights"
+    return [torch.empty_like(p) for name, p in model.named_parameters() if ".default." in name], "adapters"
+
+
 @contextlib.contextmanager
 def _watched(model: nn.Module, tracker: StorageTracker) -> Iterator[None]:
     """Tell the tracker where the step is, and which storages are gradients."""
@@ -371,6 +391,8 @@ def step_report(
     complete = True
     with tracker, _watched(model, tracker):
         host = _adopt_model(tracker, model, step)
+        beside, category = _reference(model) if step.reference else ([], "weights")
+        tracker.adopt(beside, category)
         maker = _optimizer(optimizer or step.optimizer, model, step.device)
         if fake:
             # The steady state at the price of one step: states are made from empty gradients; with accumulation, the

@@ -17,7 +17,7 @@ from ..arguments import LORA_FIELDS, Rest
 from ..data import RowCounts
 from ..devices import default_device
 from ..errors import OptionError
-from ..memory import OPTIMIZERS, describe_memory, estimate_memory, format_bytes, gradients_of_report
+from ..memory import OPTIMIZERS, describe_memory, estimate_memory, gradients_of_report
 from ..plan import check_options, explain, make_plan, needs_gradients
 from ..records import Plan, SnrReport
 from ..tuner.config import SpectrumConfig, candidates_of
@@ -128,6 +128,7 @@ def _memory_of(run: Run, options: argparse.Namespace, plan: Plan, counts: RowCou
         optimizer = "adamw_torch_fused"
     attention = options.attn_implementation if options.attn_implementation in ("sdpa", "eager") else "sdpa"
     trl = run.task.arguments[0] == "trl" and run.task.head is None
+    reference = run.task.relative and not args.precompute_ref_log_probs
     found = estimate_memory(
         config,
         spectrum,
@@ -145,17 +146,12 @@ def _memory_of(run: Run, options: argparse.Namespace, plan: Plan, counts: RowCou
         trainer="sft" if trl else "transformers",
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
         max_grad_norm=args.max_grad_norm,
+        reference=reference,
     )
-    copied = (
-        run.task.relative and run.mode is not None and run.mode.plain_model and options.quantization in (None, "none")
-    )
-    if copied and not args.precompute_ref_log_probs:
-        size = found.total_parameters * run.dtype.itemsize
-        notes.append(f"the copy that it is held beside needs {format_bytes(size)} more")
+    if reference:
+        notes.append("the model as it was before, which the loss holds it beside, is counted")
     if run.task.together > 1:
-        notes.append("counted as a step of text with both answers")
-    if run.task.relative:
-        notes.append("the loss of this trainer may need up to a third more, where the vocabulary weighs most")
+        notes.append("both answers of a pair are counted")
     return "\n".join([f"memory of a step: {describe_memory(found)}", *(f"note: {note}" for note in notes)])
 
 

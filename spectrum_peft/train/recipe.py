@@ -93,6 +93,7 @@ def predicted(recipe: Recipe, config: Any) -> MemoryReport:
         quantization=recipe.quantization,
         device="cuda",
         trainer="sft" if trl and task.head is None else "transformers",
+        reference=task.relative,
     )
 
 
@@ -109,9 +110,7 @@ def written(recipe: Recipe, found: MemoryReport, title: str) -> str:
         "#   `spectrum-peft memory`, every row as long as it may be; CUDA's context of some 0.5 GiB comes on top).",
     ]
     if TASKS[recipe.task].relative:
-        head.append(
-            "#   Counted as a step of text with both answers; the loss of this trainer may need up to a third more."
-        )
+        head.append("#   The model as it was before, which the loss holds it beside, is counted.")
     return "\n".join([*head, *_body(recipe)]) + "\n"
 
 
