@@ -583,7 +583,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="the small grids")
     parser.add_argument("--jobs", type=int, default=1, help="suites at a time; they share the cores")
     parser.add_argument("--draw", action="store_true", help="draw the results of the suites of adapters; run nothing")
-    parser.add_argument("--pages", type=Path, metavar="FOLDER", help="write the report of each kept result; run nothing")
+    parser.add_argument(
+        "--pages", type=Path, metavar="FOLDER", help="write the report of each kept result; run nothing"
+    )
     parser.add_argument("--list", action="store_true", help="say what there is and how long it takes; run nothing")
     parser.add_argument(
         "--data", type=Path, default=common.ROOT.parent / "shared" / "data", help="folder of the datasets"

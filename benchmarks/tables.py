@@ -79,7 +79,15 @@ def modes() -> str:
             costs = costs_of(contestants["lora, nf4"], "4-bit")
             when = "the usual way where the weights do not fit in 16 bit"
             rows.append(["`lora`", "the same on a 4-bit base: QLoRA", *costs, f"{mode.default_lr:g}", when])
-    heads = ["mode", "what trains", "trained", "step", "weights + gradients + AdamW", "rate of long runs", "take it when"]
+    heads = [
+        "mode",
+        "what trains",
+        "trained",
+        "step",
+        "weights + gradients + AdamW",
+        "rate of long runs",
+        "take it when",
+    ]
     settings = data["settings"]
     return table(heads, rows) + (
         f"\nSmolLM2-135M, batch {settings['batch']} x {settings['length']} tokens, median of {settings['repeats']} repeats "

@@ -23,7 +23,7 @@ from typing import Any
 
 from .errors import InstallError
 from .plan import MODES
-from .records import RESULTS_FILE, write_text
+from .records import RESULTS_FILE, with_usual_modes, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
+    with_usual_modes(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 

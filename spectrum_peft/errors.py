@@ -7,15 +7,18 @@ turns a `SpectrumError` into one line on standard error and exit code 2; anythin
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 # An error is one line that a reader can take in, whatever stood in the file that it is about.
 _MOST_QUOTED = 200
 _MOST_SAID = 1000
+_MOST_NAMES = 5000  # of a folder, looked at for one that is meant
 # From an opening quote to its closing one; an apostrophe follows a letter.
 _QUOTED = re.compile(r"(?<!\w)'([^']*)'")
 
@@ -136,3 +139,22 @@ def near_matches(name: str, choices: Iterable[str], n: int = 3) -> str:
     if 0 < len(known) <= 12:
         return " Known: " + ", ".join(f"'{c}'" for c in known) + "."
     return ""
+
+
+def near_here(path: str | os.PathLike[str]) -> str:
+    """A clause to end an error message with: what lies where `path` does not, with nearly its name; `""` where nothing does."""
+    path = Path(path)
+    try:
+        with os.scandir(path.parent) as entries:
+            there = sorted(entry.name for entry, _ in zip(entries, range(_MOST_NAMES), strict=False))
+    except (OSError, ValueError):  # no such folder either; a NUL in the name
+        return ""
+    alike = {name: difflib.SequenceMatcher(None, path.name, name).ratio() for name in there}
+    least = max(0.55, max(alike.values(), default=0) - 0.15)
+    near = sorted((name for name in there if alike[name] >= least), key=lambda name: -alike[name])[:3]
+    return " Did you mean " + ", ".join(f"'{path.parent / name}'" for name in near) + "?" if near else ""
+
+
+def no_such(what: str, path: str | os.PathLike[str]) -> str:
+    """`plan.yml: no such file. Did you mean 'plan.yaml'?`"""
+    return f"{os.fspath(path)}: no such {what}.{near_here(path)}"

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import hub
 from .card import CARD, PICTURE, card_of, snippet
-from .errors import CheckpointError, HubError, OptionError
+from .errors import CheckpointError, HubError, OptionError, no_such
 from .records import BESIDE_FILE, PLAN_FILE, REPORT_FILE, RESULTS_FILE, Plan, SnrReport, read_mapping
 from .weights import find_shards
 
@@ -60,7 +60,7 @@ def own_files(folder: Path, checkpoints: bool = False) -> tuple[dict[str, Path],
         CheckpointError: no such folder; neither an adapter nor a model in it, or not all of its shards.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder.")
+        raise CheckpointError(no_such("folder", folder))
     adapter = (folder / "adapter_config.json").is_file()
     if adapter and not (folder / "adapter_model.safetensors").is_file():
         raise CheckpointError(f"{folder}: has adapter_config.json and no adapter_model.safetensors.")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 
 from ..arguments import Rest
-from .generate import add_writing_options, show, speakers, writing
+from .generate import add_writing_options, say_cut, show, speakers, writing
 from .options import add_load_options
 from .verb import Verb
 
-HELP = "an empty line does nothing; /reset forgets what was said, /quit or the end of input leaves"
+# What a line that begins with a slash asks for.
+COMMANDS = {"/reset": "forgets what was said", "/quit": "leaves, as the end of input does", "/help": "says this"}
+_ASKED = re.compile(r"/\w+(\s|$)")  # a path, `/etc/hosts`, is something to talk about
+HELP = "; ".join(f"{name} {does}" for name, does in COMMANDS.items())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +45,10 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
             return
         if words == "/reset":
             said = {}
+        elif words == "/help":
+            print(HELP, file=sys.stderr)
+        elif _ASKED.match(line):
+            print(f"{words.split()[0]} is no command. {HELP}; a space before it makes it a message", file=sys.stderr)
         elif words:
             for name, saved in pair.models(options.beside):
                 history = said.setdefault(name, list(system))
@@ -49,8 +57,9 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
                     print(f"[{name}]")
                 text = prompt_for(saved.tokenizer, history, options.model)
                 answer = write(saved, text, show, templated=True, **writing(options))
-                print()
-                history.append(Message(role="assistant", content=answer))
+                print(flush=True)
+                say_cut(answer.cut)
+                history.append(Message(role="assistant", content=answer.text))
 
 
 VERB = Verb(

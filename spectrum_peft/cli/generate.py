@@ -71,6 +71,12 @@ def writing(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
 
 
+def say_cut(reason: str | None) -> None:
+    """One line beside an answer that the model did not end itself."""
+    if reason is not None:
+        print(f"[cut {reason}]", file=sys.stderr)
+
+
 def show(piece: str) -> None:
     print(piece, end="", flush=True)
 
@@ -82,6 +88,9 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise OptionError("--prompt is missing, and standard input is empty.")
+    for prompt in prompts:
+        if not prompt.strip():
+            raise OptionError(f"--prompt is {prompt!r}, wanted a text to write on from.")
     pair = speakers(options)
     for prompt in prompts:
         for name, saved in pair.models(options.beside):
@@ -93,8 +102,9 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
                 text = prompt_for(saved.tokenizer, [*system, {"role": "user", "content": prompt}], options.model)
             else:
                 text = f"{options.system}\n{prompt}" if options.system else prompt
-            write(saved, text, show, templated=templated, **writing(options))
-            print()
+            answer = write(saved, text, show, templated=templated, **writing(options))
+            print(flush=True)
+            say_cut(answer.cut)
 
 
 VERB = Verb(

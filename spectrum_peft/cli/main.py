@@ -88,6 +88,7 @@ def _main(argv: Sequence[str] | None) -> int:
         "httpx": "WARNING",
         "httpx2": "WARNING",
         "datasets": "WARNING",
+        "datasets.packaged_modules": "CRITICAL",  # what it says of a file that it cannot read, our error says
         "filelock": "WARNING",
         "gguf": "WARNING",
         "bitsandbytes": "ERROR",

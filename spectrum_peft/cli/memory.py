@@ -70,7 +70,8 @@ _number_or_auto.__name__ = "number, or 'auto',"
 # Flags of `memory` that describe the step, under the names of `memory.Step` and `estimate_memory`.
 _STEP = (
     "batch_size", "max_length", "dtype", "optimizer", "gradient_checkpointing", "gradient_accumulation_steps",
-    "quantization", "attn_implementation", "device", "trainer", "mixed_precision", "padding", "peft", "reference", "sharding", "devices",
+    "quantization", "attn_implementation", "device", "trainer", "mixed_precision", "padding", "peft", "reference",
+    "sharding", "devices",
 )  # fmt: skip
 
 
@@ -88,11 +89,10 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         if given.get(name) == "auto" and not options.fit:
             raise OptionError(f"--{name.replace('_', '-')} auto is for --fit, which looks for what fits.")
     settings = {**memory.usual_step(model, **where), **given, **where}
+    plan = checked_plan(Plan.named(options.plan, model_id=model), options.plan) if options.plan else None
     print("each step: " + ", ".join(f"{k}={v}" for k, v in settings.items() if k not in where))
-    if options.plan:
-        found = memory.estimate_memory(
-            model, checked_plan(Plan.named(options.plan, model_id=model), options.plan), **settings
-        )
+    if plan is not None:
+        found = memory.estimate_memory(model, plan, **settings)
         print(memory.describe_memory(found))
         write_record(found, options.output)
         return

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import stat
 
 from ..arguments import Rest
 from ..errors import OptionError
-from ..records import Plan
+from ..records import Plan, mode_of
 from .options import (
     REPORT_HELP,
     add_plan_options,
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     if options.diff:
         print(diff_plans(*(Plan.named(path) for path in options.diff)))
         return
-    required(options, "report", "REPORT")
+    _refuse_folder(required(options, "report", "REPORT"))
     check_writable(options.output)
     given = given_plan_options(options)
     if options.gradients is None and needs_gradients(check_options(**given)):
@@ -48,6 +49,17 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     plan = make_plan(report, gradients=options.gradients, **given)
     print(explain(plan, report))
     write_record(plan, options.output)
+
+
+def _refuse_folder(name: str) -> None:
+    """
+    Raises:
+        OptionError: a folder, perhaps that of a model, is named where a report is wanted.
+    """
+    if stat.S_ISDIR(mode_of(name)):
+        raise OptionError(
+            f"{name}: is a folder, wanted a report of `scan`: `spectrum-peft scan {name} -o report.json` writes one of a model."
+        )
 
 
 VERB = Verb(

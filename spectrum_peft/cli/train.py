@@ -104,8 +104,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     for name in ("memory", "output"):
         if getattr(options, name) is not None:
             raise OptionError(f"--{name} is for --init{' and --from-axolotl' if name == 'output' else ''}.")
-    for name in ("model", "dataset", "output_dir"):
-        required(options, name, f"--{name.replace('_', '-')}")
+    _refuse_missing(options, rest)
     if options.time_steps is not None and not options.dry_run:
         raise OptionError("--time-steps is for --dry-run, which is missing.")
     if options.dry_run:
@@ -128,6 +127,23 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         else:
             merge_into_base(options.output_dir, out=written)
         print(f"wrote {written}")
+
+
+def _refuse_missing(options: argparse.Namespace, rest: Rest) -> None:
+    """
+    Raises:
+        OptionError: names what is missing, and the keys and flags that are not known: one may have been meant for the other.
+    """
+    names = ("model", "dataset", "output_dir")
+    missing = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is None]
+    if not missing:
+        return
+    said = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing."
+    if rest.config or rest.argv:
+        from ..train.arguments import unknown_names
+
+        said += "".join(f" {line}" for line in unknown_names(options.task, rest, flags_of(VERB.parser())))
+    raise OptionError(said)
 
 
 def _write_config(options: argparse.Namespace) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, DataError, near_matches, one_line, quoted
-from ..records import is_file, parse_json
-from ..records.files import MOST_DEPTH
+from ..errors import DataError, near_here, near_matches, no_such, one_line, quoted
+from ..hub import may_be_id
+from ..records import is_file, mode_of
 from .formats import EXTRAS, converted
+from .json_files import check_json, refuse_fault
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,45 +65,46 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
             if path.suffix not in _READERS:
                 raise DataError(f"{source}: a dataset file ends in one of {sorted(_READERS)}, not in {path.suffix!r}.")
             if not is_file(path):
-                raise DataError(f"{source}: no such file.")
+                raise DataError(no_such("file", path))
+            _check_split(source, split)
             if path.stat().st_size == 0:
                 raise DataError(f"{source}: the file is empty.")
             if _READERS[path.suffix] != "parquet":
                 _check_text(path)
             if _READERS[path.suffix] == "json":
-                _check_json(path)
+                check_json(path)
             how = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
             dataset = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split=split, **how)
+        elif not mode_of(path) and not may_be_id(source):
+            raise DataError(no_such("file or folder", source))
         else:
             dataset = datasets.load_dataset(source, split=split)
     except DataError:
         raise
     except Exception as error:  # datasets, pyarrow and huggingface_hub each have their own tree of errors
+        if _READERS.get(path.suffix) == "json" and is_file(path):
+            refuse_fault(path)
         cause = error.__cause__ or error
-        raise DataError(f"{source}: not readable as a dataset ({type(cause).__name__}: {one_line(cause)}).") from error
+        what = "" if mode_of(path) else "no such file or folder here, and "
+        near = near_here(path) if what else ""
+        raise DataError(
+            f"{source}: {what}not readable as a dataset ({type(cause).__name__}: {one_line(cause)}).{near}"
+        ) from error
     return dataset
 
 
-def _check_json(path: Path) -> None:
-    """Refuse rows on which pyarrow ends the process: one that is no mapping before one that is, and deep nesting.
-
-    Raises:
-        DataError: names the row.
+def _check_split(source: str, split: str) -> None:
     """
-    with path.open("rb") as file:
-        first = file.readline().strip()
-        file.seek(0)
-        if first.startswith(b"{") and first.endswith(b"}"):  # a row in each line
-            for i, line in enumerate(map(bytes.strip, file), 1):
-                if line and not line.startswith(b"{"):
-                    raise DataError(f"{path}: line {i} is {quoted(line)}, wanted a mapping of columns.")
-                if line.count(b"{") + line.count(b"[") > MOST_DEPTH:
-                    _parsed(line, f"{path}: line {i}")
-            return
-        data = _parsed(file.read(), str(path))
-    for i, row in enumerate(data if isinstance(data, list) else [data], 1):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: row {i} is {quoted(row)}, wanted a mapping of columns.")
+    Raises:
+        DataError: a split that one file does not have.
+    """
+    names = re.findall(r"(?:^|\+)\s*([^\[+]*)", split)
+    other = next((name.strip() for name in names if name.strip() != "train"), None)
+    if other is not None:
+        raise DataError(
+            f"{source}: is one file and has no split {other!r}: all its rows are 'train', and a part of them 'train[:90%]' or "
+            "'train[90%:]'. Rows for judging may be in a file of their own (--eval-dataset)."
+        )
 
 
 def _check_text(path: Path) -> None:
@@ -118,13 +121,6 @@ def _check_text(path: Path) -> None:
             if not piece:
                 return
             at += len(piece)
-
-
-def _parsed(text: bytes, where: str) -> Any:
-    try:
-        return parse_json(text.decode("utf-8-sig"), where, most=None)
-    except (CheckpointError, UnicodeDecodeError) as error:
-        raise DataError(f"{where}: {one_line(error)}") from error
 
 
 def select_columns(dataset: Dataset, task: str, source: str, renamed: Mapping[str, str] | None = None) -> Dataset:

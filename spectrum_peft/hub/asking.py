@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from ..errors import HubError, one_line, quoted
+from ..errors import HubError, near_here, one_line, quoted
 
 Kind = Literal["model", "dataset"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -61,6 +61,15 @@ def is_commit(revision: str | None) -> bool:
 def is_hub_id(text: str) -> bool:
     """Whether a text has the form ORG/NAME."""
     return _HUB_ID.fullmatch(text) is not None and len(text) <= 200
+
+
+# Endings of files that people name, and that no repository of a model or of rows has.
+_FILES = re.compile(r"\.(json|jsonl|ya?ml|csv|parquet|txt|gguf|safetensors|bin|pt|pth|ckpt|pkl|py)$", re.IGNORECASE)
+
+
+def may_be_id(text: str) -> bool:
+    """Whether a text could be meant for the hub: ORG/NAME, or the one word of some old repositories, and no file's name."""
+    return (is_hub_id(text) or is_hub_id(f"x/{text}")) and not _FILES.search(text)
 
 
 def resolve(repo_id: str, revision: str | None = None, kind: Kind = "model") -> Snapshot:
@@ -180,13 +189,15 @@ def asked(repo_id: str, revision: str | None = None, kind: Kind = "model") -> It
             ) from error
         raise HubError(
             f"{name}: no such file or folder here, and the hub shows no such repository to who is not logged in: it is "
-            "missing, or private (hf auth login, HF_TOKEN)."
+            f"missing, or private (hf auth login, HF_TOKEN).{near_here(repo_id)}"
         ) from error
     except hub.RevisionNotFoundError as error:
         raise HubError(f"{name}: the hub has no revision {revision!r} of it.") from error
     except hub.LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE forbids to ask the hub" if offline() else "the hub cannot be reached"
-        raise HubError(f"{name}{at}: no such file or folder here, not in the hub's cache, and {why}.") from error
+        raise HubError(
+            f"{name}{at}: no such file or folder here, not in the hub's cache, and {why}.{near_here(repo_id)}"
+        ) from error
     except hub.EntryNotFoundError as error:
         raise HubError(f"{name}{at}: {one_line(error)[:300]}") from error
     except hub.HfHubHTTPError as error:
@@ -202,5 +213,5 @@ def asked(repo_id: str, revision: str | None = None, kind: Kind = "model") -> It
             raise HubError(f"{name}{at}: the hub at {constants.ENDPOINT} redirects in a circle.") from error
         raise HubError(
             f"{name}{at}: no such file or folder here, not in the hub's cache, and the hub cannot be reached "
-            f"({constants.ENDPOINT}: {one_line(error)[:200]})."
+            f"({constants.ENDPOINT}: {one_line(error)[:200]}).{near_here(repo_id)}"
         ) from error

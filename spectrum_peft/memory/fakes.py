@@ -17,9 +17,9 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, masking_utils
 from transformers.quantizers import AutoHfQuantizer
 
-from ..errors import CheckpointError, InstallError, OptionError
-from ..records import Plan
-from ..tuner.classes import class_of
+from ..errors import CheckpointError, InstallError, OptionError, near_here
+from ..records import Plan, mode_of
+from ..tuner.classes import check_config, class_of
 from ..tuner.loading import quantization_config_for
 from ..weights import base_module, give_storage_without_values, int8_products_as_on
 
@@ -45,6 +45,8 @@ def config_of(model: Any, revision: str | None, trust_remote_code: bool) -> Any:
     text, extra = os.fspath(model), {}
     if text.endswith(".gguf"):
         text, extra = str(Path(text).parent), {"gguf_file": Path(text).name}
+    else:
+        check_config(text)
     try:
         return AutoConfig.from_pretrained(text, revision=revision, trust_remote_code=trust_remote_code, **extra)
     except Exception as error:  # each config class has its own errors for fields of wrong types
@@ -53,6 +55,11 @@ def config_of(model: Any, revision: str | None, trust_remote_code: bool) -> Any:
             raise OptionError(
                 f"{text}: its model class is code in the repository itself, which is run only with "
                 "trust_remote_code=True."
+            ) from error
+        if not mode_of(text):
+            first = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"{text}: no such folder, and not loadable from the hub ({first}){near_here(text)}"
             ) from error
         raise CheckpointError(f"{text}: no config of a model that could be built ({reason}).") from error
 

@@ -7,14 +7,34 @@ the file's ending.
 
 from __future__ import annotations
 
-from .files import BESIDE_FILE, EXPORTED, PLAN_FILE, REPORT_FILE, RESULTS_FILE, finite_only, parse_json, read_mapping
+from .files import (
+    BESIDE_FILE,
+    EXPORTED,
+    PLAN_FILE,
+    REPORT_FILE,
+    RESULTS_FILE,
+    finite_only,
+    parse_json,
+    read_mapping,
+    record_of,
+)
 from .gradients import GradientReport, GradientStat, Similarity
 from .memory import MemoryReport
 from .plan import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, Plan, PlanEntry, count_trainable
 from .report import Fingerprint, MatrixStat, SnrReport
 from .schema import checked
 from .shared import repository_named
-from .whole import clear_parts_in, is_file, is_stream, mode_of, move_over, whole_file, whole_folder, write_text
+from .whole import (
+    clear_parts_in,
+    is_file,
+    is_stream,
+    mode_of,
+    move_over,
+    whole_file,
+    whole_folder,
+    with_usual_modes,
+    write_text,
+)
 
 __all__ = [
     "ADAPTER_ACTIONS",
@@ -43,8 +63,10 @@ __all__ = [
     "move_over",
     "parse_json",
     "read_mapping",
+    "record_of",
     "repository_named",
     "whole_file",
     "whole_folder",
+    "with_usual_modes",
     "write_text",
 ]

@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar, Union, get_args, get_origin, get_type_hints
 
-from ..errors import CheckpointError, one_line, quoted
+from ..errors import CheckpointError, no_such, one_line, quoted
 from .schema import checked, refuse_unknown
 from .whole import write_text
 
@@ -84,7 +84,7 @@ class Record:
         """
         kind, version = data.get("record"), data.get("schema_version")
         if kind != cls._kind:
-            raise CheckpointError(f"{source}: field 'record' is {quoted(kind)}, wanted {cls._kind!r}.")
+            raise CheckpointError(f"{source}: {_what_it_is(kind)}, wanted {_KINDS[cls._kind]}.")
         if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
             raise CheckpointError(
                 f"{source}: schema_version is {quoted(version)}, this version reads up to {SCHEMA_VERSION}."
@@ -93,6 +93,21 @@ class Record:
         refuse_unknown(cls, [fields], source)
         _refuse_nan(fields, f"{source}: {cls._kind}")
         return checked(revived(fields, cls), cls, source)
+
+
+# What a record is called, and who writes it.
+_KINDS = {
+    "snr_report": "a report of `scan`",
+    "gradient_report": "gradients of `probe`",
+    "plan": "a plan, which `plan` writes",
+    "memory_report": "a report of `memory`",
+}
+
+
+def _what_it_is(kind: Any) -> str:
+    if isinstance(kind, str) and kind in _KINDS:
+        return f"is {_KINDS[kind]}"
+    return f"field 'record' is {quoted(kind)}"
 
 
 # --- plain data ------------------------------------------------------------------------------------------------------
@@ -369,7 +384,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
             raise CheckpointError(f"{path}: is larger than {MOST_BYTES >> 20} MiB.")
         return raw.decode("utf-8")
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file.") from None
+        raise CheckpointError(no_such("file", path)) from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path}: is a folder, wanted a file.") from None
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, a NUL in the name
@@ -391,3 +408,12 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: holds a {type(data).__name__}, wanted a mapping.")
     return data
+
+
+def record_of(path: str | os.PathLike[str]) -> str:
+    """What a JSON or YAML file is, in words: `a plan, which `plan` writes`, or `a file of settings or rows`."""
+    try:
+        kind = read_mapping(path).get("record")
+    except CheckpointError:
+        kind = None
+    return _KINDS.get(str(kind), "a file of settings or rows")

@@ -144,6 +144,17 @@ def whole_folder(out: Path) -> Iterator[Path]:
         raise
 
 
+def with_usual_modes(folder: Path) -> None:
+    """Give the safetensors files of a folder, and of the folders in it, the rights that other new files have.
+
+    safetensors 0.8 writes to a temporary file, which nobody but its owner may read, and renames it.
+    """
+    for path in folder.glob("**/*.safetensors"):
+        with suppress(OSError):  # somebody else's, or gone
+            if stat.S_IMODE(path.stat().st_mode) == 0o600:
+                path.chmod(0o666 & ~_umask())
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..records import move_over
+from ..records import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -138,14 +136,8 @@ def cached_svd(matrix: Tensor, k: int, folder: Path) -> SingularTriplets:
     result = truncated_svd(matrix, k)
     tensors = {"left": result.left.cpu(), "values": result.values.cpu(), "right": result.right.cpu()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(tensors, name)
-            move_over(Path(name), path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary)
     except (OSError, SafetensorError) as error:
         logger.warning("%s: cannot be kept (%s)", path, error)
     return SingularTriplets(tensors["left"], tensors["values"], tensors["right"])

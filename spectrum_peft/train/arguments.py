@@ -20,11 +20,11 @@ from trl import TrlParser
 from ..arguments import Parser, Rest, checked_value
 from ..data import COLUMNS
 from ..devices import default_device, fast_dtype
-from ..errors import CheckpointError, OptionError, near_matches, one_line
+from ..errors import CheckpointError, OptionError, near_here, near_matches, one_line
 from ..records import is_file, mode_of
 from ..records.schema import Wanted
 from ..tuner.classes import check_config
-from .tasks import Task, task_named, task_of
+from .tasks import TASKS, Task, task_named, task_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -88,6 +88,29 @@ def trainer_arguments(
         dashes = [flag for flag in flags if "_" not in flag]  # each flag has a form with underscores too
         raise OptionError(f"unknown argument {unknown[0]!r}." + near_matches(unknown[0], dashes))
     return args
+
+
+def unknown_names(task: str | None, rest: Rest, known: Sequence[str] = ()) -> list[str]:
+    """A sentence for each key and flag that no trainer's arguments have.
+
+    Args:
+        task: None for all of them, where it is not known yet.
+        known: flags of the verb itself, for near matches.
+    """
+    rows = [task_named(task)] if task else TASKS.values()
+    fields = {f.name for row in rows for f in dataclasses.fields(row.arguments_class())}
+    keys = [*fields, *(flag.removeprefix("--").replace("-", "_") for flag in known)]
+    said = [
+        f"{rest.source}: unknown key {key!r}.{near_matches(key, keys)}"
+        for key in rest.config or {}
+        if key not in fields
+    ]
+    for token in rest.argv:
+        name = token[2:].partition("=")[0].replace("-", "_")
+        if token.startswith("--") and name.removeprefix("no_") not in fields and name not in fields:
+            flags = [*known, *(f"--{key.replace('_', '-')}" for key in fields)]
+            said.append(f"Unknown argument {token!r}.{near_matches(token, flags)}")
+    return said
 
 
 def _check_collection(where: str, value: Any, hint: Any) -> None:
@@ -158,8 +181,11 @@ def config_of(model: str, options: argparse.Namespace) -> Any:
             model, revision=options.revision, trust_remote_code=bool(options.trust_remote_code)
         )
     except Exception as error:  # each config class has its own errors for fields of wrong types
-        where = "cannot be loaded as a model" if there else "no such folder, and not loadable from the hub"
-        raise CheckpointError(f"{model}: {where} ({_first_line(error)})") from error
+        if there:
+            raise CheckpointError(f"{model}: cannot be loaded as a model ({_first_line(error)})") from error
+        raise CheckpointError(
+            f"{model}: no such folder, and not loadable from the hub ({_first_line(error)}){near_here(model)}"
+        ) from error
 
 
 def dtype_of(options: argparse.Namespace) -> tuple[torch.dtype, str]:

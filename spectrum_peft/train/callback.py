@@ -129,7 +129,8 @@ class SpectrumCallback(TrainerCallback, ExportableState):
             restored = tuner.restore_dtypes()
             if restored:
                 logger.info(
-                    "adapter %s: float32 values given back, the trainer had rounded them to bfloat16", restored[0]
+                    "the trainer had rounded adapter %s to bfloat16; it has its float32 values again, in which it trains",
+                    restored[0],
                 )
         self._sharing = refuse_unfit_sharing(args, self.plan, model)
         check_plans_agree(self.plan)  # before the weights are shared out, where other plans would let processes wait

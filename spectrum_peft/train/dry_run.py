@@ -24,6 +24,7 @@ from ..tuner.config import SpectrumConfig, candidates_of
 from .arguments import config_of, quiet_progress
 from .output import check_output
 from .preview import counted, encoded_run, first_rows, tokenizer_of, unsaid
+from .progress import duration
 from .rate_race import SHARE, heat_steps
 from .run import introduction, load_run, report_for, settle_rate
 from .settle import Run, settle
@@ -162,7 +163,7 @@ def _time_line(run: Run, options: argparse.Namespace, plan_options: dict[str, An
     if options.time_steps is None:
         return "time: not known; --time-steps 3 loads the model and measures three steps"
     seconds = measured_step(run, options, plan_options, options.time_steps)
-    whole = _duration(seconds * steps)
+    whole = duration(seconds * steps)
     measured = f"{seconds:.3g} s, measured on {options.time_steps}"
     return f"time: about {whole} for {steps:,} steps of {measured}; loading, evaluation and saving come on top"
 
@@ -204,10 +205,3 @@ def measured_step(run: Run, options: argparse.Namespace, plan_options: dict[str,
         trainer.pop_callback(transformers.PrinterCallback)
         trainer.train()
     return statistics.median(clock.seconds[1:] or clock.seconds)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -21,7 +21,7 @@ from ..devices import peak_memory, reset_peak_memory
 from ..errors import CheckpointError, DataError, OptionError
 from ..plan import MODES, OPTIONS, check_options, needs_gradients
 from ..probe import DEFAULT_SAMPLES, calibration_batches
-from ..records import RESULTS_FILE, SnrReport, finite_only, write_text
+from ..records import RESULTS_FILE, SnrReport, finite_only, with_usual_modes, write_text
 from ..scan import report_named
 from ..tuner.config import SpectrumConfig
 from ..tuner.loading import load_model_with_peft, load_model_with_spectrum, load_tokenizer
@@ -33,13 +33,14 @@ from .history import write_history
 from .output import check_output, clear_killed, clear_output
 from .preview import encoded_run
 from .processes import check_rows_agree, gather_when_saving
+from .progress import say_it_in_words
 from .pushing import check_base, pushed
 from .rate_race import LearningRateRace, heat_steps
 from .settle import Run, settle
 from .steps import steps_of
 from .tasks import Task, build_trainer, evaluate, examples_of
 from .tracking import report_plan
-from .watch import FiniteLoss, RankLog, StepClock, StopAt
+from .watch import FiniteLoss, RankLog, StepClock, StopAt, UsualModes
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def train(
         raise CheckpointError(f"{options.model}: has no tokenizer, which training on text needs.")
     memory_loaded = peak_memory()
     clock = StepClock()
-    callbacks: list[TrainerCallback] = [clock, FiniteLoss()]
+    callbacks: list[TrainerCallback] = [clock, FiniteLoss(), UsualModes()]
     callback = None
     caches = getattr(model.config, "use_cache", None)
     if run.peft is None:
@@ -106,6 +107,7 @@ def train(
         data=run.data,
         rewards=run.rewards,
     )
+    say_it_in_words(trainer)
     if callback is not None and args.report_to not in ([], ["none"]):
         report_plan(trainer)
     race = LearningRateRace(trainer) if run.race else None
@@ -142,6 +144,7 @@ def train(
     gather_when_saving(trainer)
     with saving(args.output_dir):
         trainer.save_model(str(output))
+        with_usual_modes(output)
     results = {
         "mode": run.name,
         "task": task,

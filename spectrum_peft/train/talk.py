@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TextStreamer, set_seed
@@ -16,6 +16,17 @@ from .fitting import fitting
 from .saved import Saved
 
 Message = dict[str, str]
+
+
+class Answer(NamedTuple):
+    """What a model wrote.
+
+    Attributes:
+        text: without the prompt and special tokens. cut: why it ends where it does, if the model did not end it.
+    """
+
+    text: str
+    cut: str | None
 
 
 class _Pieces(TextStreamer):
@@ -57,7 +68,7 @@ def write(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
-) -> str:
+) -> Answer:
     """Let the model write on from a prompt.
 
     Args:
@@ -65,8 +76,6 @@ def write(
         templated: the prompt comes from a chat template, which has written the special tokens.
         temperature: 0 takes the most probable token each time; above, tokens are drawn.
         top_p: tokens are drawn from the smallest set with this probability. seed: of the drawing.
-    Returns:
-        The whole text, without the prompt and special tokens.
     Raises:
         OptionError: temperature below 0, top_p outside (0, 1], max_new_tokens below 1.
         DataError: the prompt holds no token, or leaves no room for an answer.
@@ -98,12 +107,23 @@ def write(
 
     room = max_new_tokens if most is None or model.config.is_encoder_decoder else min(max_new_tokens, most - length)
     with torch.no_grad(), fitting(model):
-        model.generate(
+        output = model.generate(
             **{k: inputs[k].to(model.device) for k in ("input_ids", "attention_mask")},
             **drawing, pad_token_id=pad, max_new_tokens=room,
             streamer=_Pieces(tokenizer, keep, skip_prompt=not model.config.is_encoder_decoder),
         )  # fmt: skip
-    return "".join(pieces)
+    begun = 1 if model.config.is_encoder_decoder else length
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends, tokenizer.eos_token_id}
+    cut = None
+    if output.shape[1] - begun >= room and int(output[0, -1]) not in ends:
+        more = (
+            "--max-new-tokens allows more"
+            if room == max_new_tokens
+            else f"the model has room for {most}, prompt included"
+        )
+        cut = f"after {room} tokens; {more}"
+    return Answer("".join(pieces), cut)
 
 
 def base_of(source: str) -> str | None:

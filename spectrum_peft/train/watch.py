@@ -1,9 +1,10 @@
-"""What a run is watched for: step times, a loss that is no number, the step where it is to stop, ranks that move."""
+"""What a run is watched for: step times, a loss that is no number, the step where it is to stop, ranks that move, files."""
 
 from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 
 from ..devices import synchronize
 from ..errors import DataError
+from ..records import with_usual_modes
 
 
 class StepClock(TrainerCallback):
@@ -46,6 +48,13 @@ class FiniteLoss(TrainerCallback):
 _NOT_FINITE = (
     "A lower learning rate may help; `spectrum-peft scan` tells whether the checkpoint itself holds such values."
 )
+
+
+class UsualModes(TrainerCallback):
+    """Checkpoints may be read by whoever may read other new files."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with_usual_modes(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
 
 class StopAt(TrainerCallback):

@@ -18,15 +18,24 @@ from transformers import AutoConfig
 
 from ..errors import CheckpointError, OptionError, loading
 from ..records import is_file, mode_of
-from ..weights import FileWeights, open_weights, output_head, read_config, refuse_sharded, skeleton_of
+from ..weights import (
+    FileWeights,
+    open_weights,
+    output_head,
+    read_config,
+    refuse_missing,
+    refuse_sharded,
+    skeleton_of,
+)
 
 
 def check_config(model_name: str) -> None:
     """
     Raises:
         CheckpointError: a local folder's config.json is damaged, or of a model that nobody could build; it holds a sharded
-            checkpoint.
+            checkpoint; it is not there, and not the form of a hub id.
     """
+    refuse_missing(model_name)
     if mode_of(model_name):
         refuse_sharded(Path(model_name))
     if is_file(Path(model_name, "config.json")):

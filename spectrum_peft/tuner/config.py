@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from .. import names
 from ..errors import OptionError, near_matches
 from ..plan import MODES, OPTIONS, check_options, checked_plan, columns_of_rank, get_mode, in_towers, with_columns
-from ..records import ADAPTER_ACTIONS, GradientReport, Plan, SnrReport
+from ..records import ADAPTER_ACTIONS, GradientReport, Plan, SnrReport, with_usual_modes
 from ..records.schema import MOST_RANK
 from ..scan import report_named
 from .lora_fields import check_lora_fields
@@ -285,6 +285,7 @@ class SpectrumConfig(LoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; the config of what is a plain LoRA is written as one, with `spectrum_adapter.json` beside it."""
         super().save_pretrained(save_directory, **kwargs)
+        with_usual_modes(Path(save_directory))  # PEFT writes the tensors first
         write_plain(self, Path(save_directory))
 
 

@@ -14,7 +14,7 @@ from .gguf import GgufWeights
 from .headers import Span, find_shards, read_config, read_header, read_index, refuse_sharded
 from .layouts import Layout, Recipe, skeleton_like, skeleton_of, unquantized_modules
 from .live import LiveWeights, base_module, checkpoint_folder, dequantized_weights, matrix_of, refuse_partitioned
-from .opening import fetch, holds_adapter, locate, open_weights
+from .opening import fetch, holds_adapter, locate, open_weights, refuse_missing
 from .quantized import (
     give_storage_without_values,
     int8_products_as_on,
@@ -62,6 +62,7 @@ __all__ = [
     "read_header",
     "read_index",
     "read_stored",
+    "refuse_missing",
     "refuse_partitioned",
     "refuse_sharded",
     "role_of",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import names
-from ..errors import CheckpointError, MismatchError, near_matches, quoted
+from ..errors import CheckpointError, MismatchError, near_matches, no_such, quoted
 from ..records import Plan, PlanEntry, checked
 from ..records.schema import Count
 from .adapter_config import read_adapter_config
@@ -107,6 +107,8 @@ class AdapterState:
         """
         folder = Path(folder)
         config = folder / "adapter_config.json"
+        if not folder.exists():
+            raise CheckpointError(no_such("folder", folder))
         if not config.is_file():
             already = ""
             if any(folder.glob("*.safetensors")):

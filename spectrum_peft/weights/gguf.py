@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import names
-from ..errors import CheckpointError, quoted
+from ..errors import CheckpointError, no_such, quoted
 from ..records import Fingerprint, checked
 from ..records.schema import Count, Name
 from .parameters import Logical
@@ -278,7 +278,7 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, _GgufSpan]]:
             align = checked(metadata.get("general.alignment", 32), _Alignment, f"{path}: general.alignment")
             start = (file.tell() + align - 1) // align * align
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file.") from None
+        raise CheckpointError(no_such("file", path)) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except (struct.error, KeyError, OverflowError) as error:

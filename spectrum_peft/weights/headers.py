@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, no_such
 from ..records import checked, is_file, parse_json, read_mapping
 from ..records.schema import Count, Name, Shape
 from .source import DTYPES
@@ -124,7 +124,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Span]:
             length = header_length(file.read(8), size, path)
             return header_spans(file.read(length), size, path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file.") from None
+        raise CheckpointError(no_such("file", path)) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from .. import hub
-from ..errors import CheckpointError
-from ..records import mode_of
+from ..errors import CheckpointError, no_such
+from ..records import is_file, mode_of, record_of
 from .adapted import AdaptedWeights
 from .adapters import AdapterState
 from .files import FileWeights
@@ -101,7 +101,7 @@ def locate(model_or_path: str | os.PathLike[str], revision: str | None = None) -
         return path, str(path), None
     text = os.fspath(model_or_path)
     if not _may_be_hub_id(text):
-        raise CheckpointError(f"{path}: no such file or folder.")
+        raise CheckpointError(no_such("file or folder", path))
     folder = fetch(text, revision)
     # A snapshot of the hub's cache lies in a folder named by its commit.
     return folder, text, folder.name if folder.parent.name == "snapshots" else revision
@@ -109,9 +109,32 @@ def locate(model_or_path: str | os.PathLike[str], revision: str | None = None) -
 
 def _may_be_hub_id(model_or_path: str | os.PathLike[str]) -> bool:
     """Whether nothing of this name lies here, and the hub may have it."""
-    text, path = os.fspath(model_or_path), _expanded(model_or_path)
-    here = text.startswith((".", "~", "/")) or path.suffix in {".gguf", ".safetensors", *PICKLES}
-    return text.count("/") <= 1 and not here and not mode_of(path)
+    return hub.may_be_id(os.fspath(model_or_path)) and not mode_of(_expanded(model_or_path))
+
+
+def refuse_missing(model_or_path: str | os.PathLike[str]) -> None:
+    """
+    Raises:
+        CheckpointError: nothing of this name lies here, and it cannot be meant for the hub; or it is a file of plain data.
+    """
+    refuse_data(_expanded(model_or_path))
+    if not mode_of(_expanded(model_or_path)) and not _may_be_hub_id(model_or_path):
+        raise CheckpointError(no_such("file or folder", model_or_path))
+
+
+def refuse_data(path: Path) -> None:
+    """
+    Raises:
+        CheckpointError: a plan, a report or rows, given where a model is wanted.
+    """
+    if path.suffix in _DATA and is_file(path):
+        found = record_of(path) if path.suffix in (".yaml", ".yml", ".json") else f"a {path.suffix} file"
+        raise CheckpointError(
+            f"{path}: is {found}, wanted a model: its folder, a .safetensors or .gguf file, or a hub id."
+        )
+
+
+_DATA = frozenset({".yaml", ".yml", ".json", ".jsonl", ".csv", ".parquet", ".txt"})
 
 
 def _expanded(path: str | os.PathLike[str]) -> Path:
@@ -126,6 +149,7 @@ def _checkpoint(path: Path, model_id: str, revision: str | None) -> WeightSource
         if holds_adapter(path):
             raise CheckpointError(f"{path}: holds an adapter, wanted a model; adapter_config.json names its base.")
         return FileWeights(find_shards(path), model_id=model_id, revision=revision, folder=path)
+    refuse_data(path)
     if path.suffix == ".gguf":
         return GgufWeights(path)
     if path.suffix in PICKLES:

@@ -15,7 +15,7 @@ from spectrum_peft.errors import DataError
     ("x.json", '[null, {"text": "x"}]', "row 1 is None, wanted a mapping"),
     ("x.json", '[{"text": "x"}, 5]', "row 2 is 5, wanted a mapping"),
     ("x.json", "null", "row 1 is None, wanted a mapping"),
-    ("x.jsonl", '{"text": "x"}\nnull\n', "line 2 is b'null', wanted a mapping"),
+    ("x.jsonl", '{"text": "x"}\nnull\n', "line 2 is 'null', wanted a mapping"),
     ("x.jsonl", '{"text": ' + "[" * 20_000 + "]" * 20_000 + "}\n", "line 1: is nested deeper than 64"),
     ("x.json", '{"text": ' * 20_000 + "1" + "}" * 20_000, "nested deeper than 64"),
 ])  # fmt: skip

@@ -114,7 +114,7 @@ def changed(**fields):
     ("p.yaml", "a: [1", "not plain YAML"),
     ("p.yaml", "!!python/object/apply:os.system ['true']", "not plain YAML"),
     ("p.json", "[1]", "holds a list, wanted a mapping"),
-    ("p.json", changed(record="snr_report"), "field 'record' is 'snr_report', wanted 'plan'"),
+    ("p.json", changed(record="snr_report"), "is a report of `scan`, wanted a plan"),
     ("p.json", changed(schema_version=SCHEMA_VERSION + 1), f"schema_version is {SCHEMA_VERSION + 1}"),
     ("p.json", changed(schema_version="1"), "schema_version is '1'"),
     ("p.json", json.dumps({k: v for k, v in PLAN.to_dict().items() if k != "mode"}), "field 'mode' is missing"),
@@ -242,7 +242,7 @@ def test_fingerprints_are_compared_as_far_as_both_are_known(mine, theirs, said):
 
 def test_a_report_file_is_not_a_plan(llama_report, tmp_path):
     path = llama_report(1).save(tmp_path / "report.yaml")
-    with pytest.raises(CheckpointError, match="wanted 'plan'"):
+    with pytest.raises(CheckpointError, match="is a report of `scan`, wanted a plan"):
         Plan.load(path)
     assert SnrReport.load(path) == llama_report(1)
 

@@ -72,7 +72,17 @@ def test_jsonl_csv_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
     [
         ("gone.jsonl", None, "gone.jsonl: no such file"),
         ("empty.jsonl", "", "empty.jsonl: the file is empty"),
-        ("broken.jsonl", '{"text": "a"}\n{"text": ', "broken.jsonl: not readable as a dataset"),
+        (
+            "broken.jsonl",
+            '{"text": "a"}\n{"text": ',
+            "broken.jsonl: line 2 is not JSON: Expecting value at character 9",
+        ),
+        ("first.jsonl", '{"text": "a"\n{"text": "b"}\n', "first.jsonl: line 1 is not JSON: Expecting ',' delimiter"),
+        (
+            "kinds.jsonl",
+            '{"a": 1, "text": "a"}\n\n{"text": 5}\n',
+            "kinds.jsonl: line 3: text is 5, wanted text as in line 1",
+        ),
         ("notes.md", "hello", r"notes.md: a dataset file ends in one of .*'\.jsonl'"),
         ("rows.csv", "text\n", "rows.csv: not readable as a dataset .*no data"),
     ],
