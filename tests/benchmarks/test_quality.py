@@ -234,6 +234,8 @@ def test_a_fitted_head_is_that_of_the_regression_and_the_body_is_untouched(tmp_p
         chances = saved(**batch).logits.softmax(-1)
     wanted = torch.tensor([saved.config.label2id[row["label"]] for row in rows])
     shares = torch.bincount(wanted, minlength=classes) / len(rows)
+    # L-BFGS stops before the gradient is nought; half a hundredth of a share is a tenth of what one misplaced row of
+    # these makes.
     assert torch.allclose(chances.mean(0), shares, atol=5e-3)
     assert (chances.argmax(-1) == wanted).float().mean() > 0.75
 

@@ -346,6 +346,8 @@ def test_a_trained_model_is_judged_as_it_was_when_training_ended(
     metrics = json.loads(Path("metrics.json").read_text())
     assert metrics["task"] == task
     for name, value in results["after"].items():
+        # The same weights from a file: batches may be padded otherwise, which orders the float32 sums of some dozen
+        # tokens anew.
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
     if task == "classification":
         config = json.loads(Path("out/config.json").read_text())

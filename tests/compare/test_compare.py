@@ -279,6 +279,7 @@ def test_the_interval_is_students(values: list[float], confidence: float) -> Non
     low, high = scipy.stats.t.interval(
         confidence, len(values) - 1, loc=sum(values) / len(values), scale=scipy.stats.sem(values)
     )
+    # Two float64 implementations of Student's quantile; SciPy states about 1e-10 for its own.
     assert found["low"] == pytest.approx(low, rel=1e-9)
     assert found["high"] == pytest.approx(high, rel=1e-9)
     assert found["n"] == len(values)

@@ -515,6 +515,8 @@ def test_fused_experts_go_back_to_one_tensor_each(
                 ]
             )
             assert delta.abs().max() > 1e-3
+            # Weights below 0.2 in float32: W + dW is rounded once, to 2**-24 of it, and dW is a float32 product of
+            # rank 4.
             assert (stored - delta).abs().max() < 1e-6, (parameter, e)
 
 
@@ -657,6 +659,7 @@ def test_a_real_model_says_the_same_after_the_merge(smollm2: Path, tmp_path: Pat
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     with torch.no_grad():
         found = plain(input_ids=ids).logits
+        # Thirty blocks add up roundings of 2**-24 each, of weights and of sums: some hundred of the logits' largest.
         assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
         assert torch.equal(plain.generate(input_ids=ids, max_new_tokens=12, do_sample=False), said)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template is not None
@@ -1109,6 +1112,8 @@ torch.save(model(input_ids=ids).logits.detach(), {str(tmp_path / "logits.pt")!r}
 """
     torch.save(batch_for(ARCHITECTURES["llama"], loaded("llama", base_of("llama")))["input_ids"], tmp_path / "ids.pt")
     run_python(code, tmp_path)
+    # The same factors under the same ranks, in another process; a library may order the float32 sums of order one
+    # otherwise.
     assert (torch.load(tmp_path / "logits.pt") - wanted).abs().max() < 1e-6
 
 
@@ -1146,6 +1151,7 @@ def test_the_factors_are_those_of_peft(name: str, kind: str, adapter_of: Callabl
             layer = layer.base_layer
         delta = layer.get_delta_weight("default")
         made = scale * (b @ a)
+        # A product of rank 8 at most in float32, below 0.1: 8 * 6e-8 * 0.1.
         assert torch.allclose(made.mT if layer.fan_in_fan_out else made, delta, atol=1e-7), entry
     if kind != "peft":
         from_folder = AdapterState.from_folder(folder).factors()

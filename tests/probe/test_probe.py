@@ -97,6 +97,7 @@ def close(report: GradientReport, mass: dict[str, float], relative: float) -> No
     assert set(report.scores) == set(mass)
     top = max(mass.values())
     assert top > 0
+    # Callers state the bound; 1e-9 is the same float64 sums in another order.
     for name, value in mass.items():
         assert report.scores[name] == pytest.approx(value, rel=relative, abs=relative * top), name
 
@@ -130,6 +131,7 @@ def test_how_samples_are_batched_is_of_no_consequence(size: int) -> None:
     mass, _, loss = exact(model, [batch_of([row]) for row in rows])
     report = probe_gradients(model, [batch_of(rows[i : i + size]) for i in range(0, 4, size)])
     close(report, mass, 1e-9)
+    # Float64, summed in another order.
     assert report.loss == pytest.approx(loss, rel=1e-9)
     assert report.samples == 4
 
@@ -141,6 +143,7 @@ def test_a_token_weighs_by_the_length_of_its_sample() -> None:
     mass, _, _ = exact(model, [batch])
     assert probe_gradients(model, [batch]).loss != pytest.approx(loss_of(model, batch).item(), rel=1e-4)
     name = next(iter(mass))
+    # Samples of unlike length are weighed unlike: by tens of percents, seen far above both.
     assert probe_gradients(model, [batch]).scores[name] != pytest.approx(mass[name], rel=1e-2)
 
 
@@ -385,6 +388,8 @@ def test_a_narrow_sketch_is_near_though_these_gradients_hardly_decay(tiny_llama:
     report = probe_gradients(model, [batch_of(rows_of(6))], sketch=40)
     for s in report.similarities:
         subspace, cosine = exact_tables(mean, s.names, s.side, 8)
+        # 40 of 64 directions: what the sketch leaves out of a spectrum that hardly decays; cosines need the products
+        # only.
         assert (torch.tensor(s.subspace) - subspace).abs().max() < 0.1, s.kind
         assert (torch.tensor(s.cosine) - cosine).abs().max() < 0.02, s.kind
 

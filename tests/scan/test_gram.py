@@ -70,6 +70,7 @@ def test_both_libraries_agree(monkeypatch: pytest.MonkeyPatch, seeded: torch.Gen
     for choice in WAYS.values():
         monkeypatch.setattr(gram, "prefers_openblas", lambda matrix, choice=choice: choice)
         found.append(gram_values(matrix, torch.float64, 1.0))
+    # Float64: some hundred units of 1.1e-16 of the largest eigenvalue, and the least is a twentieth of that.
     torch.testing.assert_close(*found, rtol=1e-12, atol=0.0)
     assert not torch.equal(*found)  # they are two libraries
 
@@ -79,6 +80,8 @@ def test_a_large_gram_matrix_is_reduced_by_torch(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gram, "_OPENBLAS_REDUCES_TO", 100)
     monkeypatch.delattr(gram, "_openblas_eigenvalues")
     matrix = torch.randn(101, 150, generator=seeded, dtype=torch.float64)
+    # Squares cost half the digits where values are small; here the least is a tenth of the largest: 1e-16 * 100 * the
+    # matrix' 101 sums.
     torch.testing.assert_close(
         gram_values(matrix, torch.float64, 1.0), torch.linalg.svdvals(matrix), rtol=1e-10, atol=0.0
     )

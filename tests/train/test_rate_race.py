@@ -148,6 +148,7 @@ def test_dropout_accumulation_and_trls_figures_are_undisturbed(tmp_path: Path, t
         for t in (raced, given)
     ]
     for a, b in zip(*logs, strict=True):
+        # The same steps, to the bit; logged means are divided once more, in float64.
         assert a == pytest.approx(b, rel=1e-12)
 
 

@@ -181,6 +181,7 @@ def test_a_frozen_input_and_dropout() -> None:
     assert (extra.mean(0) - change.sum(1)).abs().max() < 5 * change.norm(dim=1).max() / 4000**0.5
     assert len({tuple(row) for row in extra.detach().round(decimals=5).tolist()}) == 4
     layer.eval()
+    # Sums of ten numbers of order one in float32, less eight of them.
     assert torch.allclose(layer(x) - layer.base_layer(x), change.sum(1).expand(4000, 5), atol=1e-6)
 
 
@@ -555,6 +556,8 @@ def test_energies_are_those_of_the_signal_part(folder: Path) -> None:
         u, s, vh = torch.linalg.svd(model.get_parameter(stat.name).detach().double(), full_matrices=False)
         n = signals[stat.name] or 0
         wanted = ((u[:, :n] * s[:n]) @ vh[:n]).square().sum(0)
+        # Two decompositions in float64: vectors on either side of the edge turn by 1e-16 over the gap between their
+        # values.
         assert torch.allclose(torch.tensor(stat.columns, dtype=torch.float64), wanted, rtol=1e-6, atol=1e-9), stat.name
     with pytest.raises(OptionError, match="draws no edge"):
         column_energies(model, criterion="mean_std")

@@ -94,6 +94,8 @@ def test_importance_is_that_of_autograd_one_sample_at_a_time(family: str, size: 
         matrix = names[stat.name].detach()
         turned = family == "gpt2"
         bases[stat.name] = truncated_svd(matrix.T if turned else matrix, 16)
+        # An SVD in float32 errs by some units of 6e-8 of the largest value; of noise, the sixteenth is above a third
+        # of that.
         assert torch.allclose(torch.tensor(stat.singular_values), bases[stat.name].values, rtol=1e-5)
     for i in range(6):
         model.zero_grad()
@@ -105,6 +107,7 @@ def test_importance_is_that_of_autograd_one_sample_at_a_time(family: str, size: 
     for stat in report.stats:
         wanted = bases[stat.name].values.double().square() * totals[stat.name] / 6
         found = torch.tensor(stat.importance, dtype=torch.float64)
+        # The model is float64, but transformers computes norms and losses in float32: 6e-8 in each.
         assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-18), stat.name
         assert (found > 0).any()
 
@@ -227,6 +230,7 @@ def test_a_layer_computes_the_definition(folder: Path, gradients: GradientReport
         u, s, v = u[:, chosen], s[chosen], vh[chosen].T
         peaks = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
         u, v = u * peaks, v * peaks
+        # An SVD in float32 errs by some units of 6e-8 of the largest value; what was chosen is above a third of that.
         assert torch.allclose(basis.values.double(), s, rtol=1e-5)
         P, Q = (m.double().T for m in rotation_bases(0, entry.name, *weight.shape, 3))
         ds, p, q = (t.detach().double() for t in (core.shift, core.p, core.q))
@@ -370,6 +374,7 @@ def test_the_decomposed_matrix_is_the_one_the_layer_computes_with(folder: Path) 
     for name, layer in layers(model):
         entry = model.peft_config["default"].plan.by_name[f"{name}.weight"]
         values = torch.linalg.svdvals(seen[f"{name}.weight"]().double())
+        # An SVD in float32 errs by some units of 6e-8 of the largest value; what was chosen is above a third of that.
         assert torch.allclose(layer.lora_A["default"].values.double(), values[list(entry.components)], rtol=1e-5)
         stored = torch.linalg.svdvals(base_of(folder).get_parameter(f"{name}.weight").double())
         # 4-bit rounding moves weights by several hundredths of their size.
@@ -507,11 +512,14 @@ def test_factors_merge_export_and_scan_agree_with_the_layers(
     for name, (b, a, scale) in in_file.items():
         assert a.shape[0] == 5 + 3 and scale == 1.0
         layer = model.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+        # Products of rank 8 in float32, of order 1: 8 * 6e-8.
         assert torch.allclose(b @ a, layer.get_delta_weight("default"), atol=1e-6)
         assert torch.allclose(in_memory[name], b @ a, atol=1e-6)
     merged = tmp_path / "merged"
     report = merge_into_base(path, folder, merged)
     assert sorted(report.changed) == sorted(in_file)
+    # Merging rounds W + dW once to float32: some ten roundings of 1.2e-7 of logits of order one; so does any other
+    # order of sums.
     assert torch.allclose(logits(base_of(merged)), logits(model), atol=2e-6)
     lora = export_lora(path, tmp_path / "lora")
     config = LoraConfig.from_pretrained(lora)

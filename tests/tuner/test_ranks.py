@@ -144,6 +144,7 @@ def test_shrinking_keeps_the_best_approximation(shape: tuple[int, int], rank: in
     scale = TOLERANCE[dtype] * s[0]
     assert abs(error - s[rank]) < scale
     assert abs(change.dropped - float(s[rank]) * layer.scaling["default"]) < 4 * scale
+    # As the error above: a sum of roundings of the largest singular value's size.
     assert torch.allclose(product(layer), (u[:, :rank] * s[:rank]) @ vh[:rank], atol=float(scale), rtol=0)
     assert all(not slot.any() for slot in dead_slots(layer))
 
@@ -305,6 +306,7 @@ def test_merge_and_unmerge_use_the_live_slots() -> None:
     weight, wanted = layer.base_layer.weight.detach().clone(), layer(x)
     for safe in (False, True):
         layer.merge(safe_merge=safe)
+        # Float64: sums of nine products of order 1, 1.1e-16 each, and four digits of room.
         assert torch.allclose(layer(x), wanted, atol=1e-12)
         assert torch.allclose(layer.base_layer.weight - weight, 2 * product(layer), atol=1e-12)
         layer.unmerge()

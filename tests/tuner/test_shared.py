@@ -273,6 +273,7 @@ def test_gradient_merging_is_exact(tiny_llama):
     shared = [p for n, p in model.named_parameters() if n.endswith(".shared")]
     for parameter, own in zip(shared, copies.values(), strict=True):
         merged = sum(p.grad for p in own)
+        # Float64: four gradients, added in another order.
         assert (parameter.grad - merged).abs().max() < 1e-12 * merged.abs().max()
         assert all((parameter.grad - p.grad).abs().max() > 1e-3 * merged.abs().max() for p in own)
 
@@ -328,10 +329,12 @@ def test_reload_merge_export_and_factors(tiny_llama_folder, tiny_llama, tmp_path
     for name, delta in live.items():
         layer = model.get_base_model().get_submodule(name.removesuffix(".weight"))
         assert torch.equal(delta, on_disk[name])
+        # A product of rank 8 at most in float32, below 0.1: 8 * 6e-8 * 0.1.
         assert (delta - layer.get_delta_weight("default")).abs().max() < 1e-7
 
     merge_into_base(tmp_path / "adapter", str(tiny_llama_folder), tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    # Merging rounds W + dW once to float32: some ten roundings of 1.2e-7 of logits of order one.
     assert (logits(merged) - wanted).abs().max() < 2e-6
     export_lora(tmp_path / "adapter", tmp_path / "lora")
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
