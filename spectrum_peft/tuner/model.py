@@ -51,6 +51,7 @@ from .places import (
     is_movable,
     is_placed,
     is_saved,
+    pattern_of,
     patterns_of,
     scale_of,
 )
@@ -108,7 +109,8 @@ class SpectrumModel(LoraModel):
                 with Aside(model) as self._aside:
                     super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            del self._keep_original, self._aside
+            config.rank_pattern, config.alpha_pattern = self._patterns
+            del self._keep_original, self._aside, self._held_in, self._patterns
         self._repair_tied_modules(adapter_name, config)
         if is_movable(config):
             self._allocate(adapter_name, config)
@@ -124,7 +126,10 @@ class SpectrumModel(LoraModel):
         plan: Plan = config.plan
         held = [e for e in plan.entries if is_held(e, config)]
         adapters = [e for e in plan.entries if is_placed(e, config)]
-        modules = [names.module_name(e.name) for e in (*held, *adapters) if e in held or not is_fused(e)]
+        self._held_in: dict[str, list[str]] = {}
+        for entry in held:
+            self._held_in.setdefault(names.module_name(entry.name), []).append(entry.name.rpartition(".")[2])
+        modules = [*self._held_in, *(names.module_name(e.name) for e in adapters if not is_fused(e))]
         config.target_modules = list(dict.fromkeys(modules))
         # PEFT shortens long lists of targets to suffixes before it matches; what is matched is this set.
         config.planned_modules = frozenset(modules)
@@ -139,7 +144,9 @@ class SpectrumModel(LoraModel):
                 f"rescore_every={config.rescore_every!r}: the rank of fused experts cannot change during training, and "
                 f"{config.target_parameters[0]} is a candidate. Leave them out with exclude_modules, or rescore_every."
             )
-        config.rank_pattern, config.alpha_pattern = patterns_of(adapters, config, allocated)
+        self._patterns = patterns_of(adapters, config, allocated)
+        # PEFT tries each module's name on every pattern; each module gets its own instead, see `_create_and_replace`.
+        config.rank_pattern, config.alpha_pattern = {}, {}
         described = getattr(model, "config", None)
         types = types_in(described) if hasattr(described, "to_dict") else ()
         config.retargeted = frozenset(retargeted(types, (names.module_name(e.name) for e in adapters)))
@@ -215,10 +222,11 @@ class SpectrumModel(LoraModel):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        entries = [
-            e for e in lora_config.plan.entries if names.module_name(e.name) == current_key and is_held(e, lora_config)
-        ]
-        if not entries or parameter_name is not None:
+        held = self._held_in.get(current_key)
+        if held is None or parameter_name is not None:
+            lora_config.rank_pattern, lora_config.alpha_pattern = (
+                {key: found[key] for key in (pattern_of(current_key),) if key in found} for found in self._patterns
+            )
             super()._create_and_replace(
                 lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
             )
@@ -243,7 +251,7 @@ class SpectrumModel(LoraModel):
             layer.set_adapter(self.active_adapters)  # PEFT switches what it finds in the model; this may stand aside
         layer.update_layer(
             adapter_name,
-            [e.name.rpartition(".")[2] for e in entries],
+            held,
             dtype=torch.float32 if lora_config.trainable_dtype == "float32" else None,
             original=self._keep_original,
             inference_mode=lora_config.inference_mode,

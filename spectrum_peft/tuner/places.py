@@ -51,6 +51,11 @@ def allocated_rank(plan: Plan) -> int:
     return max(r for r in ranks if r)
 
 
+def pattern_of(name: str) -> str:
+    """The key of a module or parameter in PEFT's patterns: its full name, anchored."""
+    return "^" + re.escape(name)
+
+
 def patterns_of(
     entries: Iterable[PlanEntry], config: SpectrumConfig, allocated: int | None = None
 ) -> tuple[dict[str, int], dict[str, float]]:
@@ -61,7 +66,7 @@ def patterns_of(
     """
     ranks, alphas = {}, {}
     for entry in entries:
-        key = "^" + re.escape(entry.name if is_fused(entry) else names.module_name(entry.name))
+        key = pattern_of(entry.name if is_fused(entry) else names.module_name(entry.name))
         rank, alpha = entry.rank, entry.alpha
         if allocated is not None:
             alpha = alpha_for_scale(scale_of(entry, config), allocated, config)
@@ -91,6 +96,8 @@ def describe(config: SpectrumConfig, plan: Plan) -> None:
     """Write the plan into the config's PEFT fields as a file with live slots only must have them."""
     config.plan = plan
     live = [e for e in plan.entries if e.action in ADAPTER_ACTIONS and e.rank]
-    in_modules = [e for e in plan.entries if is_held(e, config) or (e in live and not is_fused(e))]
+    in_modules = [
+        e for e in plan.entries if is_held(e, config) or (e.action in ADAPTER_ACTIONS and e.rank and not is_fused(e))
+    ]
     config.target_modules = list(dict.fromkeys(names.module_name(e.name) for e in in_modules))
     config.rank_pattern, config.alpha_pattern = patterns_of(live, config)
