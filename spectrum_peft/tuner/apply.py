@@ -319,7 +319,7 @@ def _gradients(
 
 
 def _check_fingerprint(fingerprint: Any, model: nn.Module, what: str, force: bool) -> None:
-    if fingerprint is None:
+    if fingerprint is None or fingerprint.content is fingerprint.structure is None:
         logger.debug("%s carries no fingerprint; it is used as it is", what)
         return
     note = fingerprint.check(open_weights(base_of(model)).fingerprint(), this=what, that="this model", force=force)

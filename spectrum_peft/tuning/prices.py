@@ -46,7 +46,7 @@ class Price:
         how += f", {self.settings['quantization']}" if "quantization" in self.settings else ""
         size = "no dry run" if self.peak_bytes is None else format_bytes(self.peak_bytes)
         state = "" if self.fits else "  DOES NOT FIT"
-        return f"{self.contestant.label:<26} {size:>10}  {self.trained:>13,} trained  {how}{state}"
+        return f"{self.contestant.label:<32} {size:>10}  {self.trained:>13,} trained  {how}{state}"
 
 
 class Pricing:

@@ -81,7 +81,7 @@ class Tune:
     # --- the folder ---
 
     def open(self) -> None:
-        """Take the folder, or find this tune in it.
+        """Take the folder, or find this tune in it; one that came to nothing before anything was settled is forgotten.
 
         Raises:
             OptionError: it holds something else.
@@ -90,12 +90,15 @@ class Tune:
         mine = self._what_was_asked()
         if index.is_file():
             there = read_mapping(index)
-            for key in sorted({*mine, *there}):
-                if mine.get(key) != there.get(key):
+            other = [key for key in sorted({*mine, *there}) if mine.get(key) != there.get(key)]
+            with self._alone():
+                if other and (self.output / "prepared.json").is_file():
                     raise OptionError(
-                        f"{self.output}: holds another tune, whose {key} is {there.get(key)!r}, here {mine.get(key)!r}; name "
-                        "another --output-dir."
+                        f"{self.output}: holds another tune, whose {other[0]} is {there.get(other[0])!r}, here "
+                        f"{mine.get(other[0])!r}; name another --output-dir."
                     )
+                if other:
+                    shutil.rmtree(self.output / "data", ignore_errors=True)
         elif self.output.is_dir() and any(p.name not in (".lock", "race.db") for p in self.output.iterdir()):
             raise OptionError(f"{self.output}: holds something else than a tune; name another --output-dir.")
         for name in ("cells", "scans"):

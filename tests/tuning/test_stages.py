@@ -121,7 +121,7 @@ def tune(tiny_llama_folder: Path, world: World) -> Callable[..., dict[str, Any]]
             "memory": "4GiB", "max_steps": 6, "batch_size": 4, "dtype": "float32", "contestants": ["full"],
             "learning_rates": [1e-4, 1e-3],
         }  # fmt: skip
-        return spectrum_peft.tune(str(tiny_llama_folder), "train.jsonl", output_dir="tuned", **(given | changes))
+        return spectrum_peft.tune(str(tiny_llama_folder), "train.jsonl", **({"output_dir": "tuned"} | given | changes))
 
     return run
 
@@ -237,14 +237,21 @@ def test_a_wrong_wish_is_one_line_before_anything_is_trained(
 def test_another_tune_or_something_else_in_the_folder_is_refused(
     tune: Tune, world: World, tiny_llama_folder: Path
 ) -> None:
-    world.interrupt = 0
+    world.interrupt = 2  # after the runs that are timed
     with pytest.raises(KeyboardInterrupt):
         tune()
     with pytest.raises(SpectrumError, match=re.escape("tuned: holds another tune, whose batch_size is 4, here 8")):
         tune(batch_size=8)
-    world.interrupt = 0
+    world.interrupt = 2  # after the runs that are timed
     with pytest.raises(KeyboardInterrupt):
         tune(hours=100)  # how long it may take is no other tune
+    # What came to nothing before it began binds nobody.
+    with pytest.raises(SpectrumError, match="into which nothing fits"):
+        tune(memory="1MiB", batch_size=1, output_dir="small")
+    world.interrupt = len(world.ran)
+    with pytest.raises(KeyboardInterrupt):
+        tune(batch_size=1, output_dir="small", search_rows=20)
+    assert json.loads(Path("small/data/sets.json").read_text())["search_rows"] == 20
     Path("other").mkdir()
     Path("other/notes.txt").write_text("mine")
     argv = ["tune", "--model", str(tiny_llama_folder), "--dataset", "train.jsonl", "-o", "other"]
