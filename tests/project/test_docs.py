@@ -87,6 +87,14 @@ def test_every_mode_has_a_page() -> None:
     assert not missing, f"{missing} stand in docs/ and not in the navigation of mkdocs.yml"
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_a_page_begins_with_sentences(page: Path) -> None:
+    """What it is for, before a table, a picture or a command."""
+    title, first, *_ = page.read_text(encoding="utf-8").split("\n\n")
+    assert title.startswith("# ") and re.match(r"[A-Z`*\"]\S* ", first) and not first.startswith("```"), first
+    assert first.rstrip().endswith((".", ":", ")")) and len(first) > 60, first
+
+
 def test_every_criterion_has_its_row() -> None:
     rows = (ROOT / "docs" / "criteria.md").read_text(encoding="utf-8").splitlines()
     named = {name for row in rows if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])}

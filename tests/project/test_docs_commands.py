@@ -25,6 +25,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 OTHERS = {
     "--quality": "benchmarks/columns.py",
     "--quick": "benchmarks/quality.py",
+    "--pages": "benchmarks/quality.py",
     "--enable-lora": "vLLM",
     "--max-lora-rank": "vLLM",
     "--lora-modules": "vLLM",
