@@ -95,6 +95,14 @@ def test_a_page_begins_with_sentences(page: Path) -> None:
     assert first.rstrip().endswith((".", ":", ")")) and len(first) > 60, first
 
 
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    import spectrum_peft
+
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = {path.rpartition(".")[2] for path in re.findall(r"^::: (\S+)", text, re.MULTILINE)}
+    assert set(spectrum_peft.__all__) - {"SpectrumError", "__version__"} <= listed  # errors are listed by their module
+
+
 def test_every_criterion_has_its_row() -> None:
     rows = (ROOT / "docs" / "criteria.md").read_text(encoding="utf-8").splitlines()
     named = {name for row in rows if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])}
