@@ -19,9 +19,11 @@ if PEFT_TYPE not in PeftType.__members__:
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from .apply import base_parameters, freeze_to_plan, plan_parameters, settle_plan, trainable_mismatch
+from .apply import settle_plan
+from .freezing import freeze_to_plan, trainable_mismatch
 from .layers import SpectrumLayer
 from .model import SpectrumModel
+from .parameters import base_parameters, plan_parameters
 from .plain_lora import find_plans
 from .shared import share_in_dtype
 

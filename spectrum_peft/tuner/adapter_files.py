@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from .. import names
 from ..errors import MismatchError, near_matches
 from ..records import ADAPTER_ACTIONS
-from .apply import base_of
 from .columns import column_layers
 from .config import SpectrumConfig
 from .lorsa import singular_layers
+from .parameters import base_of
 from .places import alpha_for_scale, describe, is_fused, scale_of
 from .ranks import is_sliced, live_rank
 

@@ -1,6 +1,6 @@
-"""From a config to a plan that fits the model at hand, and from a plan to what must train; then the check that it does.
+"""From a config to a plan that fits the model at hand.
 
-Nothing here puts layers into a model (that is `model.py`); plain models are only frozen.
+Nothing here puts layers into a model (that is `model.py`) or freezes one (`freezing.py`).
 """
 
 from __future__ import annotations
@@ -12,33 +12,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftModel
-from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .. import names
-from ..errors import CheckpointError, MismatchError, OptionError, near_matches
+from ..errors import OptionError, near_matches
 from ..plan import COLUMNS_BY_DATA, MODES, OPTIONS, make_plan, needs_gradients, worth_probing
 from ..probe import column_energies, probe_gradients
-from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, GradientReport, Plan, PlanEntry, SnrReport
+from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, GradientReport, Plan, PlanEntry
 from ..scan import scan_weights
 from ..weights import (
-    FileWeights,
-    checkpoint_folder,
     new_parameters,
     open_weights,
     output_head,
     refuse_partitioned,
     role_of,
-    skeleton_like,
-    tower_in,
-    towers_of,
     without_adapters,
 )
 from .config import SpectrumConfig, candidates_of
-from .layers import SpectrumLayer
+from .model_names import plan_with_model_names, report_with_model_names, without
+from .parameters import base_of, base_parameters, embedding_module, tied_names
 from .stored_bases import refuse_kept_quantized
 
 logger = logging.getLogger(__name__)
@@ -50,103 +44,6 @@ _CLASSES_WITH_A_NEW_HEAD = (
     "ForQuestionAnswering",
     "ForMultipleChoice",
 )
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The user's model inside a PeftModel or a tuner, with adapters still in it; a plain model is returned as it is."""
-    if isinstance(model, PeftModel):
-        return model.get_base_model()
-    return model.model if isinstance(model, BaseTuner) else model
-
-
-def base_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """{full name in the base model: (module that owns the parameter, name there)}, as if no adapter were there.
-
-    A tied tensor appears under each of its names. A parameter that a `SpectrumLayer` holds appears under its base name.
-    """
-
-    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
-        if isinstance(module, SpectrumLayer):
-            for name in module.originals:
-                yield f"{prefix}{name}", (module.base_layer, name)
-        if isinstance(module, BaseTunerLayer):
-            yield from walk(module.base_layer, prefix)
-            return
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            yield from walk(module.original_module, prefix)
-            return
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield f"{prefix}{name}", (module, name)
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from walk(child, f"{prefix}{name}.")
-
-    return dict(walk(base_of(model), ""))
-
-
-def plan_parameters(model: nn.Module, adapter_name: str | None = None) -> dict[str, str]:
-    """{parameter name in `model`: name of the plan entry it belongs to}.
-
-    With tuner layers: the parameters of `adapter_name` (None: of the active ones). On a plain model: every parameter.
-    """
-    found: dict[str, str] = {}
-
-    def add(module: nn.Module, full: str, entry: str) -> None:
-        for name, _ in module.named_parameters(prefix=full, remove_duplicate=False):
-            found[name] = entry
-
-    def wanted(module: Any, name: str) -> bool:
-        return name == adapter_name if adapter_name else name in module.active_adapters
-
-    def visit(module: nn.Module, full: str, clean: str) -> None:
-        if isinstance(module, BaseTunerLayer):
-            if isinstance(module, SpectrumLayer):
-                for adapter, held in module.lora_spectrum.items():
-                    if wanted(module, adapter):
-                        for name, _ in held.named_parameters():
-                            found[f"{full}lora_spectrum.{adapter}.{name}"] = f"{clean}{name}"
-            else:
-                leaf = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
-                for attribute in module.adapter_layer_names:
-                    container = getattr(module, attribute)
-                    if not isinstance(container, nn.ModuleDict | nn.ParameterDict):
-                        continue
-                    for adapter, child in container.items():
-                        if not wanted(module, adapter):
-                            continue
-                        if isinstance(child, nn.Parameter):
-                            found[f"{full}{attribute}.{adapter}"] = f"{clean}{leaf}"
-                        else:
-                            add(child, f"{full}{attribute}.{adapter}", f"{clean}{leaf}")
-            visit(module.base_layer, f"{full}base_layer.", clean)
-            return
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
-                for adapter, child in module.modules_to_save.items():
-                    if wanted(module, adapter):
-                        for name, _ in child.named_parameters():
-                            found[f"{full}modules_to_save.{adapter}.{name}"] = f"{clean}{name}"
-            else:  # rows of an embedding (trainable_token_indices)
-                for name, parameter in module.named_parameters():
-                    if "original_module" not in name and "base_layer" not in name and parameter.requires_grad:
-                        found[f"{full}{name}"] = f"{clean}weight"
-            return
-        for name, child in module._modules.items():
-            if child is not None:
-                visit(child, f"{full}{name}.", f"{clean}{name}.")
-        for name, parameter in module._parameters.items():
-            if parameter is not None and (not wrapped or parameter.requires_grad):
-                found[f"{full}{name}"] = f"{clean}{name}"
-
-    wrapped = any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in model.modules())
-    inner = base_of(model)
-    start = next((f"{name}." if name else "" for name, module in model.named_modules() if module is inner), "")
-    visit(inner, start, "")
-    return found
-
-
-# --- the plan for this model -----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -185,7 +82,7 @@ def _settled(model: nn.Module, config: SpectrumConfig, layers: bool) -> Plan:
     if config.plan is not None:
         plan = config.plan
         _check_fingerprint(plan.fingerprint, model, "the plan", config.force)
-        plan = _with_model_names(plan, model, present)
+        plan = plan_with_model_names(plan, model, present)
         if not config.plan_from_file:
             unfit = unfit_matrices(model, plan.mode, layers=layers)
             left = {e.name: unfit[e.name] for e in plan.entries if e.name in unfit}
@@ -203,9 +100,9 @@ def _settled(model: nn.Module, config: SpectrumConfig, layers: bool) -> Plan:
         report = scan_weights(base_of(model), criterion, score=score, cache=bool(score), seed=config.seed)
     else:
         _check_fingerprint(report.fingerprint, model, "the report", config.force)
-    report = _without(_report_with_model_names(report, model, present), new_parameters(model) or ())
+    report = without(report_with_model_names(report, model, present), new_parameters(model) or ())
     unfit = unfit_matrices(model, config.mode, layers=layers)
-    fit = _without(report, unfit)
+    fit = without(report, unfit)
     if unfit and not any(s.role == "linear" for s in fit.stats) and any(s.role == "linear" for s in report.stats):
         name, why = next(iter(unfit.items()))
         raise OptionError(f"mode {config.mode!r} can train none of the model's matrices; the first is {name}: {why}.")
@@ -327,73 +224,6 @@ def _check_fingerprint(fingerprint: Any, model: nn.Module, what: str, force: boo
         logger.info(note)
 
 
-def _names_here(model: nn.Module, wanted: Iterable[str], present: dict[str, Any]) -> dict[str, str | None]:
-    """{name in a report or plan: name in this model, None where this class leaves the stored tensor alone}.
-
-    Where names alone do not say it, by the stored tensors of the checkpoint that both were made of: a plan made from a
-    folder fits every class that opens it.
-    """
-    wanted = list(wanted)
-    found: dict[str, str | None] = dict(_aligned(wanted, present, base_of(model)))
-    folder = checkpoint_folder(model)
-    if folder is None or all(name in found for name in wanted):
-        return found
-    try:
-        theirs = open_weights(folder)
-        skeleton = skeleton_like(base_of(model))
-        if not isinstance(theirs, FileWeights) or skeleton is None:
-            return found
-        here = {stored: name for name, stored in theirs.seen_by(skeleton).made_of().items()}
-        return {name: here.get(stored) for name, stored in theirs.made_of().items() if name in wanted} | found
-    except CheckpointError as error:
-        logger.debug("%s: names could not be told from the files: %s", folder, error)
-        return found
-
-
-def _report_with_model_names(report: SnrReport, model: nn.Module, present: dict[str, Any]) -> SnrReport:
-    """A report that may be of files, with the model's names, and the roles of its modules where names say less."""
-    found = _names_here(model, (s.name.partition("[")[0] for s in report.stats), present)
-    head, towers = output_head(base_of(model)), towers_of(base_of(model))
-    stats = []
-    for stat in report.stats:
-        base, bracket, expert = stat.name.partition("[")
-        if base in found:
-            name = found[base]
-            if name is None:
-                continue
-            role = stat.role
-            if role == "linear" and not bracket:
-                role = role_of(name, stat.shape, present[name][0], head)
-            turned = stat.transposed or (len(stat.shape or ()) == 2 and type(present[name][0]).__name__ == "Conv1D")
-            tower = tower_in(towers, name) if towers else stat.tower
-            full = name + bracket + expert
-            stats.append(dataclasses.replace(stat, name=full, role=role, transposed=turned, tower=tower))
-        elif stat.role == "linear" and names.block_index(base) is not None:
-            raise MismatchError(f"the report lists {base}, which the model lacks." + near_matches(base, present))
-    if not any(s.role == "linear" for s in report.stats):
-        raise OptionError("the report lists no linear matrix that a plan could choose.")
-    if not any(s.role == "linear" for s in stats):
-        raise MismatchError(f"none of the report's {len(report.stats)} tensors is in this model.")
-    tied = tuple(tuple(found.get(n) or n for n in group) for group in report.tied)
-    return dataclasses.replace(report, stats=tuple(stats), tied=tied)
-
-
-def _aligned(wanted: Iterable[str], present: dict[str, Any], model: nn.Module) -> dict[str, str]:
-    """{name: the model's own name}; names of an older version of the model's class as the class itself translates them.
-
-    That is transformers' `_checkpoint_conversion_mapping` {pattern: replacement}, which PEFT applies to an adapter's tensors.
-    """
-    wanted = list(wanted)
-    found = names.align(wanted, present)
-    renamings = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-    for name in wanted if renamings else ():
-        for pattern, replacement in renamings.items():
-            new, count = re.subn(pattern, replacement, name)
-            if name not in found and count and new in present:
-                found[name] = new
-    return found
-
-
 def unfit_matrices(model: nn.Module, mode: str, *, layers: bool) -> dict[str, str]:
     """{matrix of the base model that the mode cannot train: why}.
 
@@ -407,7 +237,7 @@ def unfit_matrices(model: nn.Module, mode: str, *, layers: bool) -> dict[str, st
     adapters = MODES[mode].action in ADAPTER_ACTIONS
     found = dict(without_adapters(base)) if adapters else {}
     if layers or adapters:
-        for name, group in _tied_names(model).items():
+        for name, group in tied_names(model).items():
             owner, leaf = base_parameters(model)[name]
             role = role_of(name, tuple(owner._parameters[leaf].shape), owner, output_head(base))  # type: ignore[union-attr]
             if role == "linear":
@@ -426,47 +256,6 @@ def _summed_up(left: Mapping[str, str]) -> Iterator[str]:
     for why in dict.fromkeys(left.values()):
         mine = [name for name, reason in left.items() if reason == why]
         yield f"{len(mine)} matrices are left out, first {mine[0]}: {why}."
-
-
-def _without(report: SnrReport, new: Iterable[str]) -> SnrReport:
-    """The report without matrices that are random: there is nothing to score, and an adapter beside one would have a base
-    that no file holds."""
-    new = set(new)
-    return dataclasses.replace(
-        report,
-        stats=tuple(
-            s if s.name.partition("[")[0] not in new or s.role != "linear" else dataclasses.replace(s, role="other")
-            for s in report.stats
-        ),
-    )
-
-
-def _with_model_names(plan: Plan, model: nn.Module, present: dict[str, Any]) -> Plan:
-    found = _names_here(model, (e.name for e in plan.entries), present)
-    entries = []
-    for entry in plan.entries:
-        name = found.get(entry.name)
-        if name is not None:
-            entries.append(dataclasses.replace(entry, name=name))
-        elif entry.trains:
-            raise MismatchError(
-                f"the plan trains {entry.name}, which the model lacks." + near_matches(entry.name, present)
-            )
-    return plan.replace(entries=tuple(entries))
-
-
-def report_for(model: nn.Module, report: SnrReport) -> SnrReport:
-    """A report of files under the names of a class that opens them, without what no file gives.
-
-    Args:
-        model: of that class; its weights may lie on the meta device.
-    """
-    return _without(_report_with_model_names(report, model, base_parameters(model)), new_parameters(model) or ())
-
-
-def plan_for(model: nn.Module, plan: Plan) -> Plan:
-    """A plan of files under the names of a class that opens them; `model` as in `report_for`."""
-    return _with_model_names(plan, model, base_parameters(model))
 
 
 def head_modules(model: nn.Module, present: dict[str, Any]) -> list[str]:
@@ -488,7 +277,7 @@ def token_layers(model: nn.Module, config: SpectrumConfig, present: dict[str, An
         return []
     if isinstance(tokens, dict):
         return list(tokens)
-    name = _input_embedding(model, present or base_parameters(model))
+    name = embedding_module(model, present or base_parameters(model))
     if name is None:
         raise OptionError(
             "trainable_token_indices is a list, and the model names no input embedding; wanted {module: indices}."
@@ -508,7 +297,7 @@ def _settle_tokens(model: nn.Module, config: SpectrumConfig, plan: Plan, present
         return
     options, saved = plan.options, list(config.modules_to_save or ())
     rows = {name for name in present if any(f".{names.module_name(name)}".endswith(f".{layer}") for layer in layers)}
-    tied = {other for name, group in _tied_names(model).items() if name in rows for other in group} - rows
+    tied = {other for name, group in tied_names(model).items() if name in rows for other in group} - rows
     asked = MODES[plan.mode].whole_model or options.get("train_embeddings") or options.get("preset")
     if asked or (options.get("train_head") and tied) or any(_lists(saved, name) for name in rows):
         logger.info("trainable_token_indices of %s left out: the whole embedding trains", ", ".join(layers))
@@ -566,116 +355,3 @@ def _saved_entries(
                 and (config.bias == "all" or names.module_name(name) in adapted)
             ):
                 yield entry(name)
-
-
-def _input_embedding(model: nn.Module, present: dict[str, Any]) -> str | None:
-    """Base name of the module that the model calls its input embedding; None where it names none with a weight."""
-    embedding: Any = input_embedding(model)
-    if embedding is None:
-        return None
-    embedding = getattr(embedding, "original_module", embedding)
-    return next((names.module_name(n) for n, (owner, _) in present.items() if owner is embedding), None)
-
-
-# --- plain models ----------------------------------------------------------------------------------------------------
-
-
-def freeze_to_plan(model: nn.Module, plan: Plan) -> None:
-    """Set `requires_grad` on a plain model so that exactly the plan's parameters train.
-
-    Raises:
-        MismatchError: an entry matches nothing; a chosen weight is quantized.
-        OptionError: the plan's mode puts adapters beside weights, which needs `get_peft_model`.
-    """
-    if not MODES[plan.mode].plain_model:
-        raise OptionError(
-            f"mode {plan.mode!r} puts adapters into the model; use get_peft_model(model, SpectrumConfig(mode={plan.mode!r}, "
-            "...)) or the trainer's peft_config. A callback on a plain model takes "
-            + ", ".join(repr(name) for name, mode in MODES.items() if mode.plain_model)
-            + "."
-        )
-    present = base_parameters(model)
-    wanted = set(plan.trainable_names)
-    for name in sorted(wanted - set(present)):
-        raise MismatchError(f"the plan trains {name}, which the model lacks." + near_matches(name, present))
-    for name in sorted(wanted):
-        owner, leaf = present[name]
-        parameter = owner._parameters[leaf]
-        if parameter is None or not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
-            raise MismatchError(
-                f"{name} is quantized ({type(parameter).__name__}), so its real weights cannot train. Load the base with "
-                "quantization_config_for(plan, model), which leaves the chosen modules in 16 or 32 bit."
-            )
-    chosen = {id(present[name][0]._parameters[present[name][1]]) for name in wanted}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in chosen)
-
-
-def trainable_mismatch(model: nn.Module, plan: Plan) -> str | None:
-    """None if exactly the plan's parameters train, else one line that names the first ones that should not, or do not."""
-    belongs = plan_parameters(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    trains = {id(p) for p in parameters.values() if p.requires_grad}
-    entries = with_groups(plan, {belongs[n] for n, p in parameters.items() if n in belongs and id(p) in trains})
-    stray = sorted(n for n, p in parameters.items() if n not in belongs and p.requires_grad)
-    wanted = set(plan.trainable_names)
-    # Slots that re-evaluation may fill are trainable tensors for DDP's sake; the optimizer's step leaves them out.
-    entries -= {e.name for e in plan.entries if e.action in ADAPTER_ACTIONS and not e.active}
-    tied = _tied_names(model)
-    entries |= {other for name in entries for other in tied.get(name, ())} & wanted
-    missing = sorted(wanted - entries)
-    extra = sorted(name for name in entries - wanted if not set(tied.get(name, ())) & wanted)
-    if not (missing or extra or stray):
-        return None
-    parts = [
-        f"{len(found)} {what}, first {found[0]}"
-        for found, what in (
-            (missing, "planned parameters do not train"),
-            (extra, "parameters train that the plan freezes"),
-            (stray, "trainable parameters are in no plan"),
-        )
-        if found
-    ]
-    return "; ".join(parts)
-
-
-def with_groups(plan: Plan, names_: Iterable[str]) -> set[str]:
-    """The entries named, and those of their groups: a member that shares both factors has no parameter of its own."""
-    found = set(names_)
-    groups = {e.group for e in plan.entries if e.name in found and e.group is not None}
-    return found | {e.name for e in plan.entries if e.group in groups}
-
-
-def _tied_names(model: nn.Module) -> dict[str, list[str]]:
-    by_tensor: dict[int, list[str]] = {}
-    for name, (owner, leaf) in base_parameters(model).items():
-        parameter = owner._parameters.get(leaf)
-        if parameter is not None:
-            by_tensor.setdefault(id(parameter), []).append(name)
-    return {name: group for group in by_tensor.values() if len(group) > 1 for name in group}
-
-
-def input_embedding(model: nn.Module) -> nn.Module | None:
-    """The module that the model calls its input embedding, with its wrapper; None where it names none."""
-    try:
-        found = base_of(model).get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # no transformers model, or one without tokens
-        return None
-    return found if isinstance(found, nn.Module) else None
-
-
-def tied_modules(model: nn.Module, module: str) -> list[str]:
-    """Modules whose weight is the same tensor as a module's, by their base names."""
-    tied = _tied_names(model).get(f"{module}.weight", ())
-    return sorted(names.module_name(other) for other in tied if other != f"{module}.weight")
-
-
-def modules_tied_to_embedding(model: nn.Module) -> list[str]:
-    """Modules whose weight is the input embeddings' own tensor, whatever adapters are around them; by their base names."""
-    name = _input_embedding(model, base_parameters(model))
-    return [] if name is None else tied_modules(model, name)
-
-
-def real_weight_entries(plan: Plan) -> list[PlanEntry]:
-    """Entries whose base parameter itself trains, in plan order."""
-    return [e for e in plan.entries if e.trains and e.action in REAL_WEIGHT_ACTIONS]

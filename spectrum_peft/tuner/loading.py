@@ -29,9 +29,9 @@ from ..weights import read_header, settle_quantized, unquantized_modules
 from ..weights.adapter_config import read_adapter_config
 from ..weights.adapters import AdapterState
 from . import freeze_to_plan, settle_plan
-from .apply import plan_for, report_for
 from .classes import check_config, class_for, class_of, config_for, refuse_class, weightless
 from .config import PEFT_TYPE, SpectrumConfig, candidates_of
+from .model_names import plan_for, report_for
 from .pushing import give_push
 from .stored_bases import loading_of
 

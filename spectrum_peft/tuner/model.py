@@ -25,23 +25,16 @@ from ..errors import MismatchError, OptionError, SpectrumError, TrainingSetupErr
 from ..records import Plan, PlanEntry
 from ..weights import output_embeddings, settle_quantized
 from .adapter_files import checked_tensors, follow_layers, live_tensors
-from .apply import (
-    input_embedding,
-    modules_tied_to_embedding,
-    plan_parameters,
-    settle_plan,
-    tied_modules,
-    token_layers,
-    trainable_mismatch,
-    with_groups,
-)
+from .apply import settle_plan, token_layers
 from .base_state import keep_state_whole
 from .columns import install_columns
 from .config import SpectrumConfig
+from .freezing import trainable_mismatch, with_groups
 from .layers import Aside, SpectrumLayer, has_parts, refuse_two_values
 from .lorsa import install, singular_layers, take_base_dtype
 from .mixed_batches import check_rows, names_for_rows
 from .originals import original_keeper
+from .parameters import input_embedding, modules_tied_to_embedding, plan_parameters, tied_modules
 from .places import (
     allocated_rank,
     alpha_for_scale,

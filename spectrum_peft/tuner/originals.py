@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .. import names
 from ..errors import CheckpointError, MismatchError, OptionError, near_matches
 from ..weights import FileWeights, open_weights, read_stored, skeleton_like, skeleton_of
-from .apply import base_of, base_parameters
 from .layers import Original
+from .parameters import base_of, base_parameters
 
 logger = logging.getLogger(__name__)
 
