@@ -356,19 +356,22 @@ def columns(part: str) -> str:
     if part == "quality":
         return columns_quality(data)
     rows = []
-    for base, run in data["cost"]["models"]["smollm2-135m"].items():
+    measured = [(model, base, run) for model, runs in data["cost"]["models"].items() for base, run in runs.items()]
+    for model, base, run in measured:
         for name, facts in run["contestants"].items():
-            cpu = (run["over_lora"].get(name) or {}).get("step_cpu")
+            over = run["over_lora"].get(name, {})
+            steps = [f"{over[key]['median']:.3f}" if over.get(key) else "1" for key in ("step", "step_cpu")]
             sizes = [f"{facts[key] / mib:,.0f} MiB" for key in ("activation_bytes", "peak_bytes")]
-            step = f"{cpu['median']:.3f}" if cpu else "1"
-            rows.append([f"SmolLM2-135M, {base}", name, f"{facts['trainable_parameters']:,}", *sizes, step])
+            model_name = {"smollm2-135m": "SmolLM2-135M", "llama-350m": "Llama of 350M"}.get(model, model)
+            rows.append([f"{model_name}, {base}", name, f"{facts['trainable_parameters']:,}", *sizes, *steps])
     for name, memory in data["dry runs"].items():
         mode, _, base = name.partition(", ")
         sizes = [f"{size / mib:,.0f} MiB" for size in (memory["by_category"]["activations"], memory["peak_bytes"])]
-        rows.append([f"8B, {base} (dry run)", f"`{mode}`", f"{memory['trainable_parameters']:,}", *sizes, ""])
-    load = max(run["other_load_cores"] for run in data["cost"]["models"]["smollm2-135m"].values())
+        rows.append([f"8B, {base} (dry run)", f"`{mode}`", f"{memory['trainable_parameters']:,}", *sizes, "", ""])
+    load = max(run["other_load_cores"] for _, _, run in measured)
     settings = data["cost"]["settings"]
-    return table(["base", "", "trained", "kept for backward", "peak", "CPU time of a step over LoRA's"], rows) + (
+    heads = ["base", "", "trained", "kept for backward", "peak", "time of a step over LoRA's", "CPU time"]
+    return table(heads, rows) + (
         f"\nMeasured: batch {settings['batch']} x {settings['length']} tokens, {settings['steps']} steps in turn, one thread, "
         f"while other processes kept {load:.2f} cores busy; dry runs: 1 x 1024 tokens on CUDA (`python benchmarks/columns.py`; "
         f"{machine(data)}).\n"

@@ -129,6 +129,12 @@ def test_the_derivatives_are_those_of_finite_differences_and_of_the_summed_weigh
     assert torch.allclose(found_d, dw[:, lines] if side == "columns" else dw[lines], rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("side", ["columns", "rows"])
+def test_the_factors_as_peft_reads_them_are_the_change(side: str) -> None:
+    layer = layer_of(5, 7, (0, 3, 4), torch.float32, side=side)
+    assert torch.equal(layer.get_delta_weight("default"), delta_of(layer).float())  # each one product and zeros
+
+
 def kept_bytes(layer: Any, x: Tensor) -> int:
     """Of storages that autograd holds for a layer's backward, its own parameters and buffers left out."""
     own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
