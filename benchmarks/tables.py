@@ -136,7 +136,15 @@ def demo() -> str:
     ]  # fmt: skip
     heads = ["mode", "learning rate", "trained", "of all", "step", "peak memory", "held-out loss before", "after"]
     text = table(heads, rows)
-    return f"{text}\n{data['steps']} steps each, {data['seconds'] / 60:.1f} minutes in all ({machine(data)}).\n"
+    text += f"\n{data['steps']} steps each, {data['seconds'] / 60:.1f} minutes in all ({machine(data)}).\n"
+    sys.path.insert(0, str(ROOT))
+    from spectrum_peft.plan import MODES
+
+    today = {r["mode"]: MODES[r["mode"]].rate_for(data["steps"]) for r in data["runs"]}
+    if any(abs(today[r["mode"]] / r["learning_rate"] - 1) > 0.01 for r in data["runs"]):
+        rates = ", ".join(f"{rate:.2g} for `{mode}`" for mode, rate in today.items())
+        text += f"The rates are those of an earlier default; `make demo` takes higher ones today ({rates}).\n"
+    return text
 
 
 def claims() -> str:
