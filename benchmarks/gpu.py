@@ -1,19 +1,23 @@
 """Everything that is to be measured on a GPU, in chunks that each end within eight minutes.
 
     python benchmarks/gpu.py --list               # the chunks, and what of each is done
-    python benchmarks/gpu.py                      # all that is not done, chunk by chunk
+    python benchmarks/gpu.py                      # all that is not done, chunk by chunk, what is worth most first
+    python benchmarks/gpu.py --minutes 12         # what is done by then
     python benchmarks/gpu.py scan-8b steps-1b-nf4 # these only
+    python benchmarks/gpu.py --predict            # the memory that was foreseen, beside what was measured; needs no card
     SPECTRUM_GPU_REHEARSAL=1 python benchmarks/gpu.py   # all of it on the CPU, with very small models: does it run to its end?
 
 A chunk is a list of cells, and a process of its own. Its JSON in benchmarks/results/gpu/ is written after each cell, and the
 next run goes on from there: chunks may be run in any order, and stopped. A cell that the time is over for is stopped and noted,
 and tried again by the next run; one that fails is a figure (delete its chunk's JSON to try it again).
 
+- `tests`: those that are marked `gpu`, function by function.
 - `scan-*`: singular values of every shape in a model by the scan's way, beside `torch.linalg.svdvals` on the same device, and
   the eigenvalues of the Gram matrix on the device and on the CPU.
 - `steps-*`: seconds of a step, tokens a second and peak memory of every mode, of PEFT's LoRA (QLoRA on nf4) and of full
-  fine-tuning, with random weights made on the device (smollm2: the real ones), beside the memory that the dry run predicts.
-- `suite-*`: the suites of benchmarks/quality.py, whole grids, cell by cell; the result is quality-*.json there.
+  fine-tuning, with random weights made on the device (smollm2: the real ones). The memory that the dry run predicts is added
+  at the end, by the CPU.
+- `suites`: the suites of benchmarks/quality.py, whole grids, `--jobs` of them side by side; the results are quality-*.json there.
 
 A rehearsal writes into another folder and its figures are no figures: `benchmarks/tables.py` does not read them.
 """
@@ -25,13 +29,17 @@ import gc
 import json
 import os
 import queue
+import re
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +47,13 @@ import common
 from memory import CONFIGS
 from models import folder_of
 
+from spectrum_peft.records import write_text
+
 REHEARSAL = os.environ.get("SPECTRUM_GPU_REHEARSAL") == "1"
 OUT = common.ROOT / "gpu_rehearsal" if REHEARSAL else common.RESULTS / "gpu"
 LIMIT = 8 * 60.0  # seconds that a chunk may take
+SHORTEST = 20.0  # a chunk is not begun with less: a process has to start, and a model to be made
+ENDING = 12.0  # until all that a chunk has started is gone
 BATCH, LENGTH, STEPS = (1, 32, 1) if REHEARSAL else (1, 2048, 8)
 
 _LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0}
@@ -197,9 +209,8 @@ def step_cell(model: str, base: str, checkpointing: bool, name: str) -> dict[str
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from spectrum_peft import SpectrumConfig, estimate_memory, make_plan
+    from spectrum_peft import SpectrumConfig, make_plan
     from spectrum_peft.devices import default_device, memory_is_measured, peak_memory, reset_peak_memory
-    from spectrum_peft.errors import SpectrumError
     from spectrum_peft.memory import measure_memory, report_of_config
     from spectrum_peft.tuner.loading import made_trainable, quantization_config_for
 
@@ -246,11 +257,6 @@ def step_cell(model: str, base: str, checkpointing: bool, name: str) -> dict[str
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    predicted = None
-    how = {
-        "batch_size": BATCH, "max_length": LENGTH, "optimizer": "adamw_torch_fused", "mixed_precision": "bf16",
-        "gradient_checkpointing": checkpointing, "padding": False,
-    }  # fmt: skip
     seconds = timed(step, STEPS)
     row = {
         "trainable_parameters": sum(p.numel() for p in training),
@@ -262,16 +268,75 @@ def step_cell(model: str, base: str, checkpointing: bool, name: str) -> dict[str
     if plan is not None:
         if row["peak_bytes"] is None:  # a CPU does not count; the tracker does
             optimizer.state.clear()
-            row["peak_bytes"] = measure_memory(trained, plan, **how).peak_bytes
-        try:
-            predicted = estimate_memory(
-                config_of(model), plan, dtype="bfloat16", device="cuda" if device.type == "cuda" else "cpu",
-                quantization="nf4" if base == "nf4" else None, **how,
-            ).peak_bytes  # fmt: skip
-            row |= {"predicted_bytes": predicted, "error": predicted / row["peak_bytes"] - 1}
-        except SpectrumError as error:
-            row["not_predicted"] = str(error)
+            row["peak_bytes"] = measure_memory(trained, plan, **_how(checkpointing)).peak_bytes
+        if name in _NEEDS_DATA:  # which cannot be made again without the gradients
+            OUT.mkdir(parents=True, exist_ok=True)
+            plan.save(_plan_file(model, base, checkpointing, name))
     return row
+
+
+def _how(checkpointing: bool) -> dict[str, Any]:
+    """The step, as `estimate_memory` and `measure_memory` are told of it."""
+    return {
+        "batch_size": BATCH, "max_length": LENGTH, "optimizer": "adamw_torch_fused", "mixed_precision": "bf16",
+        "gradient_checkpointing": checkpointing, "padding": False,
+    }  # fmt: skip
+
+
+def _plan_file(model: str, base: str, checkpointing: bool, name: str) -> Path:
+    return OUT / f"plan-{model}-{base}{'-checkpointing' if checkpointing else ''}-{name}.yaml"
+
+
+def predicted(
+    model: str, base: str, checkpointing: bool, name: str, row: Mapping[str, Any], kind: str
+) -> dict[str, Any]:
+    """What the dry run says of a step that was measured: its peak, and how far that is off.
+
+    Args:
+        row: figures of the step. kind: of the device that they are from.
+    """
+    from spectrum_peft import Plan, estimate_memory, make_plan
+    from spectrum_peft.errors import SpectrumError
+    from spectrum_peft.memory import report_of_config
+
+    options = CONTESTANTS[name]
+    if options is None or row.get("peak_bytes") is None:
+        return {}
+    if name in _NEEDS_DATA:
+        plan = Plan.load(_plan_file(model, base, checkpointing, name))
+    else:
+        plan = make_plan(report_of_config(config_of(model), "random"), **options)
+    try:
+        peak = estimate_memory(
+            config_of(model), plan, dtype="bfloat16", device="cpu" if kind == "cpu" else "cuda",
+            quantization="nf4" if base == "nf4" else None, **_how(checkpointing),
+        ).peak_bytes  # fmt: skip
+    except SpectrumError as error:
+        return {"not_predicted": str(error)}
+    return {"predicted_bytes": peak, "error": peak / row["peak_bytes"] - 1}
+
+
+def predict(names: Sequence[str], end: float) -> int:
+    """Add what the dry run says to the figures that have none yet; returns how many are left when the time is over."""
+    left = 0
+    for name in names:
+        at = re.fullmatch(r"steps-(\w+)-(bf16|nf4)(-checkpointing)?", name)
+        if at is None or not file_of(name).is_file():
+            continue
+        data = json.loads(file_of(name).read_text())
+        for cell, row in data["cells"].items():
+            if (
+                row.get("peak_bytes") is None
+                or {"predicted_bytes", "not_predicted"} & set(row)
+                or CONTESTANTS[cell] is None
+            ):
+                continue
+            if time.monotonic() > end:
+                left += 1
+                continue
+            row |= predicted(at[1], at[2], bool(at[3]), cell, row, data["kind"])
+            write_text(file_of(name), json.dumps(data, indent=1, allow_nan=False) + "\n")
+    return left
 
 
 def free_memory() -> None:
@@ -282,24 +347,121 @@ def free_memory() -> None:
         torch.accelerator.memory.empty_cache()
 
 
-# --- quality ---------------------------------------------------------------------------------------------------------
+# --- tests and quality: processes of their own, which say how far they are ----------------------------------------------
+
+_STOPPED = {"stopped": "the chunk's time was over"}
 
 
-def quality(suite: str, limit: float) -> dict[str, Any]:
-    """Go on with a suite until the limit; what its cells found is kept in the work folder."""
-    words = [sys.executable, str(common.ROOT / "benchmarks" / "quality.py"), suite, "-o", str(OUT)]
-    words += ["--work", str(common.ROOT / "quality_runs_gpu")]
-    if REHEARSAL:  # a cell there takes a minute; that the suite, its data and its grid are found is what is tried
+@contextmanager
+def _group(words: Sequence[str], **how: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process and all that it starts; they end with the block, so that none stays on the card."""
+    with subprocess.Popen(words, text=True, start_new_session=True, cwd=common.ROOT, **how) as child:
+        try:
+            yield child
+        finally:
+            for sign in (signal.SIGTERM, signal.SIGKILL):
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, sign)
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(5)
+
+
+def _lines(output: Any, end: float) -> Iterator[str]:
+    """Lines as they come, until there are no more.
+
+    Raises:
+        TimeoutError: the time is over.
+    """
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in output:
+            lines.put(line.rstrip("\n"))
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=max(0.05, end - time.monotonic()))
+        except queue.Empty:
+            raise TimeoutError from None
+        if line is None:
+            return
+        yield line
+
+
+def test_cells() -> list[str]:
+    """Functions of tests/gpu, and other files with tests that are marked; a rehearsal runs the former."""
+    folder = common.ROOT / "tests"
+    cells = []
+    for path in sorted((folder / "gpu").glob("test_*.py")):
+        name = path.relative_to(common.ROOT).as_posix()
+        cells += [f"{name}::{function}" for function in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)]
+    if not REHEARSAL:
+        others = (p for p in sorted(folder.glob("*/test_*.py")) if p.parent.name not in ("gpu", "benchmarks"))
+        cells += [p.relative_to(common.ROOT).as_posix() for p in others if "pytest.mark.gpu" in p.read_text()]
+    return cells
+
+
+def run_tests(cells: Sequence[str], end: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Cells of `test_cells` and how many tests of each passed, failed and were skipped, from one process."""
+    marked = "not gpu and not slow" if REHEARSAL else "gpu"
+    words = [sys.executable, "-m", "pytest", "-v", "-rf", "-p", "no:cacheprovider", "-m", marked, *cells]
+    rows = {cell: {"passed": 0, "failed": 0, "skipped": 0, "said": []} for cell in cells}
+    current, last = None, ""
+    with _group(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+        try:
+            for line in _lines(child.stdout, end):
+                last = line.strip() or last
+                if (at := re.match(r"(FAILED|ERROR) (\S+(?: \S+)*?) - (.*)", line)) is not None:
+                    if (cell := _cell_of(at[2], rows)) is not None:
+                        rows[cell]["said"].append(f"{at[2].rpartition('::')[2]}: {at[3]}"[:300])
+                elif (at := re.match(r"(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", line)) is not None:
+                    current = _cell_of(at[1], rows)
+                    if current is not None:
+                        rows[current][{"ERROR": "failed"}.get(at[2], at[2].lower())] += 1
+        except TimeoutError:
+            seen = list(rows)[: list(rows).index(current)] if current is not None else []
+            for cell in cells:
+                yield cell, rows[cell] if cell in seen else dict(_STOPPED)
+            return
+        code = child.wait()
+    for cell in cells:
+        yield cell, rows[cell] if code in (0, 1, 5) else {"failed": last[:300]}
+
+
+def _cell_of(test: str, cells: Mapping[str, Any]) -> str | None:
+    file, _, function = test.partition("::")
+    return next((cell for cell in (f"{file}::{function.partition('[')[0]}", file) if cell in cells), None)
+
+
+def run_suites(jobs: int, data: Path | None, names: Sequence[str], end: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Go on with suites, `jobs` of them at a time; what their cells found is kept in the work folder."""
+    words = [sys.executable, str(common.ROOT / "benchmarks" / "quality.py"), *names, "-o", str(OUT)]
+    words += ["--work", str(common.ROOT / "quality_runs_gpu"), "--jobs", str(jobs)]
+    words += [] if data is None else ["--data", str(data)]
+    if REHEARSAL:  # a cell there takes a minute; that the suites, their data and their grids are found is what is tried
         words.append("--list")
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"stopped": f"not finished in {limit:.0f} s; the next run goes on"}
-    if done.returncode:
-        return {
-            "failed": done.stderr.strip().splitlines()[-1][:300] if done.stderr.strip() else f"exit {done.returncode}"
-        }
-    return {"finished": True, "said": done.stdout.strip().splitlines()[-1]}
+    left = list(names)
+    with tempfile.TemporaryFile("w+") as said, _group(words, stdout=said, stderr=said) as child:
+        while left:
+            ended = child.poll()
+            for name in [n for n in left if (OUT / f"quality-{n}.json").is_file()]:
+                left.remove(name)
+                yield name, {"finished": True}
+            if ended is not None or time.monotonic() > end:
+                break
+            time.sleep(0.2)
+        said.seek(0)
+        lines = said.read().strip().splitlines() or [""]
+    for name in left:
+        listed = [line for line in lines if line.split()[:1] == [name]] if REHEARSAL else []
+        if ended is None:
+            yield name, dict(_STOPPED)
+        elif ended == 0 and listed:
+            yield name, {"listed": listed[0]}
+        else:  # to be tried again: its finished cells are kept
+            yield name, {"stopped": f"ended with {ended}: {lines[-1][:300]}"}
 
 
 # --- chunks ----------------------------------------------------------------------------------------------------------
@@ -310,11 +472,14 @@ class Chunk:
     """A part of the measurements with a JSON of its own.
 
     Attributes:
-        cells: makes their names. run: a cell's figures.
+        cells: makes their names.
+        run: a cell's figures; runs in a process that serves one chunk.
+        together: (cells, end) to figures as they come, of cells that one process of another kind runs; instead of `run`.
     """
 
     cells: Callable[[], list[str]]
-    run: Callable[[str], dict[str, Any]]
+    run: Callable[[str], dict[str, Any]] = lambda cell: {}
+    together: Callable[[list[str], float], Iterator[tuple[str, dict[str, Any]]]] | None = None
 
 
 def _contestants(model: str, base: str) -> list[str]:
@@ -323,24 +488,32 @@ def _contestants(model: str, base: str) -> list[str]:
     return [name for name in tried if base == "bf16" or name != "full"]
 
 
-def _chunks() -> dict[str, Chunk]:
+def _chunks(jobs: int = 1, data: Path | None = None) -> dict[str, Chunk]:
+    """All of them, what is worth most first.
+
+    Args:
+        jobs: suites side by side. data: folder of their datasets; None for that of benchmarks/quality.py.
+    """
     from quality import SUITES
 
-    found: dict[str, Chunk] = {}
+    found: dict[str, Chunk] = {"tests": Chunk(test_cells, together=run_tests)}
+
+    def steps(checkpointing: bool) -> None:
+        for base in ("bf16", "nf4"):
+            for model in MODELS:
+                found[f"steps-{model}-{base}{'-checkpointing' if checkpointing else ''}"] = Chunk(
+                    lambda model=model, base=base: _contestants(model, base),
+                    lambda cell, at=(model, base, checkpointing): step_cell(*at, cell),
+                )
+
+    steps(True)
     for model in MODELS:
         found[f"scan-{model}"] = Chunk(
             lambda model=model: scan_cells(model),
             lambda cell, model=model: whole_scan() if cell == "whole" else scan_cell(model, cell),
         )
-    for model in MODELS:
-        for base in ("bf16", "nf4"):
-            for checkpointing in (True, False):
-                found[f"steps-{model}-{base}{'-checkpointing' if checkpointing else ''}"] = Chunk(
-                    lambda model=model, base=base: _contestants(model, base),
-                    lambda cell, at=(model, base, checkpointing): step_cell(*at, cell),
-                )
-    for suite in SUITES:
-        found[f"suite-{suite}"] = Chunk(lambda: ["suite"], lambda cell, suite=suite: quality(suite, LIMIT - 20))
+    steps(False)
+    found["suites"] = Chunk(lambda: list(SUITES), together=partial(run_suites, jobs, data))
     return found
 
 
@@ -360,11 +533,13 @@ def run_chunk(name: str, chunk: Chunk, limit: float) -> bool:
     end, done = time.monotonic() + limit, kept(name)
     todo = [cell for cell in chunk.cells() if cell not in done]
     while todo and time.monotonic() < end:
-        for cell, row in _served(name, list(todo), end):
+        for cell, row in (chunk.together or partial(_served, name))(list(todo), end):
             todo.remove(cell)
             done[cell] = row
             _write(name, done)
             print(f"{name} {cell}: {_brief(row)}", flush=True)
+        if chunk.together is not None:  # which has said something of each
+            break
     return not todo and all("stopped" not in row for row in done.values())
 
 
@@ -372,37 +547,21 @@ def _served(name: str, cells: Sequence[str], end: float) -> Iterator[tuple[str, 
     """Cells and their figures from one process, until all are done, the process dies (which is the cell's figure) or the time
     is over. Starting a process and a GPU's context takes as long as many a cell."""
     words = [sys.executable, str(Path(__file__).resolve()), "--serve", name, *cells]
-    lines: queue.Queue[str | None] = queue.Queue()
-    with (
-        tempfile.TemporaryFile("w+") as said,
-        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=said, text=True) as child,
-    ):
-        assert child.stdout is not None
-        output = child.stdout
-
-        def read() -> None:
-            for line in output:
-                lines.put(line)
-            lines.put(None)
-
-        threading.Thread(target=read, daemon=True).start()
+    with tempfile.TemporaryFile("w+") as said, _group(words, stdout=subprocess.PIPE, stderr=said) as child:
+        figures = (line.removeprefix(_MARK) for line in _lines(child.stdout, end) if line.startswith(_MARK))
         for cell in cells:
-            row = None
-            while row is None:
-                try:
-                    line = lines.get(timeout=max(0.1, end - time.monotonic()))
-                except queue.Empty:
-                    child.kill()
-                    yield cell, {"stopped": "the chunk's time was over"}
-                    return
-                if line is None:
-                    child.wait()
-                    said.seek(0)
-                    text = said.read().strip().splitlines()
-                    yield cell, {"failed": text[-1][:300] if text else f"exit {child.returncode}"}
-                    return
-                row = json.loads(line.removeprefix(_MARK)) if line.startswith(_MARK) else None
-            yield cell, row
+            try:
+                line = next(figures, None)
+            except TimeoutError:
+                yield cell, dict(_STOPPED)
+                return
+            if line is None:
+                child.wait()
+                said.seek(0)
+                text = said.read().strip().splitlines()
+                yield cell, {"failed": text[-1][:300] if text else f"exit {child.returncode}"}
+                return
+            yield cell, json.loads(line)
 
 
 def _serve(chunk: Chunk, cells: Sequence[str]) -> None:
@@ -449,9 +608,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("chunks", nargs="*", metavar="CHUNK", help="default: all")
     parser.add_argument("--list", action="store_true", help="say what there is and what is done; run nothing")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that a chunk may take")
+    parser.add_argument(
+        "--minutes", type=float, help="that all chunks together may take; what is not done by then is left"
+    )
+    parser.add_argument("--jobs", type=int, default=8, help="suites of benchmarks/quality.py side by side")
+    parser.add_argument("--data", type=Path, help="folder of their datasets; default: that of benchmarks/quality.py")
+    parser.add_argument(
+        "--predict", action="store_true", help="add the dry run's memory to what was measured; nothing else"
+    )
     parser.add_argument("--serve", nargs="+", metavar="CELL", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    chunks = _chunks()
+    end = time.monotonic() + (float("inf") if options.minutes is None else 60 * options.minutes)
+    chunks = _chunks(options.jobs, options.data)
     if options.serve:
         _serve(chunks[options.serve[0]], options.serve[1:])
         return 0
@@ -464,14 +632,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             cells = chunks[name].cells()
             print(f"{name:<36} {sum(c in kept(name) for c in cells):3d} of {len(cells)} cells")
         return 0
+    if options.predict:
+        print(f"{predict(names, end)} figures are left without the dry run's")
+        return 0
     from spectrum_peft.devices import default_device
 
     if default_device().type == "cpu" and not REHEARSAL:
         parser.error("no accelerator here; SPECTRUM_GPU_REHEARSAL=1 tries all of it on the CPU with very small models")
-    left = [name for name in names if not run_chunk(name, chunks[name], options.limit)]
+    left = []
+    for name in names:
+        limit = min(options.limit, end - time.monotonic() - ENDING)
+        if limit < SHORTEST or not run_chunk(name, chunks[name], limit):
+            left.append(name)
+    unforeseen = predict(names, end)
     print(
         f"{len(names) - len(left)} of {len(names)} chunks are done"
         + (f"; to go on with: {', '.join(left)}" if left else "")
+        + (f"; {unforeseen} figures want gpu.py --predict, on any machine" if unforeseen else "")
     )
     return 0
 

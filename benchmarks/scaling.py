@@ -25,8 +25,10 @@ LONG = 32768
 # {shown: (mode, options, quantization)}
 WAYS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "full": ("full", {}, None), "spectrum 0.25": ("spectrum", {"spectrum_ratio": 0.25}, None), "lora": ("lora", {}, None),
-    "columns": ("columns", {}, None), "lora nf4": ("lora", {}, "nf4"),
-    "spectra_qlora 0.5 nf4": ("spectra_qlora", {"spectrum_ratio": 0.5}, "nf4"),
+    "spectra_qlora 0.5": ("spectra_qlora", {"spectrum_ratio": 0.5}, None),
+    "alors 0.5": ("alors", {"spectrum_ratio": 0.5}, None), "sgm": ("sgm", {"spectrum_ratio": 1.0}, None),
+    "lorsa": ("lorsa", {"n_components": 64, "svd_rank": 128}, None), "columns": ("columns", {}, None),
+    "lora nf4": ("lora", {}, "nf4"), "spectra_qlora 0.5 nf4": ("spectra_qlora", {"spectrum_ratio": 0.5}, "nf4"),
 }  # fmt: skip
 CARDS = (1, 2, 8, 64)
 SHARDINGS = ("data_parallel", "zero2", "zero3", "fsdp2")
@@ -38,12 +40,15 @@ def dry_run(model: str, way: str, **changes: Any) -> dict[str, Any]:
     import transformers
 
     from spectrum_peft import estimate_memory, make_plan
-    from spectrum_peft.memory import report_of_config, shard
+    from spectrum_peft.memory import gradients_of_report, report_of_config, shard
+    from spectrum_peft.plan import MODES as TABLE
 
     kind, fields = CONFIGS[MODELS[model]]
     config = getattr(transformers, kind)(**fields, dtype=torch.bfloat16)
     mode, options, quantization = WAYS[way]
-    plan = make_plan(report_of_config(config, "random"), mode=mode, **options)
+    scores = report_of_config(config, "random")
+    gradients = gradients_of_report(scores) if TABLE[mode].needs_data else None  # with which `sgm` shares nothing
+    plan = make_plan(scores, gradients=gradients, mode=mode, **options)
     report = estimate_memory(config, plan, quantization=quantization, **{**STEP, **changes})
     spread = {
         sharding: {str(n): shard(report, sharding, n).peak_bytes for n in CARDS if n > 1} for sharding in SHARDINGS
@@ -67,6 +72,7 @@ def main() -> None:
         if name not in cells:
             cells[name] = dry_run(model, way, **changes)
             print(f"{name}: {cells[name]['peak_bytes'] / 2**30:.1f} GiB", flush=True)
+            cells = {known: cells[known] for known in wanted if known in cells}
             common.save(options.output, "scaling", {**common.commit(), "step": STEP, "long": LONG, "cells": cells})
 
 

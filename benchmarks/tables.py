@@ -818,6 +818,7 @@ def _reason(text: str) -> str:
 GPU = RESULTS / "gpu"
 NOT_MEASURED = "not measured"
 _GPU_MODELS = ("smollm2", "1b", "3b", "8b")
+_REAL = "smollm2"  # which has files; of the others only the shapes are real
 
 
 def gpu_chunk(name: str, folder: Path | None = None) -> dict[str, Any] | None:
@@ -839,21 +840,53 @@ def gpu_scan() -> str:
     for model in _GPU_MODELS:
         cells = gpu_cells(f"scan-{model}")
         shapes = {name: row for name, row in cells.items() if name != "whole" and "matrices" in row}
+        whole = cells.get("whole", {}).get("scan_seconds")
+        shown = f"{whole:.3g} s" if whole is not None else NOT_MEASURED if model == _REAL else ""
         if not shapes:
-            rows.append([model, *[NOT_MEASURED] * 4])
+            rows.append([model, *[NOT_MEASURED] * 4, shown])
             continue
         sums = {
             key: sum(row["matrices"] * row[f"{key}_seconds"] for row in shapes.values())
             for key in ("scan", "svdvals", "eigenvalues_on_the_device", "eigenvalues_on_the_cpu")
         }
-        rows.append([model, *(f"{seconds:.3g} s" for seconds in sums.values())])
+        rows.append([model, *(f"{seconds:.3g} s" for seconds in sums.values()), shown])
     heads = ["model", "scan", "`torch.linalg.svdvals`", "of it eigenvalues on the device", "eigenvalues on the CPU"]
+    heads.append("its files, by `scan_weights`")
     return table(heads, rows) + _on_gpu([f"scan-{model}" for model in _GPU_MODELS])
 
 
-def gpu_steps(base: str) -> str:
-    """Step time and peak memory of every mode, with checkpointing, beside what the dry run says."""
-    names = [f"steps-{model}-{base}-checkpointing" for model in _GPU_MODELS]
+def gpu_tests() -> str:
+    """How the marked tests ended, file by file; what failed, by name."""
+    files: dict[str, list[dict[str, Any]]] = {}
+    for cell, row in gpu_cells("tests").items():
+        files.setdefault(cell.partition("::")[0], []).append(row)
+    rows = []
+    for file, found in files.items():
+        counts = [
+            str(sum(int(row.get(key) or 0) for row in found if "said" in row))
+            for key in ("passed", "failed", "skipped")
+        ]
+        stopped = sum("said" not in row for row in found)
+        said = [line for row in found for line in row.get("said", ())]
+        rows.append([f"`{file}`", *counts, str(stopped), "; ".join(said)])
+    rows = rows or [["`tests/gpu`", *[NOT_MEASURED] * 4, ""]]
+    return table(["marked tests", "passed", "failed", "skipped", "functions not run", "what failed"], rows) + _on_gpu(
+        ["tests"]
+    )
+
+
+def gpu_suites() -> str:
+    """Which suites of quality were finished on the card; their figures are in the tables of quality."""
+    rows = []
+    for name, row in gpu_cells("suites").items():
+        done = "finished" if "finished" in row else row.get("stopped", row.get("failed", row.get("listed", "")))
+        rows.append([f"`{name}`", done])
+    return table(["suite", ""], rows or [["every suite", NOT_MEASURED]]) + _on_gpu(["suites"])
+
+
+def gpu_steps(base: str, checkpointing: bool = True) -> str:
+    """Step time and peak memory of every mode, beside what the dry run says."""
+    names = [f"steps-{model}-{base}{'-checkpointing' if checkpointing else ''}" for model in _GPU_MODELS]
     found = {model: gpu_cells(name) for model, name in zip(_GPU_MODELS, names, strict=True)}
     contestants = list(dict.fromkeys(name for cells in found.values() for name in cells)) or ["every mode"]
     rows = []
@@ -863,10 +896,10 @@ def gpu_steps(base: str) -> str:
             cell = found[model].get(name, {})
             if "seconds_per_step" in cell:
                 text = f"{cell['seconds_per_step']:.3g} s, {cell['tokens_per_second']:,.0f} tokens/s"
-                text += f", {cell['peak_bytes'] / 2**30:.1f} GiB"
+                text += f", {cell['peak_bytes'] / 2**30:.1f} GiB" if cell["peak_bytes"] is not None else ""
                 row.append(text + (f" ({cell['error']:+.1%})" if "error" in cell else ""))
             else:
-                row.append(cell.get("failed", NOT_MEASURED))
+                row.append(cell.get("failed", cell.get("stopped", NOT_MEASURED)))
         rows.append(row)
     return table(["", *_GPU_MODELS], rows) + _on_gpu(names)
 
@@ -934,6 +967,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "hub": hub,
     "gpu_scan": gpu_scan, "ranks": ranks, "scaling": scaling, "scaling_long": scaling_long,
     **{f"gpu_steps_{base}": partial(gpu_steps, base) for base in ("bf16", "nf4")},
+    **{f"gpu_steps_{base}_plain": partial(gpu_steps, base, False) for base in ("bf16", "nf4")},
+    "gpu_tests": gpu_tests, "gpu_suites": gpu_suites,
     "families": families,
     "families_missing": families_missing,
     "modes": modes, "claims": claims, "demo": demo, "scan": scan, "rates": rates,

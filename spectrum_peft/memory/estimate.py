@@ -294,7 +294,8 @@ def shard(report: MemoryReport, sharding: str, devices: int) -> MemoryReport:
     - `fsdp2`: as `zero3` without those copies (`fully_shard` trains the sharded parameters themselves).
 
     `zero3` and `fsdp2` gather one block while the next is fetched, and hold one block's whole gradient before it is
-    scattered: twice `largest_block_bytes` and once `largest_block_gradients` are added.
+    scattered: twice `largest_block_bytes` and once `largest_block_gradients` are added. They gather in the dtype that they
+    compute in, so that autocast has nothing to cast: `cast_bytes` are taken off where its copies live.
 
     Raises:
         OptionError: an unknown sharding, or fewer than one device.
@@ -325,6 +326,8 @@ def shard(report: MemoryReport, sharding: str, devices: int) -> MemoryReport:
             share["optimizer"] = share.get("optimizer", 0) + -(-master // devices)
         if "weights" in split and phase in ("forward", "backward"):
             share["weights"] = share.get("weights", 0) + 2 * report.largest_block_bytes
+            if phase == "forward" or not report.settings.get("gradient_checkpointing"):
+                share["activations"] = max(0, share.get("activations", 0) - report.cast_bytes)
             if phase == "backward":
                 share["gradients"] = share.get("gradients", 0) + report.largest_block_gradients
         phases[phase] = by_category(share)

@@ -380,6 +380,20 @@ def _largest_block(model: nn.Module, tracker: StorageTracker) -> tuple[int, int]
     return max(sizes, default=(0, 0))
 
 
+def _cast_bytes(model: nn.Module) -> int:
+    """Bytes of the 16-bit copies that autocast makes of matrices: of float32 leaves that want a gradient it keeps them.
+
+    Source: pytorch 2.13, aten/src/ATen/autocast_mode.cpp, `cached_cast`.
+    """
+    cast = {
+        id(p): 2 * p.numel()
+        for module in model.modules() if not isinstance(module, nn.Embedding)
+        for p in module._parameters.values()
+        if p is not None and p.requires_grad and p.dtype == torch.float32 and p.dim() > 1
+    }  # fmt: skip
+    return sum(cast.values())
+
+
 def step_report(
     model: Any, plan: Plan, step: Step, *, fake: bool, optimizer: str | OptimizerFactory | None = None
 ) -> MemoryReport:
@@ -436,6 +450,7 @@ def step_report(
         total_parameters=plan.total_parameters,
         largest_block_bytes=block,
         largest_block_gradients=block_gradients,
+        cast_bytes=_cast_bytes(model) if step.mixed_precision != "no" else 0,
         settings=dataclasses.asdict(step),
         complete=complete,
         notes=tuple(notes),

@@ -27,6 +27,7 @@ class MemoryReport(Record):
         total_parameters: elements of the base model, tied tensors once.
         largest_block_bytes: weights of the largest repeated block, and `largest_block_gradients` of its trainable ones:
             what has to be whole at once where the rest is sharded.
+        cast_bytes: 16-bit copies of float32 weights that train, which autocast keeps until the forward pass has ended.
         settings: what the step was run with.
         devices: over how many devices the numbers are spread; they are those of one device.
         complete: False where activations could not be counted.
@@ -46,6 +47,7 @@ class MemoryReport(Record):
     largest_block_bytes: Count
     largest_block_gradients: Count
     settings: Mapping[str, Any]
+    cast_bytes: Count = 0
     devices: Count = 1
     complete: bool = True
     notes: tuple[Text, ...] = ()

@@ -87,6 +87,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         self.saw_init_end = False
         self.history: list[dict[str, Any]] = []
         self.budget: int | None = None
+        self.rows_per_step: int | None = None
         self.sums_up = True  # a last line about time and memory; False where somebody else writes it
         self._ratios: StepRatios | None = None
         self._silenced: list[Any] = []
@@ -194,7 +195,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
             )
         self._check_optimizer(args, model, optimizer)
         _refuse_lost_moments(state, optimizer)
-        self._resume(state, tuner)
+        self._resume(args, state, tuner)
         plan = self.plan
         check_plans_agree(plan)
         check_rows_agree(getattr(train_dataloader, "dataset", None))
@@ -233,20 +234,28 @@ class SpectrumCallback(TrainerCallback, ExportableState):
                 + ". It was built before the model was frozen; build the trainer with callbacks=[SpectrumCallback(...)]."
             )
 
-    def _resume(self, state: TrainerState, tuner: SpectrumModel | None) -> None:
-        """Compare the plan that the checkpoint began with, and go on with the one it had come to."""
+    def _resume(self, args: TrainingArguments, state: TrainerState, tuner: SpectrumModel | None) -> None:
+        """Compare the plan that the checkpoint began with, and the rows of its steps; go on with the plan it had come to."""
         stored = state.stateful_callbacks.get("SpectrumCallback")
         stored = stored[-1] if isinstance(stored, list) and stored else stored
         kept = (stored or {}).get("attributes", {})
         assert self.plan is not None
         mine = self.plan.digest if tuner is None else tuner.plan_digests[tuner.active_adapters[0]]
         self.initial_digest, self.history, self.budget = mine, [], self.plan.trainable_parameters
+        self.rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if not state.global_step or not kept.get("initial_digest"):
             return
         if mine not in (kept["initial_digest"], kept["current_digest"]):
             raise MismatchError(
                 f"resume: the checkpoint was trained under plan {kept['initial_digest'][:12]}, this run's plan is "
                 f"{mine[:12]}. Use the same options, or the spectrum_plan.yaml in the checkpoint as plan=."
+            )
+        before = kept.get("rows_per_step")
+        if before not in (None, self.rows_per_step) and not (args.ignore_data_skip or args.auto_find_batch_size):
+            raise MismatchError(
+                f"resume: a step of the checkpoint took {before} rows and one of this run takes {self.rows_per_step} "
+                f"({args.train_batch_size} on each of {args.world_size} processes, {args.gradient_accumulation_steps} times), so "
+                "that rows would be left out or seen twice. Change per_device_train_batch_size or gradient_accumulation_steps."
             )
         self.initial_digest, self.history, self.budget = kept["initial_digest"], list(kept["history"]), kept["budget"]
         if tuner is not None and kept["places"]:
@@ -442,6 +451,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
                 "places": _places(self.plan) if self.plan is not None and moves else [],
                 "history": self.history,
                 "budget": self.budget,
+                "rows_per_step": self.rows_per_step,
             },
         }
 

@@ -119,6 +119,30 @@ def problem_of(folder: Path) -> str | None:
     return None
 
 
+def refuse_other_sharing(folder: str | None, asked: str | None) -> None:
+    """A checkpoint's optimizer is read by what wrote it alone; on how many processes is of no consequence.
+
+    Args:
+        folder: to resume from, or None.
+        asked: what shares the model out in this run, `FSDP`, `DeepSpeed` or None (one process, or DDP).
+    Raises:
+        CheckpointError: it was another that saved it.
+    """
+    if folder is None:
+        return
+    saved = next((name for name, patterns in _OF.items() for p in patterns if any(Path(folder).glob(p))), None)
+    if saved != asked:
+        shown = {None: "without sharing the model out", "FSDP": "under FSDP2", "DeepSpeed": "under DeepSpeed"}
+        raise CheckpointError(
+            f"{folder}: was saved {shown[saved]} and this run is {shown[asked]}, which cannot read its optimizer's state. "
+            f"Resume it {shown[saved]}, on any number of processes; or train on from its weights as a new run."
+        )
+
+
+# What lies in the checkpoints of those who share a model out, and in no other.
+_OF = {"FSDP": ("pytorch_model_fsdp*", "optimizer.bin", "optimizer_[0-9]*"), "DeepSpeed": ("global_step*",)}
+
+
 @contextmanager
 def saving(output: str) -> Iterator[None]:
     """Around what trains and saves: a disk that is full is no fault of ours.

@@ -65,14 +65,19 @@ def sharing_of(args: Any) -> Sharing:
         gathers = plugin.deepspeed_config.get("zero_optimization", {}).get("stage3_gather_16bit_weights_on_model_save")
         kind = f"zero{stage}" if stage else "copies"
         return Sharing(kind, runs=runs, saves_shards=stage == 3 and gathers is not True)
+    return Sharing(asked=asked_for(args), runs=runs)
+
+
+def asked_for(args: Any, environment: Mapping[str, str] = os.environ) -> str | None:
+    """`FSDP` or `DeepSpeed` where the arguments or the launcher ask for that; it may be something else that runs."""
     asked = None
     for name, given, variable in (
         ("FSDP", args.fsdp, "ACCELERATE_USE_FSDP"),
         ("DeepSpeed", args.deepspeed, "ACCELERATE_USE_DEEPSPEED"),
     ):
-        if given or os.environ.get(variable, "").lower() in ("1", "true"):
+        if given or environment.get(variable, "").lower() in ("1", "true"):
             asked = name
-    return Sharing(asked=asked, runs=runs)
+    return asked
 
 
 def problem_of(sharing: Sharing, plan: Plan, model: nn.Module) -> str | None:
@@ -219,8 +224,15 @@ def from_first_process(value: Any) -> Any:
 
 
 def _on_all(value: Any) -> list[Any]:
+    """
+    Raises:
+        TrainingSetupError: another process has ended and cannot say its own.
+    """
     found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
+    try:
+        torch.distributed.all_gather_object(found, value)
+    except RuntimeError as error:
+        raise TrainingSetupError("another of the processes has ended; its own last line says why.") from error
     return found
 
 

@@ -31,11 +31,11 @@ from .arguments import (
     trainer_arguments,
 )
 from .callback import slower_by
-from .checkpoints import checkpoint_to_resume
+from .checkpoints import checkpoint_to_resume, refuse_other_sharing
 from .encoding import DataChoices
 from .heads import check_labels, has_head, head_of
 from .needs import check_needs
-from .processes import check_fsdp_version, check_launch
+from .processes import asked_for, check_fsdp_version, check_launch
 from .rate_race import check_can_race
 from .rewards import FLAG, reward_functions
 from .tasks import Task, task_named, task_of
@@ -119,6 +119,7 @@ def settle(
     if plan is not None:
         _refuse_other_options(plan, plan_options, options.plan)
     resume = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    refuse_other_sharing(resume, asked_for(args))
     eval_source = options.eval_dataset or (options.dataset if options.eval_split else None)
     if args.eval_strategy != "no" and eval_source is None:
         raise OptionError(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -434,12 +435,25 @@ def test_sharding_moves_what_it_says_and_nothing_else(tiny_llama_folder: Path, r
     gathered = four["fsdp2"].phases["backward"]
     assert gathered["weights"] == -(-one.phases["backward"]["weights"] // 4) + 2 * one.largest_block_bytes
     activations = {found.phases["forward"]["activations"] for found in (one, *four.values())}
-    assert len(activations) == 1
+    assert len(activations) == 1  # no autocast in float32
     block = sum(4 * s.numel for s in report.stats if ".layers.1." in s.name)
     assert (one.largest_block_bytes, one.largest_block_gradients) == (block, block)
     again = predicted(tiny_llama_folder, make_plan(report, mode="full"), sharding="fsdp2", devices=4)
     assert again == four["fsdp2"]
     assert "on each of 4 devices" in describe_memory(again)
+
+
+def test_what_is_gathered_in_16_bits_is_not_cast(tiny_llama_folder: Path, report: SnrReport) -> None:
+    how = {**ON_CPU, "dtype": "float32", "mixed_precision": "bf16", "gradient_checkpointing": True}
+    plan = make_plan(report, mode="full")
+    one = estimate_memory(tiny_llama_folder, plan, **how)
+    shared = shard(one, "fsdp2", 4).phases["forward"]["activations"]
+    with pytest.MonkeyPatch.context() as patch:  # autocast that keeps no copies: each lives while it is multiplied with
+        patch.setattr(torch, "autocast", partial(torch.autocast, cache_enabled=False))
+        without = estimate_memory(tiny_llama_folder, plan, **how).phases["forward"]["activations"]
+    largest = max(2 * s.numel for s in report.stats)
+    assert one.cast_bytes > 2 * largest
+    assert abs(shared - without) <= largest
 
 
 @pytest.mark.parametrize(("sharding", "devices", "text"), [

@@ -334,6 +334,30 @@ def test_resume_is_exact_and_refuses_another_plan(folder: Path, tmp_path: Path, 
         run("c", "a/checkpoint-2", **other)
 
 
+def test_steps_of_other_rows_are_refused_on_resume(folder: Path, tmp_path: Path) -> None:
+    """With another number of rows a step, the trainer skips as many steps of its own: other rows than were seen."""
+
+    def run(out: str, **how: Any) -> Any:
+        steps = {
+            "max_steps": 3,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "logging_strategy": "steps",
+            "logging_steps": 1,
+        }
+        return trainer(load(folder), tmp_path / out, [SpectrumCallback(config_of("spectrum"))], **{**steps, **how})
+
+    run("a").train()
+    before = str(tmp_path / "a" / "checkpoint-2")
+    with pytest.raises(
+        MismatchError, match=r"took 4 rows and one of this run takes 2 \(2 on each of 1 processes, 1 times\)"
+    ):
+        run("b", per_device_train_batch_size=2).train(resume_from_checkpoint=before)
+    half = run("c", per_device_train_batch_size=2, gradient_accumulation_steps=2)  # as many, in two parts
+    half.train(resume_from_checkpoint=before)
+    assert half.state.global_step == 3
+
+
 def test_a_plan_of_other_size_is_refused_on_resume(folder: Path, tmp_path: Path) -> None:
     # An adapter's file is compared with the plan by us. A plain model's checkpoint holds every weight, and Trainer
     # loads the optimizer's state before any callback is asked: there the message is torch's.

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from spectrum_peft.errors import CheckpointError, OptionError
 from spectrum_peft.records.whole import _node
-from spectrum_peft.train.checkpoints import checkpoint_to_resume, problem_of, saving
+from spectrum_peft.train.checkpoints import checkpoint_to_resume, problem_of, refuse_other_sharing, saving
 from spectrum_peft.train.output import clear_killed
 
 
@@ -35,6 +35,30 @@ def test_the_newest_by_number_is_taken(run_folder: Path) -> None:
     assert checkpoint_to_resume("true", str(run_folder)) == str(run_folder / "checkpoint-10")
     assert checkpoint_to_resume(None, str(run_folder)) is None
     assert checkpoint_to_resume("false", str(run_folder)) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "saved", "shown"),
+    [
+        ("optimizer.bin", "FSDP", "under FSDP2"),
+        ("optimizer_0", "FSDP", "under FSDP2"),
+        ("global_step4", "DeepSpeed", "under DeepSpeed"),
+    ],
+)
+def test_what_another_way_of_sharing_saved_is_no_checkpoint(
+    run_folder: Path, file: str, saved: str, shown: str
+) -> None:
+    plain, shared = run_folder / "checkpoint-2", run_folder / "checkpoint-4"
+    (shared / file).write_bytes(b"")
+    refuse_other_sharing(None, saved)
+    refuse_other_sharing(str(plain), None)
+    refuse_other_sharing(str(shared), saved)
+    with pytest.raises(
+        CheckpointError, match=f"checkpoint-4: was saved {shown} and this run is without .*Resume it {shown}"
+    ):
+        refuse_other_sharing(str(shared), None)
+    with pytest.raises(CheckpointError, match=f"checkpoint-2: was saved without sharing .* and this run is {shown}"):
+        refuse_other_sharing(str(plain), saved)
 
 
 # In the order that the trainer writes them: a kill may come after each, and in the middle of each.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +17,10 @@ from peft import get_peft_model
 from running import options_of
 from torch import nn
 
-from spectrum_peft import SpectrumConfig
+from spectrum_peft import SpectrumConfig, make_plan
 from spectrum_peft.cli.main import main
 from spectrum_peft.errors import CheckpointError, OptionError, TrainingSetupError
+from spectrum_peft.memory import report_of_config
 from spectrum_peft.train import processes
 from spectrum_peft.train.arguments import config_of
 from spectrum_peft.train.processes import (
@@ -211,3 +214,74 @@ def test_the_first_process_speaks_for_all(tmp_path: Path) -> None:
     said = [line for line in done.stderr.splitlines() if line.startswith("spectrum-peft: error")]
     assert len(said) == 1, done.stderr
     assert "sharded checkpoint (pytorch_model_fsdp_0)" in said[0]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("rows", "the processes have different training data"),
+        ("plan", "the processes have 2 different plans"),
+        ("missing", "another of the processes has ended"),
+        ("fsdp1", "wanted fsdp_version: 2"),
+    ],
+)
+def test_processes_that_mean_different_runs_all_end(
+    tiny_llama_folder: Path, tmp_path: Path, what: str, words: str
+) -> None:
+    """Two processes that nobody ends: each by itself, with one line, and the first says what is wrong."""
+    for i in range(2):
+        rows = [{"text": f"{n + (i if what == 'rows' else 0)} squared"} for n in range(8)]
+        (tmp_path / f"rows{i}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        plan = make_plan(report_of_config(tiny_llama_folder, ("first", "last")[i]), mode="spectrum", spectrum_ratio=0.5)
+        plan.save(tmp_path / f"plan{i if what == 'plan' else 0}.yaml")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"} if what == "fsdp1" else {}
+    # A later process waits for the first to speak; here there is no launcher that would end it.
+    script = "import sys; from spectrum_peft.cli import main; main._PATIENCE = 1.0; sys.exit(main.main(sys.argv[1:]))"
+    running = []
+    for rank in ("0", "1"):
+        rows_file = "none.jsonl" if what == "missing" and rank == "1" else f"rows{rank}.jsonl"
+        flags = [
+            "--model",
+            str(tiny_llama_folder),
+            "--dataset",
+            str(tmp_path / rows_file),
+            "--use-cpu",
+            "--max-steps",
+            "1",
+        ]
+        flags += [
+            "--plan",
+            str(tmp_path / f"plan{rank if what == 'plan' else 0}.yaml"),
+            "--output-dir",
+            str(tmp_path / "out"),
+        ]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            script,
+            "train",
+            *flags,
+            "--dtype",
+            "float32",
+            "--ddp-backend",
+            "gloo",
+        ]
+        own = {**env, "RANK": rank, "LOCAL_RANK": rank}
+        running.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    try:
+        said = [process.communicate(timeout=240)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [2, 2], said
+    lines = [line for line in said[0].splitlines() if line.startswith("spectrum-peft: error")]
+    assert len(lines) == 1 and words in lines[0], said[0]
+    assert "Traceback" not in said[0] + said[1]

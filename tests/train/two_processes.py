@@ -76,8 +76,9 @@ def begin() -> None:
         os.environ.pop(name, None)
 
 
-def trained(folder: Path, case: str, out: Path, resume: Path | None = None) -> Any:
-    sharded = case.startswith("fsdp2:") and WORLD > 1
+def trained(folder: Path, case: str, out: Path, resume: Path | None = None, saves: bool = False) -> Any:
+    """Trainer and callback of a case that has run; `saves`: with a checkpoint at step 2 without FSDP2, too."""
+    sharded = case.startswith("fsdp2:") and dist.is_initialized()
     mode, _, kind = case.removeprefix("fsdp2:").partition(":")
     begin()
     callback = SpectrumCallback(config_of(mode)) if kind == "plain" else SpectrumCallback()
@@ -98,13 +99,17 @@ def trained(folder: Path, case: str, out: Path, resume: Path | None = None) -> A
         options = {"rescore_every": 1, "scope": "global", "criterion": "mp"} if kind == "moving" else {}
         if kind == "coupled":
             options = {"coupled": True}
-        if case == "fsdp2:alors":  # of several rates
-            options = {"scope": "global", "criterion": "mp"}
+        if mode == "alors" and not kind:  # of several rates
+            options = {"scope": "global"}
         if kind not in {"nf4", "plain"}:
             model = get_peft_model(model, config_of(mode, **options))
         if kind == "moving":
             plant(model)
-        saved = {"save_strategy": "steps", "save_steps": 2} if case.startswith("fsdp2:") and resume is None else {}
+        saved = (
+            {"save_strategy": "steps", "save_steps": 2}
+            if (saves or case.startswith("fsdp2:")) and resume is None
+            else {}
+        )
         run = trainer(model, out, [callback], token_rows(), **HOW, **saved, sharded=sharded)
     assert run.args.world_size == WORLD
     run.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -112,9 +117,11 @@ def trained(folder: Path, case: str, out: Path, resume: Path | None = None) -> A
         held = [p for p in run.model.parameters() if type(p).__name__ != "Params4bit"]
         assert run.accelerator.distributed_type == DistributedType.FSDP
         assert all(isinstance(p, DTensor) and p.device_mesh.size() == WORLD for p in held)
-        assert sum(p.to_local().numel() for p in held) < 0.6 * sum(p.numel() for p in held)
+        assert WORLD == 1 or sum(p.to_local().numel() for p in held) < 0.6 * sum(p.numel() for p in held)
     elif WORLD > 1:
         assert type(run.model_wrapped).__name__ == "DistributedDataParallel"
+    if mode == "alors" and not kind:
+        assert len({e.lr_ratio for e in callback.plan.entries if e.trains}) > 2
     if kind == "moving":
         assert sum(bool(step["ranks"] or step["activated"]) for step in callback.history) > 0
     return run, callback
