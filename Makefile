@@ -130,8 +130,9 @@ wheels:
 wheels-list:
 	test -x $(VENV)-wheels/bin/python || $(PYTHON) -m venv $(VENV)-wheels
 	$(VENV)-wheels/bin/python -m pip install --quiet uv
-	@{ echo "$(TORCH_GPU)"; printf '%s\n' setuptools wheel pip $(MODELS); } | $(VENV)-wheels/bin/uv pip compile --quiet --no-header --no-annotate \
-		$(if $(filter --pre,$(PIP)),--prerelease allow) --extra plot --extra eval --extra dev pyproject.toml setup.cfg -
+	@printf '%s\n' "$(TORCH_GPU)" setuptools wheel pip | $(VENV)-wheels/bin/uv pip compile --quiet --no-header --no-annotate \
+		$(if $(filter --pre,$(PIP)),--prerelease allow) --extra plot --extra eval --extra dev setup.cfg -
+	@echo "# without what they need:"; printf '%s\n' $(MODELS)
 
 # Without wheels/ the environment that is there is used: GPU_PYTHON=/path/to/python. Rehearsal on a CPU: SPECTRUM_GPU_REHEARSAL=1
 # What is done in 12 minutes: make gpu GPU_MINUTES=12. Some of it: make gpu CHUNKS="tests scan-1b"
