@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import random
 import sys
@@ -231,8 +232,8 @@ def run(task: Task, config: Any, rate: float, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def held_out_figures(model: Any, task: Task) -> dict[str, float]:
-    """Loss by tokens, or by rows of a classifier, and then the share of rows that it gets right, too."""
+def held_out_figures(model: Any, task: Task) -> dict[str, float | None]:
+    """Loss by tokens, or by rows of a classifier, and then the share of rows that it gets right, too; None: not finite."""
     import torch
 
     model.eval()
@@ -246,7 +247,8 @@ def held_out_figures(model: Any, task: Task) -> dict[str, float]:
             count += counted
             if classifies:
                 right += int((found.logits.argmax(-1) == labels).sum())
-    return {"loss": total / count, **({"accuracy": right / count} if classifies else {})}
+    loss = total / count if math.isfinite(total) else None  # its rate was too high; JSON has no such number
+    return {"loss": loss, **({"accuracy": right / count} if classifies else {})}
 
 
 def contestants(task: Task) -> dict[str, Any]:
@@ -297,7 +299,7 @@ def quality(
             rows.append(row)
             print(task.settings["task"], name, row, file=sys.stderr, flush=True)
             keep(found)
-        return float(row["loss"])
+        return math.inf if row["loss"] is None else float(row["loss"])
 
     rates: dict[str, float] = {}
     scored = [name for name in configs if name not in ("lora", "columns")]

@@ -396,7 +396,11 @@ def columns_quality(data: Mapping[str, Any]) -> str:
         best = {name: best_run(runs)["rate"] for name, runs in found["runs"].items()}
         for figure in ("loss", "accuracy"):
             by_seed = {
-                name: {run["seed"]: run[figure] for run in runs if run["rate"] == best[name] and figure in run}
+                name: {
+                    run["seed"]: run[figure]
+                    for run in runs
+                    if run["rate"] == best[name] and run.get(figure) is not None
+                }
                 for name, runs in found["runs"].items()
             }
             for name, values in by_seed.items():
@@ -437,7 +441,10 @@ def columns_quality(data: Mapping[str, Any]) -> str:
 
 def best_run(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The one with the least loss among those of the first seed, by which rates are searched."""
-    return min((run for run in runs if run["seed"] == runs[0]["seed"]), key=lambda run: run["loss"])
+    return min(
+        (run for run in runs if run["seed"] == runs[0]["seed"]),
+        key=lambda run: math.inf if run["loss"] is None else run["loss"],
+    )
 
 
 def quality(suite: str) -> str:

@@ -276,7 +276,7 @@ def test_columns_are_held_against_lora_seed_by_seed_at_the_rate_that_was_best_fo
     part = {
         "task": "t", "steps": 1, "batch": 1, "length": 1, "held_out_rows": 1, "untrained": 1.0, "untrained_accuracy": 0.0,
         "runs": {
-            "lora": runs({1.0: [0.5], 2.0: [0.3, 0.1, 0.2], 4.0: [0.4]}),
+            "lora": [*runs({1.0: [0.5], 2.0: [0.3, 0.1, 0.2], 4.0: [0.4]}), {"rate": 8.0, "seed": 0, "loss": None, "trained": 7}],
             "columns": runs({1.0: [0.9], 2.0: [0.6, 0.5, 0.7]}),
         },
     }  # fmt: skip
