@@ -1,8 +1,9 @@
 """Does `tune` end where an exhaustive grid ends, at what share of its steps? And are its estimates right?
 
     python benchmarks/tune.py --list                      # what is run, and about how long it takes
-    python benchmarks/tune.py --parts banking77           # MiniLM
-    python benchmarks/tune.py --parts gsm8k               # SmolLM2-135M; dolly likewise, each about an hour on one core
+    python benchmarks/tune.py --parts banking77           # MiniLM, 4 contestants: about 20 minutes on one core
+    python benchmarks/tune.py --parts gsm8k               # SmolLM2-135M, 3 contestants: about an hour and a half
+    python benchmarks/tune.py --parts dolly               # likewise; --steps 18 takes an hour
     python benchmarks/tables.py                           # the tables of docs/tune.md
 
 The grid is every contestant at every rate that `tune` begins with, the whole length, with the three seeds of the finals. A tune
@@ -76,10 +77,10 @@ class Part:
 PARTS = {
     "banking77": Part(
         "minilm", {"task": "classification", "max_length": 32, "metric": "loss"},
-        ("lora r16", "real 0.25 random", "real 0.25 spaced", "columns r16"), 54, 8, 2000, 200, (0.06, 3.0),
+        ("lora r16", "real 0.25 random", "real 0.25 spaced", "columns r16"), 54, 8, 2000, 160, (0.06, 6.0),
     ),
-    "gsm8k": Part("smollm2", _LANGUAGE, ("lora r16", "real 0.25 random", "columns r16"), 27, 2, 400, 32, (2.0, 20.0)),
-    "dolly": Part("smollm2", _LANGUAGE, ("lora r16", "real 0.25 random", "columns r16"), 27, 2, 400, 32, (2.0, 20.0)),
+    "gsm8k": Part("smollm2", _LANGUAGE, ("lora r16", "real 0.25 random", "columns r16"), 27, 2, 400, 24, (2.0, 20.0)),
+    "dolly": Part("smollm2", _LANGUAGE, ("lora r16", "real 0.25 random", "columns r16"), 27, 2, 400, 24, (2.0, 20.0)),
 }  # fmt: skip
 
 
