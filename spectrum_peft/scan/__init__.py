@@ -5,6 +5,7 @@ only      which kinds and layers it is narrowed to
 ahead     what comes over a network is fetched while other matrices are scored
 found     a report that is there already, and whether it is believed
 criteria  what a matrix scores
+edges     where the singular values of noise end
 gram      its singular values, by the library that is fastest here
 cache     results of a scan that may be killed
 spectrum  the singular values of one matrix

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..weights import open_weights, split_expert
-from . import criteria
+from . import criteria, edges
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Spectrum:
     Attributes:
         name: full parameter name, or `name[e]`. shape: (n, m).
         values: (min(n, m),) float64, descending.
-        published_edge, marchenko_pastur_edge: see `criteria`.
+        published_edge, marchenko_pastur_edge: see `edges`.
     """
 
     name: str
@@ -46,5 +46,5 @@ def spectrum_of(model_or_path: Any, name: str, revision: str | None = None) -> S
     values = criteria.singular_values(matrix, name=name)
     shape = (matrix.shape[0], matrix.shape[1])
     return Spectrum(
-        name, shape, values, criteria.published_edge(values, shape), criteria.marchenko_pastur_edge(values, shape)
+        name, shape, values, edges.published_edge(values, shape), edges.marchenko_pastur_edge(values, shape)
     )

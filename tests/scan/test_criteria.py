@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectrum_peft import names
 from spectrum_peft.errors import CheckpointError, OptionError
-from spectrum_peft.scan import CRITERIA, criteria, gram
+from spectrum_peft.scan import CRITERIA, criteria, edges, gram
 from spectrum_peft.scan.criteria import score, singular_values
 
 SHAPES = [(64, 96), (96, 64), (41, 7), (9, 200), (130, 130)]
@@ -92,10 +92,10 @@ def test_a_value_that_float32_cannot_place_is_placed_in_float64() -> None:
     """A diagonal matrix with a value just above the edge, by less than float32 resolves."""
     shape = (61, 61)
     values = torch.cat([torch.linspace(1.05, 1.0, 31), torch.linspace(0.25, 0.2, 30)]).double()
-    edge = criteria.published_edge(values, shape)  # depends on the quartiles only, and lies above all of the values
+    edge = edges.published_edge(values, shape)  # depends on the quartiles only, and lies above all of the values
     assert edge > 1.1
     trial = torch.cat([torch.tensor([edge * (1 + 1e-9)], dtype=torch.float64), values[1:]])
-    assert criteria.published_edge(trial, shape) == edge
+    assert edges.published_edge(trial, shape) == edge
     assert score(torch.diag(trial), "spectrum").n_signal == 1
     coarse = gram.gram_values(torch.diag(trial), torch.float32, 1.0)
     assert not criteria._trusted(coarse, shape, CRITERIA["spectrum"])
@@ -378,7 +378,7 @@ def test_the_score_is_the_energy_above_over_the_energy_below(seeded: torch.Gener
 def test_the_median_of_the_law_is_that_of_large_noise(n: int, m: int, seeded: torch.Generator) -> None:
     eigenvalues = torch.linalg.svdvals(noise((n, m), seeded)).square() / m
     # Eigenvalues of noise lie within order 1 / n of their places: 0.01 for n = 100.
-    assert criteria._mp_median(n / m) == pytest.approx(float(eigenvalues.quantile(0.5)), rel=0.01)
+    assert edges.mp_median(n / m) == pytest.approx(float(eigenvalues.quantile(0.5)), rel=0.01)
 
 
 def test_the_median_of_the_law_halves_its_mass() -> None:
@@ -387,7 +387,7 @@ def test_the_median_of_the_law_halves_its_mass() -> None:
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
     x = torch.linspace(low, high, 400_001, dtype=torch.float64)
     density = ((high - x) * (x - low)).clamp(min=0).sqrt() / (2 * math.pi * beta * x)
-    median = criteria._mp_median(beta)
+    median = edges.mp_median(beta)
     # Steps of 6e-6: at its ends, where the density is a root, the rule is off by step^1.5, 2e-8; the cut by a step at most.
     assert float(torch.trapezoid(density, x)) == pytest.approx(1.0, rel=1e-6)
     assert float(torch.trapezoid(density[x <= median], x[x <= median])) == pytest.approx(0.5, rel=1e-4)
@@ -396,7 +396,7 @@ def test_the_median_of_the_law_halves_its_mass() -> None:
 def test_the_edge_is_where_the_largest_value_of_noise_lies(seeded: torch.Generator) -> None:
     shape = (400, 900)
     values = torch.linalg.svdvals(noise(shape, seeded))
-    edge = criteria.marchenko_pastur_edge(values, shape)
+    edge = edges.marchenko_pastur_edge(values, shape)
     assert float(values[0]) < edge < 1.05 * (math.sqrt(400) + math.sqrt(900))
 
 

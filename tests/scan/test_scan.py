@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from spectrum_peft import names
 from spectrum_peft.errors import CheckpointError, OptionError
 from spectrum_peft.records import SnrReport
-from spectrum_peft.scan import CRITERIA, cache_folder, criteria, scan_weights, spectrum_of
+from spectrum_peft.scan import CRITERIA, cache_folder, criteria, edges, scan_weights, spectrum_of
 from spectrum_peft.scan import scan as scan_module
 from spectrum_peft.scan.cache import PartialResults
 from spectrum_peft.weights import FileWeights, open_weights
@@ -598,8 +598,8 @@ def test_the_spectrum_of_one_matrix(tiny_llama_folder: Path, mixtral_folder: Pat
     # A wide matrix, whose smallest value is a third of the root of the mean square: 60 eps32 of that for its square (the worst
     # that a single value may be off by, `criteria._trusted`) are 5e-5 of the value.
     torch.testing.assert_close(found.values, exact, rtol=1e-4, atol=0)
-    assert found.published_edge == criteria.published_edge(found.values, found.shape)
-    assert found.marchenko_pastur_edge == criteria.marchenko_pastur_edge(found.values, found.shape)
+    assert found.published_edge == edges.published_edge(found.values, found.shape)
+    assert found.marchenko_pastur_edge == edges.marchenko_pastur_edge(found.values, found.shape)
     expert = "model.layers.0.mlp.experts.down_proj"
     assert spectrum_of(mixtral_folder, f"{expert}[1]").shape == (64, 96)
     with pytest.raises(CheckpointError, match=r"holds 4 experts, wanted one of them, such as '.*down_proj\[0\]'"):
