@@ -499,6 +499,8 @@ def curves(
     if reference is not None and reference not in labels:
         raise OptionError(f"reference is {reference!r}." + near_matches(reference, labels))
     figure = _figure(*size)
+    from matplotlib.ticker import MaxNLocator
+
     axes, below = figure.add_subplot(), None
     if reference is not None:
         figure.clear()
@@ -533,7 +535,9 @@ def curves(
     if below is not None:
         _draw_differences(below, smoothed, labels.index(reference))
         below.set_ylabel(f"above {_literal(str(reference).partition(' (')[0])}")
-    (axes if below is None else below).set_xlabel("step")
+    lowest = axes if below is None else below
+    lowest.set_xlabel("step")
+    lowest.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(y_label)
     axes.set_title(title, loc="left", fontsize=11)
     _legend(figure, axes)

@@ -22,7 +22,7 @@ _GROWTH = 1.4
 _COSTS = {
     "peak_memory_bytes": ("memory", "peak memory, GiB", 2**30),
     "seconds_per_step": ("time", "seconds of a step", 1),
-    "trainable_parameters": ("parameters", "trained parameters, millions", 1e6),
+    "trainable_parameters": ("parameters", "trained parameters", 1),
 }
 # Colours of a picture that depend on the paper.
 _INK = {"#000000": "currentColor", "#ffffff": "var(--card)", "#e6e6e6": "var(--line)", "#0072b2": "var(--mark)"}
