@@ -3,8 +3,9 @@
     python benchmarks/long.py                                  # about 10 minutes on two cores
     python benchmarks/long.py --parts steps --steps 200
 
-steps: one run in mode `alors` on a tiny model, saved, evaluated and re-evaluated again and again; resident memory that no file
-stands behind is read between them, and its slope is that of a line through the second half.
+steps: one run in mode `alors` on a tiny model, saved, evaluated and re-evaluated again and again; between them are read what is
+allocated, by the C library's own count, and resident memory that no file stands behind, which has free pieces in it, too. A
+slope is that of a line through the second half.
 control: the same with plain LoRA by peft, without re-evaluation and without this package: what the libraries keep.
 adapters: a folder with many adapters of one base; each is scanned and exported in turn in one process, and one is merged.
 layers: a model of many narrow blocks through scan, plan, train and merge, each command in its own process, beside one with a
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import io
 import json
 import os
@@ -78,6 +81,29 @@ def in_use() -> int:
     return common.private() or int(psutil.Process().memory_info().rss)
 
 
+class _Counts(ctypes.Structure):
+    """`struct mallinfo2` of glibc 2.33, malloc.h."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def allocated() -> int | None:
+    """Bytes that are allocated now and not freed, by glibc's count; None elsewhere. With `COUNTED` in the environment, torch's,
+    Python's and arrow's are all among them."""
+    counts = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
+    if counts is None:
+        return None
+    counts.restype = _Counts
+    found = counts()
+    return int(found.uordblks + found.hblkhd)
+
+
+COUNTED = {"PYTHONMALLOC": "malloc", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+
+
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -99,6 +125,7 @@ def steps(folder: Path, steps: int, every: int, ours: bool = True) -> dict[str, 
 
     at: list[int] = []
     memory: list[int] = []
+    held: list[int] = []
     files: list[int] = []
 
     class Reads(TrainerCallback):
@@ -106,6 +133,8 @@ def steps(folder: Path, steps: int, every: int, ours: bool = True) -> dict[str, 
             if state.global_step % every == every // 2:  # between two of them
                 at.append(state.global_step)
                 memory.append(in_use())
+                gc.collect()  # cycles that are not collected yet are no leak
+                held.append(allocated() or 0)
                 files.append(psutil.Process().num_fds() if hasattr(psutil.Process, "num_fds") else 0)
 
     base = build(folder, layers=4)
@@ -139,6 +168,8 @@ def steps(folder: Path, steps: int, every: int, ours: bool = True) -> dict[str, 
         "at": at,
         "memory": memory,
         "slope_bytes_per_step": slope(at, memory),
+        "allocated": held if all(held) else None,
+        "allocated_bytes_per_step": slope(at, held) if all(held) else None,
         "open_files": [files[0], max(files)],
     }
 
@@ -262,6 +293,7 @@ def measured(part: str, sizes: Mapping[str, int]) -> dict[str, Any]:
         words = [sys.executable, __file__, "--only", part, "--output", str(out)]
         words += [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
         cache = {"SPECTRUM_PEFT_CACHE": f"{scratch}/cache", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        cache |= COUNTED if part in ("steps", "control") else {}
         subprocess.run(words, check=True, env={**os.environ, **cache})
         return json.loads(out.read_text())  # type: ignore[no-any-return]
 

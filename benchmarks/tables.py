@@ -760,9 +760,11 @@ def long_runs() -> str:
         run = data[name]
         moved = f", re-evaluated {run['re_evaluations']} times" if run["re_evaluations"] else ""
         grown = (run["memory"][-1] - run["memory"][len(run["memory"]) // 2]) / 2**20
+        held = run.get("allocated_bytes_per_step")
+        count = "" if held is None else f"what is allocated grows by {held / 1024:.2f} KiB a step, "
         rows.append([
             f"{run['steps']:,} steps, {title}", f"saved and evaluated {run['saved']} times{moved}",
-            f"memory grows by {run['slope_bytes_per_step'] / 1024:.1f} KiB a step in the second half ({grown:.1f} MiB), "
+            f"{count}memory grows by {run['slope_bytes_per_step'] / 1024:.1f} KiB a step in the second half ({grown:.1f} MiB), "
             f"{run['open_files'][1] - run['open_files'][0]} more files open",
         ])  # fmt: skip
     crowd = data["adapters"]

@@ -1,4 +1,4 @@
-"""What a model's own code raises where its config does not fit its weights, in words."""
+"""What a model's own code raises where its config does not fit its weights, or its tokenizer its embedding, in words."""
 
 from __future__ import annotations
 
@@ -10,18 +10,44 @@ from ..errors import CheckpointError, one_line
 
 
 @contextmanager
+def known_tokens(model: Any) -> Iterator[None]:
+    """Around a run of a model on tokens of a tokenizer: one that has more of them may still be used for texts without those.
+
+    Raises:
+        CheckpointError: a token has no row in the embedding. On a CPU; of a GPU this is an error of the device, and passes.
+    """
+    try:
+        yield
+    except IndexError as error:
+        if "index out of range in self" not in str(error):
+            raise
+        embedding = model.get_input_embeddings()
+        rows = "" if embedding is None else f" of {embedding.weight.shape[0]:,} rows"
+        raise CheckpointError(
+            f"{_name(model)}: a token or a position lies outside of its embedding{rows}. Is the tokenizer this model's, and is "
+            "the text no longer than the model takes?"
+        ) from error
+
+
+@contextmanager
 def fitting(model: Any) -> Iterator[None]:
     """Around a run of a model that was loaded: heads that do not divide the width, say, show when it runs, not before.
 
     Raises:
-        CheckpointError: torch met shapes that do not go together. Memory that is full and what a device says are errors of
-            classes of their own, and pass.
+        CheckpointError: torch met shapes that do not go together, or `known_tokens`. Memory that is full and what a device says
+            are errors of classes of their own, and pass.
     """
     try:
-        yield
+        with known_tokens(model):
+            yield
     except RuntimeError as error:
         if type(error) is not RuntimeError:
             raise
-        name = getattr(getattr(model, "config", None), "_name_or_path", "") or "the model"
         said = one_line(error)[:200]
-        raise CheckpointError(f"{name}: cannot be run: {said}. Does its config.json fit its weights?") from error
+        raise CheckpointError(
+            f"{_name(model)}: cannot be run: {said}. Does its config.json fit its weights?"
+        ) from error
+
+
+def _name(model: Any) -> str:
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or "the model"

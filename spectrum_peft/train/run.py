@@ -29,6 +29,7 @@ from .arguments import quiet_progress, remote_options
 from .calibration import calibration_rows
 from .callback import SpectrumCallback, slower_by
 from .checkpoints import saving
+from .fitting import known_tokens
 from .history import write_history
 from .output import check_output, clear_killed, clear_output
 from .preview import encoded_run
@@ -121,12 +122,13 @@ def train(
     gone = len(run.train_rows) - len(trainer.train_dataset) // examples_of(run.task, run.train_rows)
     if run.task.drops is not None and run.task.name != "causal_lm" and gone > 0:
         print(f"training: {gone:,} of {len(run.train_rows):,} rows dropped, in which {too_long(run.task)} max_length")
-    before = evaluate(task, trainer, trainer.eval_dataset) if run.eval_rows is not None else None
+    with known_tokens(model):
+        before = evaluate(task, trainer, trainer.eval_dataset) if run.eval_rows is not None else None
     rounded = _kept_in_float32(trainer) if hasattr(model, "spectrum_plan") else []
     reset_peak_memory()
     if options.overwrite_output_dir and run.resume is None and trainer.is_world_process_zero():
         clear_output(output, checkpoints=True)
-    with saving(args.output_dir):
+    with saving(args.output_dir), known_tokens(model):
         trainer.train(resume_from_checkpoint=run.resume)
     peak = max(memory_loaded, peak_memory())
     for parameter, stored in rounded:

@@ -37,6 +37,7 @@ from .arguments import (
 )
 from .calibration import calibration_rows
 from .encoding import encoded_rows
+from .fitting import fitting
 from .heads import has_head, head_of, keywords_of
 from .settle import data_choices, rewards_of
 from .tasks import TASKS, Task, build_trainer, evaluate, task_named, task_of, task_of_head
@@ -107,7 +108,8 @@ def probe(options: argparse.Namespace) -> GradientReport:
     asked = {
         name: value for name in ("directions", "svd_rank", "columns") if (value := getattr(options, name)) is not None
     }
-    return probe_gradients(model, batches, seed=options.seed, **asked)
+    with fitting(model):
+        return probe_gradients(model, batches, seed=options.seed, **asked)
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------
