@@ -26,6 +26,7 @@ OTHERS = {
     "--quality": "benchmarks/columns.py",
     "--quick": "benchmarks/quality.py",
     "--pages": "benchmarks/quality.py",
+    "--predict": "benchmarks/gpu.py",
     "--enable-lora": "vLLM",
     "--max-lora-rank": "vLLM",
     "--lora-modules": "vLLM",
