@@ -6,12 +6,13 @@ Input errors are raised as `OptionError`, so that they end as one line and exit 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import OptionError, quoted
-from .records import read_mapping
+from .errors import OptionError, near_matches, quoted
+from .records import read_mapping, record_of
 from .records.schema import REAL, SCALAR, TRUTH, WHOLE, Wanted, listed
 
 # Flags of `train` that go to LoraConfig as they are, beside the options of a plan.
@@ -27,7 +28,31 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> Any:
-        raise OptionError(message)
+        raise OptionError(reworded(message))
+
+
+_REFUSED = re.compile(r"argument (?P<flags>\S+): (?P<what>.*)", re.DOTALL)
+_TYPE = re.compile(r"invalid (?P<type>.+?) value: (?P<value>.*)", re.DOTALL)
+_CHOICE = re.compile(r"invalid choice: (?P<value>.*?) \(choose from (?P<choices>.*)\)", re.DOTALL)
+_TYPES = {"int": "a whole number", "float": "a number"}
+
+
+def reworded(message: str) -> str:
+    """What argparse says of a value, in the words of all other errors."""
+    refused = _REFUSED.fullmatch(message)
+    if refused is None:
+        return message
+    flag, what = refused["flags"].rpartition("/")[2], refused["what"]
+    if match := _TYPE.fullmatch(what):
+        return f"{flag} is {match['value']}, wanted {_TYPES.get(match['type'], match['type'])}."
+    if match := _CHOICE.fullmatch(what):
+        value, known = match["value"].strip("'"), match["choices"]
+        return f"{flag} is {value!r}." + near_matches(value, re.findall(r"'([^']*)'", known) or known.split(", "))
+    if what.startswith("Truthy value expected: got "):
+        return f"{flag} is {what.removeprefix('Truthy value expected: got ').partition(' but')[0]!r}, wanted true or false."
+    if what in ("expected one argument", "expected at least one argument"):
+        return f"{flag} needs a value."
+    return f"{flag}: {what}"
 
 
 def boolean(text: str) -> bool:
@@ -85,7 +110,10 @@ def take_config(argv: list[str]) -> tuple[str, dict[str, Any]] | None:
     if path is None:
         return None
     found: dict[str, Any] = {}
-    for key, value in read_mapping(path).items():
+    data = read_mapping(path)
+    if "record" in data:
+        raise OptionError(f"{path}: is {record_of(path)}, wanted a file with flags as keys.")
+    for key, value in data.items():
         name = str(key).replace("-", "_")
         if name in found:
             raise OptionError(f"{path}: {name} stands twice, once with - and once with _; wanted once.")

@@ -149,7 +149,8 @@ def near_here(path: str | os.PathLike[str]) -> str:
             there = sorted(entry.name for entry, _ in zip(entries, range(_MOST_NAMES), strict=False))
     except (OSError, ValueError):  # no such folder either; a NUL in the name
         return ""
-    alike = {name: difflib.SequenceMatcher(None, path.name, name).ratio() for name in there}
+    pairs = {name: ((path.name, name), (path.stem, Path(name).stem)) for name in there}
+    alike = {name: min(difflib.SequenceMatcher(None, *both).ratio() for both in pairs[name]) for name in there}
     least = max(0.55, max(alike.values(), default=0) - 0.15)
     near = sorted((name for name in there if alike[name] >= least), key=lambda name: -alike[name])[:3]
     return " Did you mean " + ", ".join(f"'{path.parent / name}'" for name in near) + "?" if near else ""

@@ -12,8 +12,9 @@ from typing import Any
 from ..arguments import Rest, flags_of, rate, set_defaults_from, switch
 from ..errors import OptionError
 from ..records import write_text
-from .options import check_writable, given_plan_options, required
+from .options import check_writable, given_plan_options
 from .train import VERB as TRAIN
+from .train import refuse_missing
 from .verb import Verb
 
 _COMPARE_LISTS = {
@@ -84,8 +85,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         if word.startswith("--") and key in compare.KEYS:
             raise OptionError(f"{word}: {key} has no flag; it stands in the file that --config names.")
     shared, trainer = _train_options(config, rest.argv, rest.source)
-    for name in ("model", "dataset"):
-        required(shared, name, f"--{name}")
+    refuse_missing(shared, trainer, ("model", "dataset"))
     check_writable(Path(output) / "report.html")
     train = {name: value for name, value in vars(shared).items() if not (value is None or value is False)}
     comparison = compare.read_comparison(

@@ -60,9 +60,10 @@ def opened(options: argparse.Namespace, model: str) -> Any:
 def speakers(options: argparse.Namespace) -> Any:
     """The model that the flags name, and its base."""
     from ..train.arguments import quiet_progress
-    from ..train.talk import Beside
+    from ..train.talk import Beside, check_writing
 
     quiet_progress()
+    check_writing(**writing(options))
     return Beside(opened(options, required(options, "model", "MODEL")), lambda name: opened(options, name))
 
 

@@ -88,6 +88,10 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     for name in ("batch_size", "gradient_checkpointing"):
         if given.get(name) == "auto" and not options.fit:
             raise OptionError(f"--{name.replace('_', '-')} auto is for --fit, which looks for what fits.")
+    if options.fit:
+        memory.parse_bytes(options.fit, "--fit")
+    fixed = {name: value for name, value in given.items() if value != "auto" or name == "dtype"}
+    memory.Step(**{name: value for name, value in fixed.items() if name not in ("sharding", "devices")})
     settings = {**memory.usual_step(model, **where), **given, **where}
     plan = checked_plan(Plan.named(options.plan, model_id=model), options.plan) if options.plan else None
     print("each step: " + ", ".join(f"{k}={v}" for k, v in settings.items() if k not in where))

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..arguments import Rest
+from ..errors import OptionError
 from ..records import GradientReport
 from .options import add_data_options, add_load_options, check_writable, required, write_record
 from .verb import Verb
@@ -36,6 +37,10 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     required(options, "model", "MODEL")
     required(options, "dataset", "--dataset")
     check_writable(options.output)
+    for name in ("samples", "batch_size", "max_length"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise OptionError(f"{name} is {value}, wanted at least 1.")
     report = probe(options)
     print(describe_gradients(report))
     write_record(report, options.output)

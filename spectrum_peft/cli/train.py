@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..arguments import Rest, flags_of, switch
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     for name in ("memory", "output"):
         if getattr(options, name) is not None:
             raise OptionError(f"--{name} is for --init{' and --from-axolotl' if name == 'output' else ''}.")
-    _refuse_missing(options, rest)
+    refuse_missing(options, rest, ("model", "dataset", "output_dir"))
     if options.time_steps is not None and not options.dry_run:
         raise OptionError("--time-steps is for --dry-run, which is missing.")
     if options.dry_run:
@@ -129,12 +130,11 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         print(f"wrote {written}")
 
 
-def _refuse_missing(options: argparse.Namespace, rest: Rest) -> None:
+def refuse_missing(options: argparse.Namespace, rest: Rest, names: Sequence[str]) -> None:
     """
     Raises:
         OptionError: names what is missing, and the keys and flags that are not known: one may have been meant for the other.
     """
-    names = ("model", "dataset", "output_dir")
     missing = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is None]
     if not missing:
         return

@@ -14,8 +14,9 @@ import yaml
 from ..arguments import Rest, flags_of
 from ..errors import OptionError
 from .compare import _train_options
-from .options import check_writable, given_plan_options, required
+from .options import check_writable, given_plan_options
 from .train import VERB as TRAIN
+from .train import refuse_missing
 from .verb import Verb
 
 if TYPE_CHECKING:
@@ -171,8 +172,7 @@ def opened(given: Mapping[str, Any], train: Mapping[str, Any], output: Any, sour
     require_optuna()
     plots.require_matplotlib()
     shared, trainer = _train_options(dict(train), (), source)
-    for name in ("model", "dataset"):
-        required(shared, name, f"--{name}")
+    refuse_missing(shared, trainer, ("model", "dataset"))
     check_writable(Path(output) / "report.html")
     known = {name: value for name, value in vars(shared).items() if not (value is None or value is False)}
     asked = tuning.read_tune(

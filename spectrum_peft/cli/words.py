@@ -43,4 +43,8 @@ def as_typed(message: str, flags: Mapping[str, str]) -> str:
 
 def wording(error: SpectrumError, flags: Mapping[str, str]) -> str:
     """The one line of an error for the command line."""
-    return as_typed(error.shell or one_line(error), flags)
+    if error.shell:
+        return as_typed(error.shell, flags)
+    message = as_typed(one_line(error), flags)
+    name, is_, rest = message.partition(" is ")
+    return f"{flags[name]}{is_}{rest}" if is_ and name in flags else message

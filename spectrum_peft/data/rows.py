@@ -75,6 +75,8 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
                 check_json(path)
             how = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
             dataset = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split=split, **how)
+        elif is_file(path / "config.json") and any(path.glob("*.safetensors")):
+            raise DataError(f"{source}: is the folder of a model, wanted rows.")
         elif not mode_of(path) and not may_be_id(source):
             raise DataError(no_such("file or folder", source))
         else:

@@ -355,7 +355,7 @@ def criterion_named(name: str) -> Criterion:
         OptionError: there is none of that name; the message shows near ones.
     """
     if name not in CRITERIA:
-        raise OptionError(f"criterion is {name!r}, wanted one of the known.{near_matches(str(name), CRITERIA)}")
+        raise OptionError(f"criterion is {name!r}.{near_matches(str(name), CRITERIA)}")
     return CRITERIA[name]
 
 

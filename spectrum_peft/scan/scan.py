@@ -222,9 +222,7 @@ def _checked_roles(score: Iterable[str]) -> tuple[str, ...]:
         raise OptionError(f"score is {score!r}, wanted a tuple of roles such as ('linear',).")
     asked = set(score)
     for role in sorted(asked - set(names.ROLES)):
-        raise OptionError(
-            f"score names the role {role!r}, wanted one of the known.{near_matches(str(role), names.ROLES)}"
-        )
+        raise OptionError(f"score names the role {role!r}, which is none.{near_matches(str(role), names.ROLES)}")
     return tuple(role for role in names.ROLES if role in asked)
 
 

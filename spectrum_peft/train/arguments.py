@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
+import re
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,7 +19,7 @@ import transformers
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from ..arguments import Parser, Rest, checked_value
+from ..arguments import Parser, Rest, checked_value, reworded
 from ..data import COLUMNS
 from ..devices import default_device, fast_dtype
 from ..errors import CheckpointError, OptionError, near_here, near_matches, one_line
@@ -36,7 +38,7 @@ class _TrainerParser(TrlParser):
     """TRL's parser of dataclasses; it raises instead of printing its usage."""
 
     def error(self, message: str) -> Any:
-        raise OptionError(message)
+        raise OptionError(reworded(message))
 
 
 def _trainer_parser(task: str) -> _TrainerParser:
@@ -82,12 +84,58 @@ def trainer_arguments(
     except (ValueError, TypeError, ImportError, OSError) as error:
         if isinstance(error, OptionError):
             raise
-        raise OptionError(f"training arguments: {one_line(error)}") from error
+        raise OptionError(f"training arguments: {_refusal(error)}") from error
     if unknown:
         flags = [*known, *(flag for action in parser._actions for flag in action.option_strings)]
         dashes = [flag for flag in flags if "_" not in flag]  # each flag has a form with underscores too
         raise OptionError(f"unknown argument {unknown[0]!r}." + near_matches(unknown[0], dashes))
+    _check_ranges(args)
     return args
+
+
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_generations",
+    "max_completion_length", "num_iterations",
+)  # fmt: skip
+_FINITE = ("num_train_epochs", "weight_decay", "max_grad_norm", "adam_epsilon", "label_smoothing_factor", "beta")
+
+
+def _check_ranges(args: TrainingArguments) -> None:
+    """What transformers and TRL take as it is and stumble over later, a division by zero or a run without steps.
+
+    Raises:
+        OptionError: names the flag.
+    """
+    for name in _AT_LEAST_ONE:
+        value = getattr(args, name, None)
+        if isinstance(value, int) and value < 1:
+            raise OptionError(f"--{name.replace('_', '-')} is {value}, wanted at least 1.")
+    for name in _FINITE:
+        value = getattr(args, name, None)
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise OptionError(f"--{name.replace('_', '-')} is {value:g}, wanted a number of at least 0.")
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs == 0):
+        raise OptionError(
+            f"--max-steps is {args.max_steps} and --num-train-epochs {args.num_train_epochs:g}: nothing to train."
+        )
+
+
+_NO_NAME = re.compile(r"(?P<value>'[^']*'|\S+) is not a valid (?P<what>\w+), please select one of \[(?P<choices>.*)\]")
+_NO_PACKAGE = re.compile(r"No package metadata was found for The '(?P<name>[\w-]+)")
+
+
+def _refusal(error: BaseException) -> str:
+    """What transformers says of a value or a package that is not there, with near matches and the way to install it."""
+    text = one_line(error)
+    if match := _NO_NAME.search(text):
+        value = match["value"].strip("'")
+        return f"{value!r} is no {match['what']}." + near_matches(value, re.findall(r"'([^']*)'", match["choices"]))
+    if match := _NO_PACKAGE.search(text):
+        return f"the package {match['name']} is not installed: pip install {match['name']}."
+    return text
+
+
+_MOST_UNKNOWN = 4
 
 
 def unknown_names(task: str | None, rest: Rest, known: Sequence[str] = ()) -> list[str]:
@@ -110,7 +158,8 @@ def unknown_names(task: str | None, rest: Rest, known: Sequence[str] = ()) -> li
         if token.startswith("--") and name.removeprefix("no_") not in fields and name not in fields:
             flags = [*known, *(f"--{key.replace('_', '-')}" for key in fields)]
             said.append(f"Unknown argument {token!r}.{near_matches(token, flags)}")
-    return said
+    rest_of_them = [f"{len(said) - _MOST_UNKNOWN} more are unknown."] if len(said) > _MOST_UNKNOWN else []
+    return said[:_MOST_UNKNOWN] + rest_of_them
 
 
 def _check_collection(where: str, value: Any, hint: Any) -> None:

@@ -19,7 +19,7 @@ from ..errors import OptionError, near_matches
 from ..plan import MODES, Mode, check_options, checked_plan, get_mode
 from ..records import EXPORTED, Plan, read_mapping
 from ..tuner.classes import refuse_class
-from ..tuner.loading import check_quantizable, checked_peft_config
+from ..tuner.loading import QUANTIZATIONS, check_quantizable, checked_peft_config
 from ..tuner.stored_bases import loading_of
 from .arguments import (
     config_of,
@@ -104,6 +104,10 @@ def settle(
     _check_export(vars(options).get("export"), mode, own, options.quantization)
     config = config_of(options.model, options)
     task = task_named(options.task or task_of(config, options.model))
+    if options.quantization not in (None, "none", *QUANTIZATIONS):
+        raise OptionError(
+            f"quantization is {options.quantization!r}." + near_matches(options.quantization, QUANTIZATIONS)
+        )
     if mode is not None and options.quantization not in (None, "none"):
         check_quantizable(mode)
     dtype, why = dtype_of(options)
@@ -114,6 +118,10 @@ def settle(
     check_fsdp_version(args)
     if not 0 <= args.learning_rate < math.inf:
         raise OptionError(f"learning_rate is {args.learning_rate:g}, wanted a rate of at least 0.")
+    if options.max_length is not None and options.max_length < 1:
+        raise OptionError(f"max_length is {options.max_length}, wanted a whole number of at least 1.")
+    if options.lora_dropout is not None and not 0 <= options.lora_dropout < 1:
+        raise OptionError(f"lora_dropout is {options.lora_dropout:g}, wanted a share in [0, 1).")
     if options.stop_at_step is not None and options.stop_at_step < 1:
         raise OptionError(f"stop_at_step is {options.stop_at_step}, wanted at least 1.")
     if plan is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,19 @@ def prompt_for(tokenizer: Any, messages: Sequence[Message], source: str) -> str:
     return str(text)
 
 
+def check_writing(max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None) -> None:
+    """
+    Raises:
+        OptionError: temperature below 0, top_p outside (0, 1], max_new_tokens below 1.
+    """
+    if not 0 <= temperature < math.inf:
+        raise OptionError(f"temperature is {temperature:g}, wanted a number of at least 0.")
+    if not 0 < top_p <= 1:
+        raise OptionError(f"top_p is {top_p:g}, wanted a share in (0, 1].")
+    if max_new_tokens < 1:
+        raise OptionError(f"max_new_tokens is {max_new_tokens}, wanted at least 1.")
+
+
 def write(
     saved: Saved,
     prompt: str,
@@ -80,11 +94,7 @@ def write(
         OptionError: temperature below 0, top_p outside (0, 1], max_new_tokens below 1.
         DataError: the prompt holds no token, or leaves no room for an answer.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise OptionError(
-            f"temperature is {temperature:g}, top_p {top_p:g}, max_new_tokens {max_new_tokens}; wanted from 0 up, in (0, 1],"
-            " and from 1 up."
-        )
+    check_writing(max_new_tokens, temperature, top_p)
     model, tokenizer = saved.model, saved.tokenizer
     inputs = tokenizer([prompt], return_tensors="pt", add_special_tokens=not templated)
     length = inputs["input_ids"].shape[1]

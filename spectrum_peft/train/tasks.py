@@ -101,7 +101,7 @@ def task_named(name: str) -> Task:
         trainer = f"trl.experimental.{name}.{_EXPERIMENTAL[name]}Trainer"
         raise OptionError(
             f"task is {name!r}: TRL has it only as an experiment, whose names may change, so that no flag stands for it. From "
-            f"Python: {trainer}(..., peft_config=SpectrumConfig(...), callbacks=[SpectrumCallback()])."
+            f"Python: {trainer} takes a SpectrumConfig as its peft_config and SpectrumCallback() among its callbacks."
         )
     if name not in TASKS:
         raise OptionError(f"task is {name!r}." + near_matches(name, TASKS))

@@ -36,6 +36,9 @@ def refused(
     return command
 
 
+_TRAIN = "train --model tiny --dataset rows.jsonl --mode lora --output-dir out"
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -63,6 +66,24 @@ def refused(
             "train --config keys.yaml --dataset rows.jsonl",
             "--model is missing. keys.yaml: unknown key 'modle'. Did you mean 'mode', 'model'",
         ),
+        (f"{_TRAIN} --r eight", "--r is 'eight', wanted a whole number."),
+        (f"{_TRAIN} --r 0", "--r is 0, wanted a whole number of at least 1."),
+        (f"{_TRAIN} --optim adam", "--optim is 'adam'. Did you mean"),
+        (f"{_TRAIN} --bf16 maybe", "--bf16 is 'maybe', wanted true or false."),
+        (f"{_TRAIN} --max-steps", "--max-steps needs a value."),
+        (f"{_TRAIN} --max-length -5", "--max-length is -5, wanted a whole number of at least 1."),
+        (f"{_TRAIN} --per-device-train-batch-size 0", "--per-device-train-batch-size is 0, wanted at least 1."),
+        (f"{_TRAIN} --num-train-epochs nan", "--num-train-epochs is nan, wanted a number of at least 0."),
+        (f"{_TRAIN} --max-steps 0", "--max-steps is 0 and --num-train-epochs 3: nothing to train."),
+        (f"{_TRAIN} --lora-dropout 3", "--lora-dropout is 3, wanted a share in [0, 1)."),
+        (f"{_TRAIN} --quantization nf8", "--quantization is 'nf8'. Did you mean 'nf4'"),
+        ("train --model tiny --dataset tiny --output-dir out", "tiny: is the folder of a model, wanted rows."),
+        ("train --config report.json", "report.json: is a report of `scan`, wanted a file with flags as keys."),
+        ("memory tiny --fit 24", "--fit is '24': the unit is missing"),
+        ("chat tiny --top-p 0", "--top-p is 0, wanted a share in (0, 1]."),
+        ("probe tiny --dataset rows.jsonl --samples 0", "--samples is 0, wanted at least 1."),
+        ("scan tiny --criterion snr", "--criterion is 'snr'. Known: 'first'"),
+        ("compare --config keys.yaml --dataset rows.jsonl", "--model is missing. keys.yaml: unknown key 'modle'."),
         ("train --modle tiny", "--model and --dataset and --output-dir are missing. Unknown argument '--modle'."),
     ],
 )  # fmt: skip
