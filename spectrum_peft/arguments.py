@@ -52,7 +52,7 @@ def reworded(message: str) -> str:
         return f"{flag} is {what.removeprefix('Truthy value expected: got ').partition(' but')[0]!r}, wanted true or false."
     if what in ("expected one argument", "expected at least one argument"):
         return f"{flag} needs a value."
-    return f"{flag}: {what}"
+    return f"{flag} is {what}." if ", wanted " in what else f"{flag}: {what}"
 
 
 def boolean(text: str) -> bool:

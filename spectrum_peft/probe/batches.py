@@ -53,10 +53,7 @@ def calibration_batches(
         OptionError: n below 1.
     """
     if n < 1 or batch_size < 1:
-        raise OptionError(
-            f"n is {n} and batch_size is {batch_size}, wanted at least 1.",
-            shell=f"--samples is {n} and the batch size {batch_size}, wanted at least 1.",
-        )
+        raise OptionError(f"n is {n} and batch_size is {batch_size}, wanted at least 1.")
     if not hasattr(dataset, "column_names"):
         from datasets import Dataset
 
