@@ -26,7 +26,7 @@ TESTS = Path(__file__).parent
 CASES = [
     *(f"zero2:{mode}" for mode in ("spectrum", "lora", "spectra_qlora", "alors:even", "sgm", "lorsa", "columns")),
     *(f"zero{stage}:{mode}:plain" for stage in (2, 3) for mode in ("full", "spectrum")),
-    *(f"zero3:{mode}" for mode in ("lora", "spectra_qlora", "alors:even", "sgm", "columns", "lora:first")),
+    *(f"zero3:{mode}" for mode in ("lora", "spectra_qlora", "alors:even", "sgm", "columns", "spectrum:first")),
 ]
 
 
