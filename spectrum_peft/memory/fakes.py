@@ -84,6 +84,8 @@ def skeleton_of(
     """The model on the meta device: every module, shape and tie, no values."""
     config = copy.deepcopy(config)
     config._name_or_path = ""  # nothing about this model may be read from a folder
+    if not isinstance(model_class, type):
+        raise CheckpointError(f"config.json: architectures names {model_class.__name__}, which is no class of a model.")
     make = getattr(model_class, "_from_config", None)
     extra = {} if make is not None else {"trust_remote_code": trust_remote_code}
     try:

@@ -402,4 +402,8 @@ def load_tokenizer(model_name: str, **kwargs: Any) -> Any:
         logger.info("%s has no tokenizer files; the tokenizer is None", model_name)
         return None
     with loading(f"{model_name}: the tokenizer"):
-        return AutoTokenizer.from_pretrained(model_name, **{"trust_remote_code": False, **kwargs})
+        tokenizer = AutoTokenizer.from_pretrained(model_name, **{"trust_remote_code": False, **kwargs})
+    most = tokenizer.model_max_length
+    if isinstance(most, bool) or not isinstance(most, int | float):  # transformers compares lengths with it, later
+        raise CheckpointError(f"{model_name}: tokenizer_config.json has model_max_length {most!r}, wanted a number.")
+    return tokenizer

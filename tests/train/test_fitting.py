@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import byte_tokenizer
 from running import LIBRARIES
 from transformers import AutoModelForCausalLM
 
 from spectrum_peft.cli.main import main
+from spectrum_peft.errors import CheckpointError
+from spectrum_peft.tuner.loading import load_tokenizer
 
 pytestmark = LIBRARIES
 SAID = "a token or a position lies outside of its embedding of 40 rows"
@@ -40,3 +43,11 @@ def test_a_token_without_a_row_is_one_line(
     Path("rows.jsonl").write_text(8 * (json.dumps({"text": "zebra zebra"}) + "\n"))
     assert main(line.split()) == 2
     assert SAID in capsys.readouterr().err
+
+
+def test_a_tokenizer_whose_length_is_no_number_is_refused(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": "x"}))
+    with pytest.raises(CheckpointError, match=r"model_max_length 'x', wanted a number"):
+        load_tokenizer(str(tmp_path))
