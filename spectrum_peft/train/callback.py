@@ -25,7 +25,15 @@ from ..errors import MismatchError, OptionError, TrainingSetupError
 from ..plan import MODES, replan
 from ..records import ADAPTER_ACTIONS, PLAN_FILE, REPORT_FILE, Plan, SnrReport, write_text
 from ..scan import scan_weights
-from ..tuner import SpectrumModel, freeze_to_plan, plan_parameters, settle_plan, share_in_dtype, trainable_mismatch
+from ..tuner import (
+    SpectrumModel,
+    freeze_to_plan,
+    let_gradients_in,
+    plan_parameters,
+    settle_plan,
+    share_in_dtype,
+    trainable_mismatch,
+)
 from ..tuner.config import SpectrumConfig
 from .optim import StepRatios, has_own_ratios, innermost, ratios_by_parameter
 from .processes import (
@@ -36,7 +44,7 @@ from .processes import (
     refuse_lost_ratios,
     refuse_unfit_sharing,
 )
-from .unmoved import without_gradient
+from .unmoved import look_at_first_outputs, without_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +226,8 @@ class SpectrumCallback(TrainerCallback, ExportableState):
             "mode %s trains %s parameters in %d tensors of the base%s", plan.mode,
             f"{plan.trainable_parameters if rescoring else trained:,}", len(plan.trainable_names), slots,
         )  # fmt: skip
+        if not args.torch_compile:  # compiled forwards are not hooked
+            look_at_first_outputs(model, plan)
         self._started = (time.perf_counter(), state.global_step, int(state.num_input_tokens_seen or 0))
 
     def _check_optimizer(self, args: TrainingArguments, model: nn.Module, optimizer: Any) -> None:
@@ -301,6 +311,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
             for key, hook in list(module._forward_hooks.items()):
                 if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
                     del module._forward_hooks[key]
+        let_gradients_in(base)
 
     # --- while it runs --------------------------------------------------------------------------------------------
 

@@ -53,12 +53,12 @@ def _check_trackers(args: TrainingArguments) -> None:
 def _check_attention(options: argparse.Namespace, config: Any, auto_class: str) -> None:
     """Build the model without memory: it refuses an attention as it would when it is loaded."""
     try:
+        kind, asked = getattr(transformers, auto_class), {"attn_implementation": options.attn_implementation}
         with torch.device("meta"):
-            getattr(transformers, auto_class).from_config(
-                config,
-                attn_implementation=options.attn_implementation,
-                trust_remote_code=bool(options.trust_remote_code),
-            )
+            if hasattr(kind, "_model_mapping"):
+                kind.from_config(config, **asked, trust_remote_code=bool(options.trust_remote_code))
+            else:
+                kind._from_config(config, **asked)
     except ImportError as error:
         raise InstallError(f"--attn-implementation {options.attn_implementation}: {one_line(error)}") from error
     except ValueError as error:

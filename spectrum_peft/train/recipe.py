@@ -26,7 +26,7 @@ from ..plan import MODES, make_plan
 from ..records import MemoryReport
 from ..tuner.config import SpectrumConfig
 from .callback import slower_by
-from .tasks import TASKS
+from .tasks import TASKS, loaded_as
 
 # Share of a card that a recipe leaves free: CUDA's context, what the allocator holds unused, and a margin.
 FREE = 0.07
@@ -75,7 +75,7 @@ def predicted(recipe: Recipe, config: Any) -> MemoryReport:
     Args:
         config: of the model, or whatever else `estimate_memory` takes.
     """
-    task = TASKS[recipe.task]
+    task = loaded_as(TASKS[recipe.task], config) if hasattr(config, "to_dict") else TASKS[recipe.task]
     model_class = getattr(transformers, task.auto_class)
     report = report_of_config(config, "first", model_class=model_class)
     plan = make_plan(report, mode=recipe.mode, **recipe.options)

@@ -40,7 +40,7 @@ from .encoding import encoded_rows
 from .fitting import fitting
 from .heads import has_head, head_of, keywords_of
 from .settle import data_choices, rewards_of
-from .tasks import TASKS, Task, build_trainer, evaluate, task_named, task_of, task_of_head
+from .tasks import TASKS, Task, build_trainer, evaluate, loaded_as, task_named, task_of, task_of_head
 
 # --- probe -----------------------------------------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ def _what_is_there(options: argparse.Namespace) -> tuple[dict[str, Any] | None, 
             if not described:
                 raise CheckpointError(f"{config_file}: base_model_name_or_path is empty, wanted the base.")
     config = config_of(described, options)
-    return adapter, config, task_named(name or _task_there(folder, adapter, config, described))
+    return adapter, config, loaded_as(task_named(name or _task_there(folder, adapter, config, described)), config)
 
 
 def _task_there(folder: Path, adapter: dict[str, Any] | None, config: Any, described: str) -> str:

@@ -38,7 +38,7 @@ from .needs import check_needs
 from .processes import asked_for, check_fsdp_version, check_launch
 from .rate_race import check_can_race
 from .rewards import FLAG, reward_functions
-from .tasks import Task, task_named, task_of
+from .tasks import Task, loaded_as, task_named, task_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def settle(
     name = own["peft_type"] if own else mode.name
     _check_export(vars(options).get("export"), mode, own, options.quantization)
     config = config_of(options.model, options)
-    task = task_named(options.task or task_of(config, options.model))
+    task = loaded_as(task_named(options.task or task_of(config, options.model)), config)
     if options.quantization not in (None, "none", *QUANTIZATIONS):
         raise OptionError(
             f"quantization is {options.quantization!r}." + near_matches(options.quantization, QUANTIZATIONS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ class Task:
 
     Attributes:
         task_type: PEFT's name of the task.
-        auto_class: class of transformers that loads a model for it.
+        auto_class: class of transformers that loads a model for it; see `loaded_as`.
         arguments, trainer: (module, name) of the training arguments and of the trainer.
         encode, collate: as `encoding` explains them.
         judge: (model, batches) -> metrics; None: the trainer's own evaluation judges.
@@ -108,6 +108,23 @@ def task_named(name: str) -> Task:
     return TASKS[name]
 
 
+def loaded_as(task: Task, config: PretrainedConfig) -> Task:
+    """The task with the class that loads a checkpoint for it: its auto class; for a decoder that sees or hears, and of which
+    that auto class has nothing for text alone, the checkpoint's own class, which takes text without pictures, too."""
+    import transformers
+
+    if task.auto_class != "AutoModelForCausalLM" or type(config) in transformers.AutoModelForCausalLM._model_mapping:
+        return task
+    named = str((config.architectures or [""])[0])
+    return replace(task, auto_class=named) if _writes_after_seeing(config.to_dict(), named) else task
+
+
+def _writes_after_seeing(config: Mapping[str, Any], named: str) -> bool:
+    """Whether a class, by its name and its config, is a language model with eyes or ears: no encoder, and a text part."""
+    parts = isinstance(config.get("text_config"), Mapping) and not config.get("is_encoder_decoder")
+    return bool(parts and named.endswith("ForConditionalGeneration"))
+
+
 def task_of(config: PretrainedConfig | Mapping[str, Any], source: str) -> str:
     """The task that a checkpoint's `architectures` says.
 
@@ -126,7 +143,7 @@ def task_of(config: PretrainedConfig | Mapping[str, Any], source: str) -> str:
             return "token_classification"
         if data.get("is_encoder_decoder") and name.endswith(("ForConditionalGeneration", "WithLMHeadModel")):
             return "seq2seq"
-        if name.endswith(("ForCausalLM", "LMHeadModel")):
+        if name.endswith(("ForCausalLM", "LMHeadModel")) or _writes_after_seeing(data, name):
             return "causal_lm"
     raise OptionError(
         f"{source}: architectures {architectures} in config.json say no task; pass --task, one of {sorted(TASKS)}."

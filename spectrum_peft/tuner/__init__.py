@@ -20,7 +20,7 @@ if PEFT_TYPE not in PeftType.__members__:
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from .apply import settle_plan
-from .freezing import freeze_to_plan, trainable_mismatch
+from .freezing import freeze_to_plan, let_gradients_in, trainable_mismatch
 from .layers import SpectrumLayer
 from .model import SpectrumModel
 from .parameters import base_parameters, plan_parameters
@@ -41,6 +41,7 @@ __all__ = [
     "SpectrumModel",
     "base_parameters",
     "freeze_to_plan",
+    "let_gradients_in",
     "plan_parameters",
     "settle_plan",
     "share_in_dtype",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from ..errors import MismatchError, OptionError, near_matches
 from ..plan import MODES
 from ..records import ADAPTER_ACTIONS, Plan
-from .parameters import base_parameters, plan_parameters, tied_names
+from ..weights import computes_gradients_itself
+from .parameters import base_of, base_parameters, plan_parameters, tied_names
 
 
 def freeze_to_plan(model: nn.Module, plan: Plan) -> None:
@@ -41,6 +43,15 @@ def freeze_to_plan(model: nn.Module, plan: Plan) -> None:
     chosen = {id(present[name][0]._parameters[present[name][1]]) for name in wanted}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
+    let_gradients_in(model)
+
+
+def let_gradients_in(model: nn.Module) -> None:
+    """Where a model's own `autograd.Function` holds the weights that train, have the inputs of its blocks ask for a gradient,
+    as for reentrant checkpointing; autograd would leave the function out otherwise."""
+    base: Any = base_of(model)
+    if computes_gradients_itself(base):
+        base.enable_input_require_grads()
 
 
 def trainable_mismatch(model: nn.Module, plan: Plan) -> str | None:

@@ -25,7 +25,7 @@ from ..errors import CheckpointError, OptionError, loading, near_matches
 from ..plan import MODES, OPTIONS, Mode, make_plan, needs_gradients
 from ..records import Plan
 from ..scan import scan_weights
-from ..weights import read_header, settle_quantized, unquantized_modules
+from ..weights import loaded_together, read_header, settle_quantized, unquantized_modules
 from ..weights.adapter_config import read_adapter_config
 from ..weights.adapters import AdapterState
 from . import freeze_to_plan, settle_plan
@@ -62,7 +62,8 @@ def quantization_config_for(
         skipped = [names.module_name(e.name) for e in plan.entries if e.trains and e.action in ("train", "save")]
     skipped += sorted(names.HEADS)
     skeleton = model if isinstance(model, nn.Module) else weightless(model)
-    skipped += [] if skeleton is None else unquantized_modules(skeleton)
+    if skeleton is not None:
+        skipped = loaded_together(skeleton, [*skipped, *unquantized_modules(skeleton)])
     skipped = list(dict.fromkeys(skipped))
     if quant_type == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)

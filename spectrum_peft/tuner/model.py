@@ -29,7 +29,7 @@ from .apply import settle_plan, token_layers
 from .base_state import keep_state_whole
 from .columns import install_columns
 from .config import SpectrumConfig
-from .freezing import trainable_mismatch, with_groups
+from .freezing import let_gradients_in, trainable_mismatch, with_groups
 from .layers import Aside, SpectrumLayer, has_parts, refuse_two_values
 from .lorsa import install, singular_layers, take_base_dtype
 from .mixed_batches import check_rows, names_for_rows
@@ -112,6 +112,7 @@ class SpectrumModel(LoraModel):
         self._check_injected(model, adapter_name, config)
         if "_state_hooks" not in self.__dict__:
             self.__dict__["_state_hooks"] = keep_state_whole(self.model)
+        let_gradients_in(model)
         self._arm()
 
     def _aim(self, config: SpectrumConfig, model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from .files import FileWeights, Place, as_matrix, places, read_stored
 from .fresh import new_parameters
 from .gguf import GgufWeights
 from .headers import Span, find_shards, read_config, read_header, read_index, refuse_sharded
-from .layouts import Layout, Recipe, skeleton_like, skeleton_of, unquantized_modules
+from .layouts import Layout, Recipe, loaded_together, skeleton_like, skeleton_of, unquantized_modules
 from .live import LiveWeights, base_module, checkpoint_folder, dequantized_weights, matrix_of, refuse_partitioned
 from .opening import fetch, holds_adapter, locate, open_weights, refuse_missing
 from .quantized import (
@@ -26,7 +26,7 @@ from .roles import output_embeddings, output_head, role_of
 from .shards import read_bytes
 from .source import DTYPES, TensorInfo, WeightSource, split_expert
 from .towers import tower_in, towers_of
-from .uncalled import without_adapters
+from .uncalled import computes_gradients_itself, without_adapters
 
 __all__ = [
     "DTYPES",
@@ -43,12 +43,14 @@ __all__ = [
     "as_matrix",
     "base_module",
     "checkpoint_folder",
+    "computes_gradients_itself",
     "dequantized_weights",
     "fetch",
     "find_shards",
     "give_storage_without_values",
     "holds_adapter",
     "int8_products_as_on",
+    "loaded_together",
     "locate",
     "matrix_of",
     "new_parameters",

@@ -14,7 +14,7 @@ import copy
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .. import names
 from ..errors import CheckpointError, one_line
 from .roles import roles_of
 from .towers import towers_of
-from .uncalled import without_adapters
+from .uncalled import changed_in_place, without_adapters
 
 # The names that most decoders share. transformers renames none of them for a causal class, so a scan of such a file need
 # not load the modelling code (seconds, and some hundred MB) to be told so.
@@ -47,13 +47,21 @@ def must_ask(config: Mapping[str, Any], stored: Sequence[str]) -> bool:
     return not all(match and int(match["layer"] or 0) < layers for match in found)
 
 
+def _part_for(kind: Any, config: Any) -> Any:
+    """The config itself, or the part of it that a class is of: a text class on a checkpoint of a model that sees."""
+    wanted = getattr(kind, "config_class", None)
+    if not isinstance(wanted, type) or isinstance(config, wanted):
+        return config
+    return next((part for part in vars(config).values() if isinstance(part, wanted)), config)
+
+
 def skeleton_of(kind: Any, config: Any) -> nn.Module:
-    """The model of a class and a config on the meta device: modules, shapes and ties, no values.
+    """The model of a class and a config, or the part of one, on the meta device: modules, shapes and ties, no values.
 
     Raises:
         CheckpointError: the class cannot be built from this config.
     """
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(_part_for(kind, config))
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the float model's names; what is quantized keeps its module's name
     try:
@@ -132,10 +140,10 @@ def skeleton_like(model: nn.Module) -> nn.Module | None:
 
 def unquantized_modules(skeleton: nn.Module) -> list[str]:
     """Modules that stay unquantized where nobody lists any: the output head, what is tied to it, the last one, as transformers
-    has it, and those whose weight is read without calling the layer (Mamba), which would be read packed."""
+    has it, and those whose weight is read without calling the layer (Mamba), which would be read packed, or changed in place."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    uncalled = [names.module_name(name) for name in without_adapters(skeleton)]
+    uncalled = [*(names.module_name(name) for name in without_adapters(skeleton)), *changed_in_place(skeleton)]
     # Every part of a head: those of a task train whole (ModernBERT's `head.dense` before its classifier).
     linear = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
     uncalled += [name for name in linear if names.in_head(f"{name}.weight")]
@@ -143,6 +151,29 @@ def unquantized_modules(skeleton: nn.Module) -> list[str]:
         return sorted({*get_keys_to_not_convert(skeleton), *uncalled})
     except (AttributeError, NotImplementedError):  # none of transformers' models, or one without a head
         return uncalled
+
+
+def loaded_together(skeleton: nn.Module, modules: Iterable[str]) -> list[str]:
+    """The modules named, and those whose weight comes out of the same stored tensor (query, key and value of GTE): transformers
+    quantizes what one step of loading makes all or not at all."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    several = [
+        sorted(entry.target_patterns, key=len, reverse=True)
+        for entry in get_model_conversion_mapping(skeleton)
+        if isinstance(entry, WeightConverter) and len(entry.target_patterns) > 1
+    ]
+    groups: dict[str, set[tuple[int, str, str]]] = {}
+    for name, _ in skeleton.named_parameters(remove_duplicate=False):
+        for number, targets in enumerate(several):
+            target = next((t for t in targets if t in name), None)
+            if target is not None:
+                before, _, after = name.partition(target)
+                groups.setdefault(names.module_name(name), set()).add((number, before, after))
+    modules = list(modules)
+    wanted = {key for module in modules for key in groups.get(module, ())}
+    return [*modules, *(m for m, keys in groups.items() if keys & wanted and m not in modules)]
 
 
 @dataclass(frozen=True)

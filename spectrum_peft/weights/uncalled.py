@@ -4,6 +4,9 @@ Some modules read the weight of a layer without calling it: Mamba hands `self.ou
 multiplies by `self.dt_proj.weight` itself, so an adapter around the layer would never be asked. That is read from the
 source, and so holds for every path of a forward, for the kernels that this machine lacks, too. Other layers are called, but
 compute something else than x W^T: DeepSeek-V4 multiplies by groups.
+
+The same source says which layers cannot be quantized, because a model changes their weight, or what comes out of them, in
+place; and which models compute gradients by themselves.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 import textwrap
 from collections.abc import Iterator
 
@@ -30,16 +34,24 @@ _QUESTIONS = frozenset({"isinstance", "hasattr", "getattr", "id", "type", "len"}
 def read_by(kind: type[nn.Module]) -> frozenset[str]:
     """Children whose weight the methods of a class, and of those it inherits from, use as a tensor: `self.child.weight` as an
     operand or an argument; a look at its dtype, and a tie (`self.a.weight = self.b.weight`), are no use."""
-    found: set[str] = set()
+    return frozenset(name for tree in _sources(kind) for name in _reads(tree))
+
+
+def _sources(kind: type[nn.Module]) -> Iterator[ast.AST]:
+    """The code of a class and of those it inherits from, torch's own left out."""
     for base in kind.__mro__:
         if base.__module__.startswith("torch.") or not issubclass(base, nn.Module) or base is nn.Module:
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # made at run time: nobody knows its source
-            continue
-        found.update(_reads(tree))
-    return frozenset(found)
+        tree = _source(base)
+        if tree is not None:
+            yield tree
+
+
+def _source(kind: type) -> ast.AST | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):  # made at run time: nobody knows its source
+        return None
 
 
 def _reads(tree: ast.AST) -> Iterator[str]:
@@ -106,3 +118,89 @@ def without_adapters(model: nn.Module) -> dict[str, str]:
             elif _of_its_own(layer):
                 found[full] = f"a {type(layer).__name__} is no Linear, and PEFT has no layer for it"
     return found
+
+
+# Methods that set values before anything is computed.
+_FIRST = ("__init__", "_init", "init_", "reset_")
+
+
+def changed_in_place(model: nn.Module) -> Iterator[str]:
+    """Modules below a model whose weight, or whose output, the model's code changes in place: Gemma 3n clamps its
+    `prediction_coefs`, RWKV divides the weights of later blocks, Longformer divides its queries. Packed weights are no numbers
+    to be clamped, and the output of a quantized product is a view that autograd lets nobody change."""
+    for name, module in model.named_modules():
+        for path in _changed(type(module)):
+            for full, layer in module.named_modules(prefix=name):
+                inside = full[len(name) + 1 if name else 0 :]
+                if isinstance(layer, nn.Linear) and f".{inside}".endswith(f".{path}"):
+                    yield full
+
+
+@functools.cache
+def _changed(kind: type[nn.Module]) -> frozenset[str]:
+    """Paths, below a module of a class, that its methods change in place; see `changed_in_place`."""
+    found: set[str] = set()
+    for tree in _sources(kind):
+        for method in ast.walk(tree):
+            if isinstance(method, ast.FunctionDef) and not method.name.startswith(_FIRST):
+                found.update(_written(method))
+                found.update(_outputs_changed(method.body, {}))
+    return frozenset(found)
+
+
+def _written(method: ast.AST) -> Iterator[str]:
+    """`attention.output` of `block.attention.output.weight.mul_(...)`, `child` of `self.child.weight.data.clamp_(...)`."""
+    for node in ast.walk(method):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        called = node.func.attr
+        if not called.endswith("_") or called in ("requires_grad_", "detach_") or called.startswith("_"):
+            continue
+        path = _attributes(node.func.value)
+        path = path[:-1] if path[-1:] == ["data"] else path
+        if len(path) > 1 and path[-1] == "weight":
+            yield ".".join(path[:-1])
+
+
+def _attributes(node: ast.AST) -> list[str]:
+    """`["b", "c"]` of `a.b.c`; empty for what is no chain of attributes of a name."""
+    found: list[str] = []
+    while isinstance(node, ast.Attribute):
+        found.insert(0, node.attr)
+        node = node.value
+    return found if isinstance(node, ast.Name) else []
+
+
+def _outputs_changed(body: list[ast.stmt], made_by: dict[str, str]) -> Iterator[str]:
+    """Children whose output, as it is, is the target of `x += ...`, `x /= ...`."""
+    for statement in body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            value, target = statement.value, statement.targets[0].id
+            made_by.pop(target, None)
+            if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+                if isinstance(value.func.value, ast.Name) and value.func.value.id == "self":
+                    made_by[target] = value.func.attr
+        elif isinstance(statement, ast.AugAssign) and isinstance(statement.target, ast.Name):
+            if statement.target.id in made_by:
+                yield made_by[statement.target.id]
+        for inner in ("body", "orelse"):
+            yield from _outputs_changed(getattr(statement, inner, []), made_by)
+
+
+def computes_gradients_itself(model: nn.Module) -> bool:
+    """Whether a model runs parts of itself inside an `autograd.Function` that calls `backward` (Reformer's reversible blocks):
+    autograd then sees the input of those parts and none of their weights, so that input must ask for a gradient."""
+    modules = {type(module).__module__ for module in model.modules()}
+    return any(_calls_backward(name) for name in modules if name.startswith(_MODELS))
+
+
+@functools.cache
+def _calls_backward(module: str) -> bool:
+    for value in vars(sys.modules[module]).values():
+        if isinstance(value, type) and issubclass(value, torch.autograd.Function) and value.__module__ == module:
+            for node in ast.walk(_source(value) or ast.Module([], [])):
+                # `backward` of what it was given: `layer.backward_pass(...)`, `output.backward(...)`
+                called = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+                if called.startswith("backward"):
+                    return True
+    return False

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from families import FAMILIES, saved
+from odd_architectures import ODD_ARCHITECTURES, saved
 
 from spectrum_peft import SpectrumConfig, export_lora, merge_into_base, scan_weights
 
@@ -39,9 +39,9 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("mode", ["lora", "spectrum"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ODD_ARCHITECTURES)
 def test_a_merged_checkpoint_computes_what_was_trained(name: str, mode: str, tmp_path: Path) -> None:
-    kind, inputs = saved(name, tmp_path / "base"), FAMILIES[name]()[2]
+    kind, inputs = saved(name, tmp_path / "base"), ODD_ARCHITECTURES[name]()[2]
     model = trained(tmp_path / "base", kind, mode=mode)
     wanted = outputs(model, inputs)
     model.save_pretrained(tmp_path / "adapter")
@@ -58,7 +58,7 @@ def test_a_merged_checkpoint_computes_what_was_trained(name: str, mode: str, tmp
 
 @pytest.mark.parametrize("name", ["bart", "roberta_mlm"])
 def test_tables_that_are_one_tensor_stay_one_in_the_merged_file(name: str, tmp_path: Path) -> None:
-    kind, inputs = saved(name, tmp_path / "base"), FAMILIES[name]()[2]
+    kind, inputs = saved(name, tmp_path / "base"), ODD_ARCHITECTURES[name]()[2]
     model = trained(tmp_path / "base", kind, mode="lora", train_embeddings=True)
     model.save_pretrained(tmp_path / "adapter")
     base = safetensors.torch.load_file(tmp_path / "base" / "model.safetensors")
@@ -71,7 +71,7 @@ def test_tables_that_are_one_tensor_stay_one_in_the_merged_file(name: str, tmp_p
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next", "granite_moe", "mamba", "llava"])
 def test_plain_peft_computes_what_was_trained(name: str, dropout: float, tmp_path: Path) -> None:
-    kind, inputs = saved(name, tmp_path / "base"), FAMILIES[name]()[2]
+    kind, inputs = saved(name, tmp_path / "base"), ODD_ARCHITECTURES[name]()[2]
     options = {"lora_dropout": dropout, "exclude_modules": r".*\.experts\..*"} if dropout else {}
     model = trained(tmp_path / "base", kind, mode="lora", task_type="CAUSAL_LM", **options)
     model.save_pretrained(tmp_path / "adapter")
@@ -93,7 +93,7 @@ def test_a_report_of_the_folder_fits_the_model(tmp_path: Path) -> None:
 
 def test_tensors_that_the_class_ignores_are_copied(tmp_path: Path) -> None:
     """Blocks for the prediction of several tokens lie in the file and in no class."""
-    kind, inputs = saved("qwen3_next", tmp_path / "base"), FAMILIES["qwen3_next"]()[2]
+    kind, inputs = saved("qwen3_next", tmp_path / "base"), ODD_ARCHITECTURES["qwen3_next"]()[2]
     file = tmp_path / "base" / "model.safetensors"
     stored = safetensors.torch.load_file(file)
     extra = {n.replace("model.layers.1.", "mtp.layers.0."): t.clone() for n, t in stored.items() if ".layers.1." in n}
@@ -111,7 +111,7 @@ def test_tensors_that_the_class_ignores_are_copied(tmp_path: Path) -> None:
 
 def test_the_text_class_of_a_vision_language_checkpoint(tmp_path: Path) -> None:
     """Planned from the folder, trained as text alone, merged back with the towers as they were."""
-    whole, inputs = saved("qwen3_5", tmp_path / "base"), FAMILIES["qwen3_5"]()[2]
+    whole, inputs = saved("qwen3_5", tmp_path / "base"), ODD_ARCHITECTURES["qwen3_5"]()[2]
     text = transformers.Qwen3_5ForCausalLM
     report = scan_weights(tmp_path / "base")
     model = trained(tmp_path / "base", text, mode="lora", report=report, task_type="CAUSAL_LM")
@@ -125,7 +125,7 @@ def test_the_text_class_of_a_vision_language_checkpoint(tmp_path: Path) -> None:
 
 
 def test_originals_are_read_back_under_the_stored_names(tmp_path: Path) -> None:
-    kind, inputs = saved("nomic_bert", tmp_path), FAMILIES["nomic_bert"]()[2]
+    kind, inputs = saved("nomic_bert", tmp_path), ODD_ARCHITECTURES["nomic_bert"]()[2]
     plain = outputs(kind.from_pretrained(tmp_path), inputs)
     model = trained(tmp_path, kind, mode="spectrum", keep_base="file")
     assert apart(plain, outputs(model, inputs)) > 10 * SAME

@@ -6,7 +6,7 @@ and inputs the names of the fields cannot tell stands in `FIELDS` and `INPUTS`; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import transformers
 from inputs import inputs_for
 from shrinking import DROP, IMAGE, WIDTH, small
 from transformers import CONFIG_MAPPING
+from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
 # Where a type has several heads, the first of these tasks decides.
@@ -101,6 +102,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "patch_sizes": [7, 3, 3, 3], "strides": [4, 2, 2, 2], "mlp_ratios": [2, 2, 2, 2], "decoder_hidden_size": 32,
     },
     "swinv2": {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 2]},
+    "textnet": {"image_size": [64, 64]},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
     "xlstm": {"head_dim": DROP, "qk_dim_factor": 1.0, "v_dim_factor": 1.0, "chunk_size": 4},
@@ -231,6 +233,52 @@ HEADS = {
 }  # fmt: skip
 
 
+# Tasks of types that are here for their stored names only, and classes that transformers converts by their own name.
+CONVERTED_TASKS = (
+    "OBJECT_DETECTION",
+    "UNIVERSAL_SEGMENTATION",
+    "MASK_GENERATION",
+    "TIME_SERIES_PREDICTION",
+    "BACKBONE",
+)
+CONVERTED_CLASSES = (
+    "BeitBackbone", "BeitForSemanticSegmentation", "ConditionalDetrForSegmentation", "DetrForSegmentation", "Dinov2Backbone",
+    "Dinov2WithRegistersBackbone", "MetaClip2TextModel", "MimiModel", "RfDetrForInstanceSegmentation",
+    "SegformerForSemanticSegmentation", "Siglip2TextModel", "SwinBackbone", "Tipsv2DptForDepthEstimation",
+    "Tipsv2DptForNormalEstimation", "UltrabertForQuestionAnswering", "UltrabertForSequenceClassification",
+    "UltrabertForTokenClassification",
+)  # fmt: skip
+
+
+def _converted(listed: Mapping[str, Family]) -> dict[str, Family]:
+    """Types that transformers converts on loading and that no family above is, or has inside; and classes that it does."""
+    inside = {part.model_type for family in listed.values() for part in _configs(CONFIG_MAPPING[family.model_type])}
+    found: dict[str, Family] = {}
+    for model_type in sorted(set(_build_checkpoint_conversion_mapping()) & set(CONFIG_MAPPING) - inside):
+        tables = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}) for task in CONVERTED_TASKS]
+        tables += [modeling_auto.MODEL_MAPPING_NAMES]
+        named = next((table[model_type] for table in tables if model_type in table), None)
+        if named is not None:
+            class_name = named if isinstance(named, str) else named[0]
+            found[model_type] = Family(model_type, model_type, "STORED_NAMES", class_name)
+    for class_name in CONVERTED_CLASSES:
+        kind = getattr(transformers, class_name, None)
+        if kind is not None:
+            model_type = kind.config_class.model_type
+            found[f"{model_type}/{class_name}"] = Family(
+                f"{model_type}/{class_name}", model_type, "STORED_NAMES", class_name
+            )
+    return found
+
+
+def _configs(kind: Any) -> Iterator[Any]:
+    """A class of configs and those of its parts."""
+    yield kind
+    for part in getattr(kind, "sub_configs", {}).values():
+        if hasattr(part, "model_type"):
+            yield from _configs(part)
+
+
 def _variants() -> dict[str, Family]:
     found = {}
     for task, types in HEADS.items():
@@ -245,3 +293,4 @@ def _variants() -> dict[str, Family]:
 
 LISTED = _listed()
 LISTED |= _variants()
+LISTED |= _converted(LISTED)

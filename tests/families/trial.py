@@ -7,7 +7,7 @@ A cell is `("ok", "")`, `("refused", the line of the SpectrumError)`, `("-", why
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from spectrum_peft import (
     scan_weights,
 )
 from spectrum_peft.errors import SpectrumError
+from spectrum_peft.train.unmoved import refuse_untouched
 from spectrum_peft.tuner import settle_plan
 from spectrum_peft.tuner.loading import load_trained, task_type_of
 
@@ -73,6 +74,7 @@ class _Ground:
             for parameter in model.parameters():
                 if parameter.ndim > 1 or not parameter.any():
                     parameter.add_(torch.randn(parameter.shape) * 0.05)
+            _settle_statistics(model, self.inputs)
         model.save_pretrained(base)
         self.model = self.load()
         self.plain = self.outputs(self.model)
@@ -106,19 +108,56 @@ class _Ground:
         # LoRA's A gets its first gradient when B is no longer zero.
         for _ in range(2):
             out = model(**self.inputs)
-            loss = getattr(out, "loss", None)
-            if loss is None:  # no power of the values, which are of length 1 in retrievers
-                values = first_tensor(out)
-                loss = (values * torch.linspace(-1, 1, values.numel()).reshape(values.shape)).sum()
-            loss.backward()
+            refuse_untouched(out, model, _plan_of(model))
+            try:
+                _loss(out).backward()
+            except RuntimeError as error:
+                self._trains_whole(error)
+                raise
             optimizer.step()
         return [n for n, p in trained.items() if p.grad is None]
+
+    def _trains_whole(self, error: Exception) -> None:
+        """
+        Raises:
+            NotApplicable: the plain model with all of its weights has the same fault.
+        """
+        model = self.load().train()
+        try:
+            _loss(model(**self.inputs)).backward()
+        except RuntimeError as its_own:
+            if str(its_own)[:60] == str(error)[:60]:
+                raise NotApplicable(f"the plain model cannot train in transformers: {error}") from error
 
     def adapter(self, mode: str) -> Any:
         config = SpectrumConfig(
             mode=mode, spectrum_ratio=SHARE, r=4, report=self.report, task_type=task_type_of(self.model)
         )
         return peft.get_peft_model(self.load(), config)
+
+
+def _settle_statistics(model: Any, inputs: Mapping[str, Any]) -> None:
+    """Running statistics become those of the inputs, as in a model that was trained; with a fresh model's, batch norms let
+    what small weights compute vanish from block to block."""
+    norms = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
+    if norms:
+        for norm in norms:
+            norm.momentum = 1.0
+        torch.manual_seed(0)
+        model.train()(**inputs)
+
+
+def _plan_of(model: Any) -> Any:
+    carried = getattr(model, "spectrum_plan", None)
+    return model.peft_config["default"].plan if carried is None else carried
+
+
+def _loss(out: Any) -> torch.Tensor:
+    loss: torch.Tensor | None = getattr(out, "loss", None)
+    if loss is None:  # no power of the values, which are of length 1 in retrievers
+        values = first_tensor(out)
+        loss = (values * torch.linspace(-1, 1, values.numel()).reshape(values.shape)).sum()
+    return loss
 
 
 def first_tensor(out: Any) -> torch.Tensor:

@@ -43,7 +43,7 @@ from spectrum_peft import (
 from spectrum_peft.errors import MismatchError, OptionError, TrainingSetupError
 from spectrum_peft.plan import MODES
 from spectrum_peft.train.optim import innermost
-from spectrum_peft.tuner import plan_parameters
+from spectrum_peft.tuner import plan_parameters, settle_plan
 
 pytestmark = LIBRARIES
 PLAIN_MODES = [name for name, mode in MODES.items() if mode.plain_model]
@@ -629,3 +629,17 @@ def test_no_line_where_all_that_is_planned_trains(base: Any, tmp_path: Path, cap
     with caplog.at_level("WARNING", logger="spectrum_peft"):
         run.train()
     assert not any("got no gradient" in r.message for r in caplog.records)
+
+
+@pytest.mark.parametrize("mode", ["spectrum", "lora"])
+def test_a_plan_of_which_nothing_is_used_is_refused_by_name(mode: str, base: Any, tmp_path: Path) -> None:
+    """torch would say that element 0 of tensors does not require grad."""
+    model = with_unused(base)
+    plan = settle_plan(model, config_of(mode, **({"spectrum_ratio": 1.0} if mode == "spectrum" else {})))
+    only = tuple(e for e in plan.entries if "spare_proj" in e.name and e.trains)
+    assert len(only) == 1
+    config = SpectrumConfig(mode=mode, plan=plan.replace(entries=only))
+    model = get_peft_model(model, config) if mode == "lora" else model
+    callback = SpectrumCallback() if mode == "lora" else SpectrumCallback(config)
+    with pytest.raises(TrainingSetupError, match=r"LlamaForCausalLM computes .* 1 tensors, first .*spare_proj"):
+        trainer(model, tmp_path, [callback], max_steps=1).train()

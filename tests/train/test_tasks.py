@@ -16,7 +16,7 @@ from spectrum_peft.errors import DataError, InstallError, OptionError
 from spectrum_peft.train.encoding import DataChoices
 from spectrum_peft.train.heads import labels_of
 from spectrum_peft.train.judge import classification_scores, require_scikit_learn
-from spectrum_peft.train.tasks import TASKS, task_of
+from spectrum_peft.train.tasks import TASKS, loaded_as, task_of
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -283,3 +283,17 @@ def test_bytes_that_are_no_text_are_refused_by_their_place(tmp_path: Path, suffi
     path.write_bytes(b'{"text": "' + b"a" * 2**20 + b'\x98"}\n')
     with pytest.raises(DataError, match=r"byte 1,048,586 is not UTF-8 \(invalid start byte\)"):
         read_dataset(str(path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "loads"), [("Qwen3VLConfig", "own"), ("Gemma3Config", "auto"), ("LlavaConfig", "own")]
+)
+def test_a_decoder_that_sees_is_trained_on_text_as_its_own_class_or_its_auto_class(kind: str, loads: str) -> None:
+    import transformers
+
+    config = getattr(transformers, kind)()
+    config.architectures = [kind.replace("Config", "ForConditionalGeneration")]
+    assert task_of(config, "folder") == "causal_lm"
+    wanted = {"own": config.architectures[0], "auto": "AutoModelForCausalLM"}[loads]
+    assert loaded_as(TASKS["causal_lm"], config).auto_class == wanted
+    assert loaded_as(TASKS["seq2seq"], config) is TASKS["seq2seq"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from families import FAMILIES
+from odd_architectures import ODD_ARCHITECTURES
+from odd_architectures import saved as saved_odd
 
 from spectrum_peft import SpectrumConfig, load_model_with_spectrum, make_plan, quantization_config_for, scan_weights
 from spectrum_peft.errors import OptionError
@@ -109,11 +111,14 @@ def test_a_class_of_another_family_is_refused(kind: str, said: str, tmp_path: Pa
         load_model_with_spectrum(body, SpectrumConfig(mode="lora"), model_class=getattr(transformers, kind))
 
 
-@pytest.mark.parametrize("planned", [True, False])
-def test_real_weights_on_a_4bit_base_of_another_class(planned: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("planned", "kind"),
+    [(True, "AutoModelForCausalLM"), (False, "AutoModelForCausalLM"), (False, "Qwen3_5ForCausalLM")],
+)
+def test_real_weights_on_a_4bit_base_of_another_class(planned: bool, kind: str, tmp_path: Path) -> None:
     """The modules that stay unquantized are named as in the class that is loaded, not as in the one of config.json."""
     torch.manual_seed(0)
-    _, config, inputs = FAMILIES["qwen3_5"]()
+    _, config, inputs = ODD_ARCHITECTURES["qwen3_5"]()
     whole = transformers.Qwen3_5ForConditionalGeneration(config)
     folder = saved(whole, tmp_path / "whole")
     spectrum = SpectrumConfig(mode="spectrum", spectrum_ratio=0.5)
@@ -121,7 +126,7 @@ def test_real_weights_on_a_4bit_base_of_another_class(planned: bool, tmp_path: P
         plan = make_plan(scan_weights(folder), mode="spectrum", spectrum_ratio=0.5)
         spectrum.plan = plan.replace(entries=tuple(e for e in plan.entries if ".visual." not in e.name))
     model, _ = load_model_with_spectrum(
-        folder, spectrum, dtype="float32", quantization="nf4", model_class=transformers.AutoModelForCausalLM
+        folder, spectrum, dtype="float32", quantization="nf4", model_class=getattr(transformers, kind)
     )
     inner = model.get_base_model()
     assert type(inner) is transformers.Qwen3_5ForCausalLM
@@ -133,6 +138,29 @@ def test_real_weights_on_a_4bit_base_of_another_class(planned: bool, tmp_path: P
     out = model(**inputs)
     out.loss.backward()
     assert torch.isfinite(out.loss)
+
+
+def test_parts_of_one_stored_tensor_are_quantized_together_or_not_at_all(tmp_path: Path) -> None:
+    """Query, key and value lie in the file as one; a plan that trains one of them leaves all three unquantized."""
+    kind = saved_odd("nomic_bert", tmp_path)
+    report = scan_weights(tmp_path)
+    plan = make_plan(report, mode="spectrum", spectrum_ratio=0.5)
+    entries = [
+        e
+        if not e.trains or e.name.endswith("layers.0.self_attn.q_proj.weight")
+        else dataclasses.replace(e, action="freeze")
+        for e in plan.entries
+    ]
+    config = SpectrumConfig(mode="spectrum", plan=plan.replace(entries=tuple(entries)))
+    model, _ = load_model_with_spectrum(str(tmp_path), config, dtype="float32", quantization="nf4", model_class=kind)
+    block = model.get_base_model().nomic_bert.layers
+    kinds = [
+        type(getattr(part, "base_layer", part)).__name__
+        for layer in block
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+    ]
+    assert kinds == ["Linear"] * 3 + ["Linear4bit"] * 3
+    assert torch.isfinite(model(**ODD_ARCHITECTURES["nomic_bert"]()[2]).loss)
 
 
 def test_what_4_bit_would_break_stays_unquantized() -> None:

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from families import FAMILIES, saved
+from odd_architectures import ODD_ARCHITECTURES, saved
 
 from spectrum_peft import SpectrumConfig, load_model_with_spectrum
 from spectrum_peft.errors import OptionError
@@ -134,7 +134,7 @@ def test_tensors_that_are_one_in_the_base_are_one_in_the_copies_that_train(name:
 
 def test_a_matrix_at_two_places_of_the_model_is_left_out_by_name(tmp_path: Path) -> None:
     """A layer around one of them would leave the other as it was; the plain model trains both, as the one that they are."""
-    kind, inputs = saved("zamba2", tmp_path), FAMILIES["zamba2"]()[2]
+    kind, inputs = saved("zamba2", tmp_path), ODD_ARCHITECTURES["zamba2"]()[2]
     plain = kind.from_pretrained(tmp_path).eval()
     shared = [n for n, _ in plain.named_parameters() if ".shared_transformer." in n and n.endswith("proj.weight")]
     before = plain(**inputs).logits
@@ -152,7 +152,7 @@ def test_a_matrix_at_two_places_of_the_model_is_left_out_by_name(tmp_path: Path)
 
 
 def test_adapters_are_planned_only_where_they_are_asked(tmp_path: Path) -> None:
-    kind, inputs = saved("mamba", tmp_path), FAMILIES["mamba"]()[2]
+    kind, inputs = saved("mamba", tmp_path), ODD_ARCHITECTURES["mamba"]()[2]
     model = peft.get_peft_model(kind.from_pretrained(tmp_path), SpectrumConfig(mode="lora", r=4))
     model(**inputs).loss.backward()
     assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if ".lora_B." in n)

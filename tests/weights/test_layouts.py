@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from families import FAMILIES, saved
+from odd_architectures import ODD_ARCHITECTURES, saved
 
 from spectrum_peft.errors import CheckpointError
 from spectrum_peft.weights import FileWeights, Recipe, open_weights, skeleton_of
@@ -25,7 +25,7 @@ def opened(folder: Path) -> FileWeights:
     return files
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ODD_ARCHITECTURES)
 def test_every_parameter_reads_as_transformers_loads_it(name: str, tmp_path: Path) -> None:
     kind = saved(name, tmp_path)
     model = kind.from_pretrained(tmp_path, dtype=torch.float32)
@@ -40,7 +40,7 @@ def test_every_parameter_reads_as_transformers_loads_it(name: str, tmp_path: Pat
         assert len({id(model.get_parameter(n)) for n in group}) == 1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ODD_ARCHITECTURES)
 def test_a_layout_knows_what_transformers_finds_missing_and_unexpected(name: str, tmp_path: Path) -> None:
     kind = saved(name, tmp_path)
     stored = stored_in(tmp_path)
@@ -56,11 +56,11 @@ def test_a_layout_knows_what_transformers_finds_missing_and_unexpected(name: str
     assert layout.ignored == ("mtp.layers.0.extra.weight",)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ODD_ARCHITECTURES)
 def test_what_is_put_back_loads_as_what_was_wanted(name: str, tmp_path: Path) -> None:
     kind = saved(name, tmp_path)
     stored = stored_in(tmp_path)
-    layout = layout_of(skeleton_of(kind, FAMILIES[name]()[1]), {n: tuple(t.shape) for n, t in stored.items()})
+    layout = layout_of(skeleton_of(kind, ODD_ARCHITECTURES[name]()[1]), {n: tuple(t.shape) for n, t in stored.items()})
     for recipe in layout.recipes.values():
         wanted = {n: torch.randn(v.shape) for n, v in recipe.convert(stored).items()}
         back = recipe.put_back(wanted, stored)

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from families import FAMILIES, saved
+from odd_architectures import ODD_ARCHITECTURES, saved
 
 from spectrum_peft import SpectrumConfig, load_model_with_spectrum, make_plan, scan_weights
 from spectrum_peft.errors import OptionError
@@ -45,7 +45,7 @@ def _built(kind: Any, config: Any) -> Any:
     ("build", "wanted"),
     [
         (
-            FAMILIES["llava"],
+            ODD_ARCHITECTURES["llava"],
             {
                 "model.language_model.layers.0.mlp.up_proj.weight": "language",
                 "model.vision_tower.encoder.layers.0.mlp.fc1.weight": "vision",
@@ -54,7 +54,7 @@ def _built(kind: Any, config: Any) -> Any:
             },
         ),
         (
-            FAMILIES["qwen3_5"],
+            ODD_ARCHITECTURES["qwen3_5"],
             {
                 "model.language_model.layers.1.self_attn.q_proj.weight": "language",
                 "model.visual.blocks.0.attn.qkv.weight": "vision",
@@ -77,8 +77,8 @@ def _built(kind: Any, config: Any) -> Any:
                 "visual_projection.weight": "projector",
             },
         ),
-        (FAMILIES["bart"], {"model.encoder.layers.0.fc1.weight": None}),
-        (FAMILIES["vit_classifier"], {"vit.layers.0.mlp.fc1.weight": None}),
+        (ODD_ARCHITECTURES["bart"], {"model.encoder.layers.0.fc1.weight": None}),
+        (ODD_ARCHITECTURES["vit_classifier"], {"vit.layers.0.mlp.fc1.weight": None}),
     ],
 )  # fmt: skip
 def test_a_parameter_is_of_the_tower_it_lies_in(build: Any, wanted: dict[str, str | None]) -> None:
@@ -129,7 +129,7 @@ def test_targets_that_are_named_are_taken_in_every_tower(tmp_path: Path) -> None
 
 
 def test_projectors_train_whole_beside_adapters_and_are_saved(tmp_path: Path) -> None:
-    kind, inputs = saved("llava", tmp_path / "base"), FAMILIES["llava"]()[2]
+    kind, inputs = saved("llava", tmp_path / "base"), ODD_ARCHITECTURES["llava"]()[2]
     ids = torch.cat([torch.full((2, 16), 90), inputs["input_ids"]], 1)
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     given = {"input_ids": ids, "pixel_values": pixels, "labels": ids}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from families import FAMILIES
+from odd_architectures import ODD_ARCHITECTURES
 from torch import nn
 
-from spectrum_peft.weights import without_adapters
+from spectrum_peft.weights import computes_gradients_itself, skeleton_of, unquantized_modules, without_adapters
+from spectrum_peft.weights.uncalled import changed_in_place
 
 
 class Reads(nn.Module):
@@ -64,7 +65,7 @@ def test_a_linear_with_a_forward_of_its_own_is_asked_what_it_takes() -> None:
 @pytest.mark.parametrize("name", ["mamba", "qwen3_next", "granite_moe", "bart", "nomic_bert", "roberta_mlm"])
 def test_no_layer_that_a_forward_leaves_uncalled_is_missed(name: str) -> None:
     """Hooks see this machine's path only, so what they miss must be named, and more may be."""
-    kind, config, inputs = FAMILIES[name]()
+    kind, config, inputs = ODD_ARCHITECTURES[name]()
     model = kind(config).eval()
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     called: set[str] = set()
@@ -72,3 +73,62 @@ def test_no_layer_that_a_forward_leaves_uncalled_is_missed(name: str) -> None:
         module.register_forward_hook(lambda *_, path=path: called.add(path))
     model(**inputs)
     assert {f"{path}.weight" for path in linears if path not in called} <= set(without_adapters(model))
+
+
+class Changes(nn.Module):
+    """In place: a weight, the weight of a child's child, an output; and what only looks like it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clamped, self.output, self.begins, self.summed, self.turned = (nn.Linear(4, 4) for _ in range(5))
+        self.block = nn.ModuleDict({"value": nn.Linear(4, 4), "other": nn.Linear(4, 4)})
+        self.begins.weight.data.zero_()
+
+    def reset_parameters(self) -> None:
+        self.begins.weight.data.normal_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.clamped.weight.data.clamp_(-1, 1)
+        for block in (self.block,):
+            block.value.weight.mul_(2)
+        y = self.output(x)
+        if self.training:
+            y /= 2
+        z = self.summed(y)
+        z = z + y
+        z += y
+        return z + self.turned(z).requires_grad_()
+
+
+def test_what_a_model_changes_in_place_is_named() -> None:
+    model = nn.ModuleDict({"a": Changes()})
+    assert set(changed_in_place(model)) == {"a.clamped", "a.block.value", "a.output"}
+
+
+def test_the_same_in_models_of_transformers() -> None:
+    """A 4-bit weight is no number to clamp, and the output of its product no tensor that may change in place."""
+    longformer = transformers.LongformerConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        attention_window=[4],
+    )
+    skipped = unquantized_modules(skeleton_of(transformers.LongformerForSequenceClassification, longformer))
+    attention = "longformer.encoder.layer.0.attention.self"
+    assert {m for m in skipped if m.startswith(attention)} == {f"{attention}.query", f"{attention}.query_global"}
+    rwkv = transformers.RwkvConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1)
+    skipped = unquantized_modules(skeleton_of(transformers.RwkvForCausalLM, rwkv))
+    assert {"rwkv.blocks.0.attention.output", "rwkv.blocks.0.feed_forward.value"} <= set(skipped)
+    assert "rwkv.blocks.0.attention.key" not in skipped
+
+
+def test_a_model_that_computes_its_gradients_itself_is_known() -> None:
+    reformer = transformers.ReformerConfig(
+        vocab_size=96, hidden_size=32, feed_forward_size=48, attn_layers=["local"], num_attention_heads=2, is_decoder=True,
+        attention_head_size=16, axial_pos_embds=False, max_position_embeddings=64,
+    )  # fmt: skip
+    assert computes_gradients_itself(transformers.ReformerModelWithLMHead(reformer))
+    kind, config, _ = ODD_ARCHITECTURES["bart"]()
+    assert not computes_gradients_itself(kind(config))

@@ -1,6 +1,6 @@
 """Tiny models of families that are no plain decoders: other names in the files, ties inside, towers, experts, heads with parts.
 
-One builder each, `FAMILIES[name]() -> (class, config, inputs)`; the inputs have labels where the class computes a loss.
+One builder each, `ODD_ARCHITECTURES[name]() -> (class, config, inputs)`; the inputs have labels where the class computes a loss.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _DECODER = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}
 _VISION = {**_BLOCKS, "image_size": 32, "patch_size": 8}
 
 Built = tuple[Any, Any, dict[str, Any]]
-FAMILIES: dict[str, Callable[[], Built]] = {}
+ODD_ARCHITECTURES: dict[str, Callable[[], Built]] = {}
 
 
 def _family(build: Callable[[], Built]) -> Callable[[], Built]:
-    FAMILIES[build.__name__] = build
+    ODD_ARCHITECTURES[build.__name__] = build
     return build
 
 
@@ -167,7 +167,7 @@ def saved(name: str, folder: Path, seed: int = 0) -> Any:
     """A family's model with random weights, saved to a folder as the hub would have it; returns its class."""
     import torch
 
-    kind, config, _ = FAMILIES[name]()
+    kind, config, _ = ODD_ARCHITECTURES[name]()
     torch.manual_seed(seed)
     model = kind(config).float()
     with torch.no_grad():
