@@ -59,7 +59,9 @@ def make_plan(
     if isinstance(report, str | os.PathLike):
         if report == "auto":
             raise OptionError(
-                "report is 'auto', which is of a model, and a plan is made of a report alone: make_plan(find_report(MODEL), ...)."
+                "report is 'auto', which is of a model, and a plan is made of a report alone: "
+                "make_plan(find_report(MODEL), ...).",
+                shell="REPORT is auto, which is of a model, and no model is named.",
             )
         return make_plan(SnrReport.named(report), gradients=gradients, candidates=candidates, **options)
     if isinstance(gradients, str | os.PathLike):
