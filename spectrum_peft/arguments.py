@@ -67,7 +67,7 @@ def steps(text: str) -> int | str:
     return text if text == "epoch" else int(text)
 
 
-steps.__name__ = "number of steps, or 'epoch',"
+steps.__name__ = "a number of steps, or 'epoch'"
 
 
 def rate(text: str) -> float | str:
@@ -75,7 +75,7 @@ def rate(text: str) -> float | str:
     return text if text == "auto" else float(text)
 
 
-rate.__name__ = "a number, or 'auto',"
+rate.__name__ = "a number, or 'auto'"
 
 
 def switch(parser: Any, name: str, **kwargs: Any) -> None:

@@ -66,7 +66,7 @@ def _boolean_or_auto(text: str) -> bool | str:
     return text if text == "auto" else boolean(text)
 
 
-_number_or_auto.__name__ = "number, or 'auto',"
+_number_or_auto.__name__ = "a whole number, or 'auto'"
 # Flags of `memory` that describe the step, under the names of `memory.Step` and `estimate_memory`.
 _STEP = (
     "batch_size", "max_length", "dtype", "optimizer", "gradient_checkpointing", "gradient_accumulation_steps",

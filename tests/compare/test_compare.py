@@ -908,7 +908,7 @@ def test_classification_is_ranked_by_accuracy_and_a_new_head_is_pointed_out(
         ({"contestants": [{"name": "x", "peft": {"peft_type": "NOPE"}}]}, "peft_type is 'NOPE'"),
         ({"contestants": [{"name": "x", "peft": {"peft_type": "LORA", "rr": 4}}]}, "LORA has no field 'rr'"),
         ({"modes": ["full"], "quantization": "nf4"}, "mode 'full' trains every weight, so none can be quantized"),
-        ({"output_dir": ""}, "output_dir is ''"),
+        ({"output_dir": ""}, "--output-dir is '', wanted a folder."),
     ],
 )  # fmt: skip
 def test_a_wrong_input_is_one_line_before_anything_is_run(

@@ -805,10 +805,10 @@ def test_the_command_prints_a_plan_s_memory_a_fit_and_a_table(
 
 
 @pytest.mark.parametrize(("words", "text"), [
-    (("--fit", "24"), "budget is '24': the unit is missing"),
+    (("--fit", "24"), "--fit is '24': the unit is missing"),
     (("--fit", "24GiB", "--plan", "plan.yaml"), "--plan and --fit are both given"),
     (("--batch-size", "auto"), "--batch-size auto is for --fit"),
-    (("--batch-size", "many"), "invalid number, or 'auto', value: 'many'"),
+    (("--batch-size", "many"), "--batch-size is 'many', wanted a whole number, or 'auto'."),
     (("--device", "tpu"), "device is 'tpu'"),
     (("--criterion", "spectrum"), "without weights only"),
 ])  # fmt: skip

@@ -13,13 +13,21 @@ import torch
 from spectrum_peft.scan.ahead import Ahead
 from spectrum_peft.scan.scan import _progress
 from spectrum_peft.weights import TensorInfo
+from spectrum_peft.weights.neighbours import Group
 
 NAMES = [str(i) for i in range(12)]
 
 
+def alone(names: list[str]) -> list[Group]:
+    return [Group((name,), lambda arrived, name=name: arrived(name)) for name in names]  # type: ignore[misc]
+
+
+GROUPS = alone(NAMES)
+
+
 def test_each_comes_once_in_the_order_that_it_is_taken() -> None:
     arrived: list[int] = []
-    with Ahead(lambda name: torch.tensor(int(name)), NAMES, [1] * 12, 3, arrived.append) as ahead:
+    with Ahead(lambda name: torch.tensor(int(name)), GROUPS, dict.fromkeys(NAMES, 1), 3, arrived.append) as ahead:
         assert [int(ahead.take(name)) for name in NAMES] == list(range(12))
     assert arrived == [1] * 12
 
@@ -35,7 +43,7 @@ def test_no_more_is_held_than_the_budget_or_one_tensor(budget: int, most: int) -
             peak = max(peak, held)
         return torch.zeros(1)
 
-    with Ahead(read, NAMES, [10] * 12, budget, lambda _: None) as ahead:
+    with Ahead(read, GROUPS, dict.fromkeys(NAMES, 10), budget, lambda _: None) as ahead:
         for name in NAMES:
             ahead.take(name)
             with lock:
@@ -50,7 +58,7 @@ def test_an_error_is_raised_where_its_tensor_is_taken_and_the_others_come() -> N
             raise ValueError("no third")
         return torch.tensor(int(name))
 
-    with Ahead(read, NAMES, [1] * 12, 100, lambda _: None) as ahead:
+    with Ahead(read, GROUPS, dict.fromkeys(NAMES, 1), 100, lambda _: None) as ahead:
         assert int(ahead.take("0")) == 0
         with pytest.raises(ValueError, match="no third"):
             ahead.take("3")
@@ -59,7 +67,7 @@ def test_an_error_is_raised_where_its_tensor_is_taken_and_the_others_come() -> N
 
 def test_who_waits_is_woken_when_it_ends() -> None:
     never = threading.Event()
-    ahead = Ahead(lambda _: never.wait(30) and torch.zeros(1), ["a"], [1], 1, lambda _: None)  # type: ignore[arg-type,return-value]
+    ahead = Ahead(lambda _: never.wait(30) and torch.zeros(1), alone(["a"]), {"a": 1}, 1, lambda _: None)  # type: ignore[arg-type,return-value]
     seen: list[str] = []
 
     def wait() -> None:
@@ -83,7 +91,7 @@ def test_the_next_one_comes_while_one_is_scored() -> None:
         came[name].set()
         return torch.zeros(1)
 
-    with Ahead(read, NAMES, [1] * 12, 100, lambda _: None) as ahead:
+    with Ahead(read, GROUPS, dict.fromkeys(NAMES, 1), 100, lambda _: None) as ahead:
         for name, following in pairwise(NAMES):
             ahead.take(name)
             assert came[following].wait(30)  # what is "scored" here lasts until the next has come
