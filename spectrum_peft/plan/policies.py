@@ -289,7 +289,7 @@ def columns(
 
     Raises:
         OptionError: fused experts among the candidates; a shape that is not known; scores that are asked for and missing; a
-            name of `rows_of` that matches nothing.
+            name of `rows_of` that matches nothing, or whose columns others follow; runs longer than a matrix has columns.
     """
     _refuse_fused(candidates, options)
     everything(candidates, options)  # what it refuses is refused here
@@ -306,8 +306,13 @@ def columns(
     able = [entries[c.name] for c in candidates if c.reachable]
     leaders = _leaders(able) if options["coupled"] else {}
     by_rows = set(leaders) if options["rows_of"] is None else _of_modules(able, options["rows_of"])
-    leaders = {name: leader for name, leader in leaders.items() if name in by_rows and leader not in by_rows}
-    clamped = []
+    if led := sorted(by_rows & set(leaders.values())):
+        raise OptionError(
+            f"rows_of names {led[0]}, and coupled has rows follow its columns: wanted matrices that put out what it takes in, or "
+            "coupled left out."
+        )
+    leaders = {name: leader for name, leader in leaders.items() if name in by_rows}
+    clamped, rounded = [], []
     for entry in sorted(able, key=lambda e: e.name in leaders):  # who follows comes behind
         rows = entry.name in by_rows
         if entry.name in leaders:
@@ -319,12 +324,20 @@ def columns(
         wanted, there = _wanted_columns(entry, options, rows), entry.outside if rows else entry.inside
         if wanted > there:
             clamped.append((entry.name, there))
-        entries[entry.name] = with_columns(entry, wanted, options, gradients, rows=rows)
+        entries[entry.name] = chosen = with_columns(entry, wanted, options, gradients, rows=rows)
+        if wanted < (chosen.rank or 0):
+            rounded.append((entry.name, chosen.rank, wanted))
     notes = []
     if clamped:
         notes.append(
             f"more columns are asked for than {len(clamped)} of {len(entries)} matrices have, first {clamped[0][0]}: all "
             f"{clamped[0][1]} of it train."
+        )
+    if rounded:
+        name, taken, wanted = rounded[0]
+        notes.append(
+            f"whole runs, or heads, are more columns than asked for in {len(rounded)} of {len(entries)} matrices, first {name}: "
+            f"{taken} train in place of {wanted}."
         )
     if by_rows or options["coupled"]:
         notes.append(
@@ -396,13 +409,15 @@ def with_columns(
             the features of an attention.
     """
     there = entry.outside if rows else entry.inside
-    block, by = min(int(options["column_block"]), there), options["columns_by"]
+    block, by = int(options["column_block"]), options["columns_by"]
     if options["head_width"] is not None and _place(entry.name)[1] and rows == (_side(entry) == "in"):
         block = int(options["head_width"])
         if there % block:
             raise OptionError(
                 f"head_width is {block}, wanted a divisor of the {there} hidden features of {entry.name}."
             )
+    if block > there:
+        raise OptionError(f"column_block is {block}, wanted at most the {there} columns of {entry.name}.")
     runs = there // block
     taken = min(runs, max(1, round(count / block)))
     if count >= there:

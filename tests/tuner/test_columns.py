@@ -506,6 +506,15 @@ def test_rows_that_cannot_be_chosen_are_refused(folder: Path) -> None:
     plan = make_plan(report, mode="columns", columns_by="fisher", gradients=scores, rows_of=["up_proj"], coupled=True)
     down = plan.by_name[NAME.replace("up_proj", "down_proj")]
     assert plan.by_name[NAME].rows == down.columns and plan.by_name[NAME.replace("up_", "gate_")].columns
+    with pytest.raises(OptionError, match=r"rows_of names .*down_proj.*, and coupled has rows follow its columns"):
+        make_plan(report, mode="columns", rows_of=["down_proj"], coupled=True)
+    with pytest.raises(OptionError, match="column_block is 4096, wanted at most the "):
+        make_plan(report, mode="columns", column_block=4096)
+    rounded = make_plan(report, mode="columns", n_columns=2, column_block=8)
+    assert any("whole runs, or heads, are more columns than asked for" in note for note in rounded.notes)
+    assert not any(
+        "whole runs" in note for note in make_plan(report, mode="columns", n_columns=8, column_block=8).notes
+    )
     with pytest.raises(OptionError, match="coupled=True: in mode 'columns' rank_pattern says"):
         SpectrumConfig(mode="columns", coupled=True, rank_pattern={"up_proj": 2})
 
