@@ -75,6 +75,12 @@ _STEP = (
 )  # fmt: skip
 
 
+def _has_cuda() -> bool:
+    from ..devices import default_device
+
+    return default_device().type == "cuda"
+
+
 def run(options: argparse.Namespace, rest: Rest) -> None:
     from .. import memory
     from ..plan import checked_plan
@@ -93,7 +99,15 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     fixed = {name: value for name, value in given.items() if value != "auto" or name == "dtype"}
     memory.Step(**{name: value for name, value in fixed.items() if name not in ("sharding", "devices")})
     settings = {**memory.usual_step(model, **where), **given, **where}
+    if options.fit:  # before anything is scanned for
+        margin = 0.05 if options.margin is None else options.margin
+        memory.refuse_small_budget(model, options.fit, margin, settings)
     plan = checked_plan(Plan.named(options.plan, model_id=model), options.plan) if options.plan else None
+    counted = settings.get("device", memory.Step.device)
+    if counted == "cuda" and "device" not in given and not _has_cuda():
+        print("counted for a CUDA GPU, of which this machine has none; --device cpu counts for the CPU")
+    else:
+        print(f"counted for {'a CUDA GPU' if counted == 'cuda' else 'the CPU'}")
     print("each step: " + ", ".join(f"{k}={v}" for k, v in settings.items() if k not in where))
     if plan is not None:
         found = memory.estimate_memory(model, plan, **settings)
@@ -107,10 +121,9 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         report = memory.report_of_config(model, chosen.get("criterion", "first"), seed=chosen.get("seed", 0), **where)
     modes = chosen.pop("mode", None)
     if options.fit:
-        margin = {} if options.margin is None else {"margin": options.margin}
         fit = memory.find_fit(
-            model, report, mode=modes or "spectrum", budget=options.fit, gradients=options.gradients, **margin,
-            **chosen, **settings,
+            model, report, mode=modes or "spectrum", budget=options.fit, gradients=options.gradients,
+            margin=margin, **chosen, **settings,
         )  # fmt: skip
         print(fit.plan.notes[-1])
         print(memory.describe_memory(fit.memory))

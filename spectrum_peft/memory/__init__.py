@@ -19,6 +19,7 @@ from .estimate import (
     SHARDINGS,
     estimate_memory,
     gradients_of_report,
+    least_weights,
     measure_memory,
     report_of_config,
     shard,
@@ -36,6 +37,7 @@ from .fit import (
     format_bytes,
     memory_table,
     parse_bytes,
+    refuse_small_budget,
 )
 from .step import DEVICES, DTYPES, EIGHT_BIT_ADAM, OPTIMIZERS, TRAINERS, Step
 from .tracker import CATEGORIES, PHASES, StorageTracker
@@ -62,9 +64,11 @@ __all__ = [
     "fit_to_memory",
     "format_bytes",
     "gradients_of_report",
+    "least_weights",
     "measure_memory",
     "memory_table",
     "parse_bytes",
+    "refuse_small_budget",
     "report_of_config",
     "shard",
     "usual_step",

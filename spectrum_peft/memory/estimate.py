@@ -160,6 +160,32 @@ def estimate_memory(
     return shard(dataclasses.replace(report, total_parameters=total, notes=notes), sharding, devices)
 
 
+def least_weights(
+    model: Any,
+    *,
+    dtype: Any = Step.dtype,
+    quantization: str | None = Step.quantization,
+    sharding: str = "none",
+    devices: int = 1,
+    model_class: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> int:
+    """Bytes on one device that the weights take at least, whatever trains: a lower bound of every dry run, from shapes alone.
+
+    Of a quantized base every Linear is counted as quantized. The arguments are those of `estimate_memory`.
+    """
+    config = config_of(model, revision, trust_remote_code)
+    run = _resolved(_step({}, dtype=dtype, quantization=quantization), model, config)
+    found = model_class_of(model, config, model_class, trust_remote_code)
+    held = DTYPES[run.dtype]
+    skeleton = skeleton_of(found, config, held, "eager", trust_remote_code)
+    of_linears = {None: held.itemsize, "int8": 1.0}.get(run.quantization, 0.5)
+    linears = {id(m.weight) for m in skeleton.modules() if isinstance(m, nn.Linear)}
+    size = sum(p.numel() * (of_linears if id(p) in linears else held.itemsize) for p in skeleton.parameters())
+    return int(size) // (devices if sharding in ("zero3", "fsdp2") else 1)
+
+
 def usual_step(
     model: Any, *, model_class: Any = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..errors import OptionError, SpectrumError
 from ..plan import MODES, OPTIONS, check_options, format_table, get_mode, make_plan
 from ..records import GradientReport, MemoryReport, Plan, SnrReport
 from ..scan import report_named
-from .estimate import estimate_memory, gradients_of_report
+from .estimate import estimate_memory, gradients_of_report, least_weights
 from .step import EIGHT_BIT_ADAM
 
 logger = logging.getLogger(__name__)
@@ -118,9 +118,7 @@ def find_fit(
         OptionError: the budget has no unit, or is not above zero; no mode is given; nothing fits: the message says the
             smallest need, whether the weights alone are above the budget, and what would help.
     """
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < 1:
-        raise OptionError(f"margin is {margin!r}, wanted a share in [0, 1): 0.05 leaves 5 % of the budget free.")
-    limit = int(parse_bytes(budget) * (1 - margin))
+    limit = refuse_small_budget(model, budget, margin, options)
     plan_options = {k: v for k, v in options.items() if k in OPTIONS}
     settings = {k: v for k, v in options.items() if k not in OPTIONS}
     modes = [mode] if isinstance(mode, str) else list(mode)
@@ -141,6 +139,33 @@ def find_fit(
                 if found is not None:
                     return found
     raise OptionError(search.why_nothing_fits(budget, margin, {**plan_options, "mode": modes[-1]}, tried))
+
+
+def refuse_small_budget(model: Any, budget: str, margin: float, settings: Mapping[str, Any]) -> int:
+    """
+    Args:
+        settings: of `estimate_memory`; those that have no say in what the weights take are not looked at.
+    Returns:
+        the budget less the margin, in bytes.
+    Raises:
+        OptionError: the margin is no share; the budget has no unit, or the weights alone, however little trains, are above it.
+    """
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < 1:
+        raise OptionError(f"margin is {margin!r}, wanted a share in [0, 1): 0.05 leaves 5 % of the budget free.")
+    limit = int(parse_bytes(budget) * (1 - margin))
+    known = ("dtype", "quantization", "sharding", "devices", "model_class", "revision", "trust_remote_code")
+    told = {name: settings[name] for name in known if name in settings}
+    least = least_weights(model, **told)
+    if least <= limit:
+        return limit
+    text = f"{_nothing_fits(budget, margin)}: the weights alone, before anything trains, take {format_bytes(least)}"
+    if told.get("quantization") is None:
+        text += f"; with quantization='nf4' at least {format_bytes(least_weights(model, **{**told, 'quantization': 'nf4'}))}"
+    raise OptionError(f"{text}.")
+
+
+def _nothing_fits(budget: str, margin: float) -> str:
+    return f"nothing fits {budget}" + (f" less {margin:.0%} margin" if margin else "")
 
 
 def _report_of(given: Any, model: Any, options: Mapping[str, Any], where: Mapping[str, Any]) -> SnrReport:
@@ -246,14 +271,10 @@ class _Search:
     ) -> str:
         smallest = self.plans(options)[0]
         need = self.memory(smallest, settings)
-        frozen = sum(need.by_category.get(name, 0) for name in ("weights", "quantized_weights"))
-        told = f"nothing fits {budget}" + (f" less {margin:.0%} margin" if margin else "")
         text = (
-            f"{told}: the smallest plan of mode {smallest.mode!r} needs {format_bytes(need.peak_bytes)} "
+            f"{_nothing_fits(budget, margin)}: the smallest plan of mode {smallest.mode!r} needs {format_bytes(need.peak_bytes)} "
             f"({', '.join(f'{name} {format_bytes(size)}' for name, size in need.by_category.items())})."
         )
-        if frozen > self.limit:
-            text += f" The weights alone, {format_bytes(frozen)}, are above the budget."
         helps = []
         for change in self._changes(settings):
             other = {**settings, **change}

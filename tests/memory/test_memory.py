@@ -27,6 +27,7 @@ from spectrum_peft.memory import (
     describe_table,
     find_fit,
     gradients_of_report,
+    least_weights,
     measure_memory,
     memory_table,
     parse_bytes,
@@ -568,8 +569,33 @@ def test_where_nothing_fits_the_need_and_the_remedies_are_told(tiny_llama_folder
     assert "gradient_checkpointing=True needs" in text
     assert "batch_size=1 needs" in text
     assert "(fits)" in text
-    with pytest.raises(OptionError, match=r"The weights alone, 0\.7 MiB, are above the budget"):
+
+
+def test_a_budget_below_the_weights_is_refused_before_any_dry_run(
+    tiny_llama_folder: Path, report: SnrReport, monkeypatch: pytest.MonkeyPatch, command: Callable[..., str]
+) -> None:
+    floor = predicted(tiny_llama_folder, make_plan(report, mode="lora", r=1)).by_category["weights"]
+    assert floor * 0.99 < least_weights(tiny_llama_folder, dtype="float32") <= floor
+    nf4 = predicted(tiny_llama_folder, make_plan(report, mode="lora", r=1), quantization="nf4").by_category
+    quantized = least_weights(tiny_llama_folder, dtype="float32", quantization="nf4")
+    assert quantized <= nf4["weights"] + nf4["quantized_weights"]
+    monkeypatch.setattr("spectrum_peft.memory.fit.estimate_memory", None)  # not callable: nothing is run
+    with pytest.raises(
+        OptionError, match=r"nothing fits 600KiB: the weights alone, .* 0\.7 MiB; with quantization='nf4'"
+    ):
         fit_to_memory(tiny_llama_folder, report, budget="600KiB", margin=0.0, **ON_CPU)
+    monkeypatch.setattr("spectrum_peft.cli.memory.report_of", None)
+    assert "nothing fits 0.1MiB less 5% margin" in command(tiny_llama_folder, "--fit", "0.1MiB", "-o", "plan.yaml")
+
+
+def test_the_first_line_says_for_which_device_memory_is_counted(
+    tiny_llama_folder: Path, command: Callable[..., str], report: SnrReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_plan(report, mode="lora", r=1).save("plan.yaml")
+    small = ("--plan", "plan.yaml", "--batch-size", 1, "--max-length", 8)
+    assert command(tiny_llama_folder, *small, "--device", "cpu").startswith("counted for the CPU\n")
+    monkeypatch.setattr("spectrum_peft.cli.memory._has_cuda", lambda: False)
+    assert command(tiny_llama_folder, *small).startswith("counted for a CUDA GPU, of which this machine has none")
 
 
 # A training run of 20 million parameters, limited to its interpreter's memory and the budget.
