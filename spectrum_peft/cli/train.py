@@ -151,9 +151,9 @@ def _write_config(options: argparse.Namespace) -> None:
     if options.from_axolotl:
         from ..train.axolotl import imported
 
-        text, unknown = imported(options.from_axolotl)
-        for line in unknown:
-            print(f"not understood: {line}", file=sys.stderr)
+        text, lines = imported(options.from_axolotl, VERB.parser())
+        for line in lines:
+            print(line, file=sys.stderr)
     else:
         from ..train.arguments import config_of, task_for
         from ..train.recipe import card_here, init, with_head

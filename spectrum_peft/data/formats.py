@@ -49,14 +49,20 @@ def converted(dataset: Dataset, chosen: tuple[str, ...], source: str) -> tuple[D
     return dataset, chosen
 
 
+def is_sharegpt(feature: Any) -> bool:
+    """Whether a column's turns say who speaks by `from`."""
+    turn = getattr(feature, "feature", None) or (feature[0] if isinstance(feature, list) else None)
+    return isinstance(turn, Mapping) and "from" in turn
+
+
 _SPEAKERS = ", ".join(ROLES)
 
 
 def _turns(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
     found = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     for turn in row["conversations"]:
-        role = turn.get("from", turn.get("role"))
-        text = turn.get("value", turn.get("content"))
+        role = turn["from"] if turn.get("from") is not None else turn.get("role")
+        text = turn["value"] if turn.get("value") is not None else turn.get("content")
         if role is None:
             raise DataError(f"{where}: a turn has no 'from', wanted who speaks: {_SPEAKERS}.")
         if role not in ROLES:

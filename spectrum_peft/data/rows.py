@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError, near_here, near_matches, no_such, one_line, quoted
 from ..hub import may_be_id
 from ..records import is_file, mode_of
-from .formats import EXTRAS, converted
+from .formats import EXTRAS, converted, is_sharegpt
 from .json_files import check_json, refuse_fault
 
 if TYPE_CHECKING:
@@ -152,6 +152,8 @@ def select_columns(dataset: Dataset, task: str, source: str, renamed: Mapping[st
             + "."
         )
     chosen = max(usable, key=lambda f: sum(name in renamed for name in f))  # the first of the best
+    if chosen == ("messages",) and is_sharegpt(dataset.features[found["messages"]]):
+        chosen, found["conversations"] = ("conversations",), found["messages"]
     kept = [found[name] for name in chosen]
     extras = present if task in _KEEPS_ALL else EXTRAS.get(chosen, ())
     kept += [name for name in extras if name in present and name not in kept]

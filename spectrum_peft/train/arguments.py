@@ -19,7 +19,7 @@ import transformers
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from ..arguments import Parser, Rest, checked_value, reworded
+from ..arguments import Parser, Rest, checked_value, flags_of, reworded, set_defaults_from
 from ..data import COLUMNS
 from ..devices import default_device, fast_dtype
 from ..errors import CheckpointError, OptionError, near_here, near_matches, one_line
@@ -61,22 +61,9 @@ def trainer_arguments(
         OptionError: an unknown flag or key, a value that the arguments refuse.
     """
     parser = _trainer_parser(task)
-    (arguments_class,) = parser.dataclass_types
     parser.set_defaults(**defaults)
-    actions: dict[str, argparse.Action] = {}
-    for action in parser._actions:
-        if action.dest != "help":
-            actions.setdefault(action.dest, action)  # a switch that is on by default has a second action, `--no-...`
-    types = typing.get_type_hints(arguments_class)
     for key, value in (rest.config or {}).items():
-        if key not in actions:
-            choices = [*actions, *(flag.removeprefix("--").replace("-", "_") for flag in known)]
-            raise OptionError(f"{rest.source}: unknown key {key!r}." + near_matches(key, choices))
-        if isinstance(value, dict | list) and type(value).__name__ in str(types[key]):
-            _check_collection(f"{rest.source}: {key}", value, types[key])
-        else:
-            value = checked_value(actions[key], key, value, rest.source)
-        parser.set_defaults(**{key: value})
+        parser.set_defaults(**{key: _key_value(parser, key, value, rest.source, known)})
     try:
         args, unknown = parser.parse_args_into_dataclasses(
             list(rest.argv), return_remaining_strings=True, look_for_args_file=False
@@ -91,6 +78,43 @@ def trainer_arguments(
         raise OptionError(f"unknown argument {unknown[0]!r}." + near_matches(unknown[0], dashes))
     _check_ranges(args)
     return args
+
+
+def _key_value(parser: _TrainerParser, key: str, value: Any, source: str, known: Sequence[str]) -> Any:
+    """
+    Raises:
+        OptionError: a key that the arguments do not have, or a value that is none for it.
+    """
+    actions: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        if action.dest != "help":
+            actions.setdefault(action.dest, action)  # a switch that is on by default has a second action, `--no-...`
+    if key not in actions:
+        choices = [*actions, *(flag.removeprefix("--").replace("-", "_") for flag in known)]
+        raise OptionError(f"{source}: unknown key {key!r}." + near_matches(key, choices))
+    (arguments_class,) = parser.dataclass_types
+    hint = typing.get_type_hints(arguments_class)[key]
+    if isinstance(value, dict | list) and type(value).__name__ in str(hint):
+        _check_collection(f"{source}: {key}", value, hint)
+        return value
+    return checked_value(actions[key], key, value, source)
+
+
+def keys_refused(task: str, config: Mapping[str, Any], known: argparse.ArgumentParser, source: str) -> dict[str, str]:
+    """What `train` would refuse of a config file, each key by itself: {key: why}.
+
+    Args:
+        known: the parser of the verb.
+        source: name of the file.
+    """
+    trainer, refused = _trainer_parser(task), {}
+    for key, value in config.items():
+        try:
+            if set_defaults_from(known, source, {key: value}):
+                _key_value(trainer, key, value, source, flags_of(known))
+        except OptionError as error:
+            refused[key] = str(error).removeprefix(f"{source}: ")
+    return refused
 
 
 _AT_LEAST_ONE = (

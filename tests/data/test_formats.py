@@ -137,3 +137,19 @@ def test_pairs_are_dropped_whole_and_texts_never() -> None:
     texts = count_rows([[Piece("", [1] * 5, None, "a")]], Cut(2, drops=None))
     assert (texts.left, texts.cut, texts.tokens, texts.learned) == (1, 1, 2, None)
     assert str(texts).endswith("; 2 tokens")
+
+
+def test_turns_of_sharegpt_may_stand_in_any_column_of_messages(tmp_path: Path) -> None:
+    chat = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    wanted = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    for column, renamed in (
+        ("messages", {}),
+        ("turns", {"messages": "turns"}),
+        ("conversations", {"messages": "conversations"}),
+    ):
+        path = write(tmp_path / f"{column}.jsonl", [{column: chat, "system": "s"}])
+        assert read_rows(path, "train", "causal_lm", renamed)["messages"][0] == wanted

@@ -191,6 +191,10 @@ def test_a_config_of_axolotl_becomes_ours_and_the_rest_is_named(read: Read, caps
         ({"load_in_8bit": True, "adapter": "lora"}, {"mode": "lora", "quantization": "int8"}, []),
         ({"train_on_inputs": True, "save_steps": 5},
          {"mode": "full", "loss_on": "all", "save_steps": 5, "save_strategy": "steps"}, []),
+        ({"warmup_ratio": 0.1, "group_by_length": True},
+         {"mode": "full", "warmup_steps": 0.1, "train_sampling_strategy": "group_by_length"}, []),
+        ({"warmup_ratio": 0.1, "warmup_steps": 5}, {"mode": "full", "warmup_steps": 5}, ["warmup_ratio: 0.1"]),
+        ({"eval_steps": 5}, {"mode": "full"}, ["eval_strategy: 'steps' (there are no rows", "eval_steps: 5 (there are"]),
         ({"datasets": [{"path": "a", "type": "completion", "field": "body"}, {"path": "b"}]},
          {"mode": "full", "dataset": "a,b", "text_column": "body"}, []),
         ({"datasets": [{"path": "json", "data_files": ["a.jsonl", "b.jsonl"], "ds_type": "json", "type": "my.own"}]},
@@ -203,6 +207,35 @@ def test_keys_of_axolotl(given: dict[str, Any], fields: dict[str, Any], unknown:
     found, said = from_axolotl(str(path))
     assert found == {"model": "m", **fields}
     assert len(said) == len(unknown) and all(line.startswith(start) for line, start in zip(said, unknown, strict=True))
+
+
+SHAREGPT = """
+base_model: m
+datasets:
+  - path: rows.jsonl
+    type: chat_template
+    field_messages: turns
+    message_property_mappings: {role: from, content: value}
+warmup_ratio: 0.1
+wandb_project: ours
+rl: dpo
+sample_packing: true
+lora_r: half
+"""
+
+
+def test_what_is_written_is_taken_and_what_became_of_the_rest_is_said(
+    read: Read, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("axolotl.yaml").write_text(SHAREGPT)
+    code, _, err = said("--from-axolotl axolotl.yaml -o ours.yaml", capsys)
+    assert code == 0
+    refused = [line.split(": ")[1] for line in err.splitlines() if line.startswith("not understood: ")]
+    assert refused == ["packing", "r"]  # no field of a DPOConfig, and no number
+    assert "warmup_ratio became warmup_steps: 0.1, which below 1 is a share of all steps" in err
+    assert "wandb_project became report_to: wandb; the name goes into the environment, WANDB_PROJECT=ours" in err
+    fields = yaml.safe_load(Path("ours.yaml").read_text())
+    assert fields["warmup_steps"] == 0.1 and fields["messages_column"] == "turns" and "packing" not in fields
 
 
 def test_what_axolotl_is_given_comes_back(tiny_llama_folder: Path, tmp_path: Path) -> None:
