@@ -106,7 +106,7 @@ def card_of(
         lines += ["", "## How good it is", "", "| on the evaluation rows | before | after |", "| --- | --- | --- |"]
         before = results.get("before") or {}
         for name, value in results["after"].items():
-            if name not in {"tokens", "examples"}:
+            if name not in {"tokens", "examples", "tags"}:
                 lines.append(f"| {name.replace('_', ' ')} | {_number(before.get(name))} | {_number(value)} |")
         if said := _judged(adapter, results, merged_from):
             lines += ["", said]

@@ -6,7 +6,7 @@ datasets is imported inside functions: `--help` reads the names of columns witho
 from __future__ import annotations
 
 from .chat import IGNORED, LOSS_ON, check_loss_on, encode_row
-from .counts import Cut, Piece, RowCounts, count_rows, pieces_of, show_rows, without_silent
+from .counts import Cut, Doubt, Piece, RowCounts, count_rows, doubts_of, pieces_of, show_rows, without_silent
 from .labels import label_ids, label_names
 from .mixing import from_anywhere, read_rows, sources_of
 from .rows import COLUMNS, read_dataset, select_columns
@@ -16,10 +16,12 @@ __all__ = [
     "IGNORED",
     "LOSS_ON",
     "Cut",
+    "Doubt",
     "Piece",
     "RowCounts",
     "check_loss_on",
     "count_rows",
+    "doubts_of",
     "encode_row",
     "from_anywhere",
     "label_ids",

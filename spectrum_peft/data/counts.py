@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,25 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Doubt:
+    """Rows that teach what hardly anybody means.
+
+    Attributes:
+        what: they have. rows: how many.
+        first: number of the first, from 1. mixed: it counts rows of several datasets, or of a share of one.
+    """
+
+    what: str
+    rows: int
+    first: int
+    mixed: bool = False
+
+    def __str__(self) -> str:
+        has = "1 row has" if self.rows == 1 else f"{self.rows:,} rows have"
+        return f"{has} {self.what}, the first is row {self.first:,}{' of the mixed rows' if self.mixed else ''}"
+
+
+@dataclass(frozen=True)
 class RowCounts:
     """Rows, counted.
 
@@ -62,6 +81,7 @@ class RowCounts:
         tokens: of the rows that stay, within the limit. learned: those that carry loss; None where the loss is on whole pieces.
         longest: tokens of the longest piece that stays, within the limit.
         limit: in tokens; None: nothing is cut.
+        doubts: rows to look at; they stay.
     """
 
     read: int
@@ -73,6 +93,7 @@ class RowCounts:
     learned: int | None
     longest: int
     limit: int | None
+    doubts: tuple[Doubt, ...] = ()
 
     @property
     def left(self) -> int:
@@ -120,6 +141,32 @@ def count_rows(rows: Iterable[list[Piece]], cut: Cut) -> RowCounts:
             longest = max(longest, *map(len, kept))
             learned += sum(label != IGNORED for label in seen)
     return RowCounts(read, silent, filled, long, shortened, tokens, learned if masked else None, longest, cut.limit)
+
+
+def doubts_of(rows: Dataset, mixed: bool = False) -> tuple[Doubt, ...]:
+    """What is doubtful of rows in standard columns, before they are tokens: an empty answer, of which the model learns to end
+    at once, and pairs of answers that are alike.
+
+    Args:
+        mixed: as `Doubt` has it.
+    """
+    found: list[tuple[str, list[int]]] = []
+    for name in ("messages", "completion", "chosen", "rejected"):
+        if name in rows.column_names:
+            called = "answer" if name in ("messages", "completion") else f"{name!r} answer"
+            found.append((f"an empty {called}", [i for i, answer in enumerate(rows[name], 1) if _is_empty(answer)]))
+    if {"chosen", "rejected"} <= set(rows.column_names):
+        pairs = zip(rows["chosen"], rows["rejected"], strict=True)
+        found.append(("the same answer as chosen and as rejected", [i for i, (a, b) in enumerate(pairs, 1) if a == b]))
+    return tuple(Doubt(what, len(numbers), numbers[0], mixed) for what, numbers in found if numbers)
+
+
+def _is_empty(answer: str | Sequence[Mapping[str, Any]]) -> bool:
+    """A text without a word, or a conversation in which a turn of the assistant has none and calls no tool."""
+    if isinstance(answer, str):
+        return not answer.strip()
+    said = [turn.get("content") for turn in answer if turn["role"] == "assistant" and not turn.get("tool_calls")]
+    return any(not (text.strip() if isinstance(text, str) else text) for text in said)
 
 
 def without_silent(encoded: Dataset) -> Dataset:

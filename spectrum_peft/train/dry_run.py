@@ -23,7 +23,7 @@ from ..records import Plan, SnrReport
 from ..tuner.config import SpectrumConfig, candidates_of
 from .arguments import config_of, quiet_progress
 from .output import check_output
-from .preview import counted, encoded_run, first_rows, tokenizer_of, unsaid
+from .preview import counted, encoded_run, first_rows, lines_of, tokenizer_of
 from .progress import duration
 from .rate_race import SHARE, heat_steps
 from .run import introduction, load_run, report_for, settle_rate
@@ -48,8 +48,8 @@ def dry_run(options: argparse.Namespace, rest: Rest, plan_options: dict[str, Any
     )
     print(introduction(run, plan_options))
     counts = counted(run, options)
-    for name, found in counts.items():
-        print(f"{name}: {found}")
+    for line in lines_of(counts):
+        print(line)
     if options.show_rows is not None:
         print(first_rows(run, options))
     steps = steps_of(run, options, counts["training"].left)
@@ -178,7 +178,7 @@ def measured_step(run: Run, options: argparse.Namespace, plan_options: dict[str,
     """
     if n < 1:
         raise OptionError(f"--time-steps is {n}, wanted at least 1.")
-    run = encoded_run(run, options, unsaid)
+    run = encoded_run(run, options)
     transformers.set_seed(run.args.seed)
     model, tokenizer, _, _ = load_run(run, options, plan_options)
     clock = StepClock()

@@ -116,7 +116,7 @@ SCORES: dict[str, Callable[[Any, Any], dict[str, float]]] = {
 
 
 def judge_head(head: str, model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Loss and `SCORES` of a model with a head.
+    """Loss and `SCORES` of a model with a head, and how many `examples` there were, or `tags`.
 
     The loss is a mean over examples, over tags for `tokens`: cross-entropy; with several labels the sum of their binary
     cross-entropies divided by how many labels there are; the squared error of numbers.
@@ -150,4 +150,4 @@ def judge_head(head: str, model: Any, batches: Iterable[Mapping[str, Any]]) -> d
     if not examples:
         raise DataError("the dataset has no label to judge by.")
     scores = SCORES[head](np.concatenate(found), np.concatenate(wanted))
-    return {"loss": loss / examples, **scores, "examples": examples}
+    return {"loss": loss / examples, **scores, "tags" if head == "tokens" else "examples": examples}

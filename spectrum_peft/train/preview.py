@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from ..arguments import Rest
-from ..data import Cut, Piece, RowCounts, count_rows, pieces_of, show_rows, without_silent
+from ..data import Cut, Piece, RowCounts, count_rows, doubts_of, pieces_of, show_rows, sources_of, without_silent
 from ..errors import CheckpointError, DataError, OptionError
 from ..tuner.loading import load_tokenizer
 from .arguments import quiet_progress, remote_options
@@ -47,31 +47,58 @@ def cut_of(run: Run, options: argparse.Namespace, tokenizer: Any) -> Cut:
     return Cut(limit, getattr(args, "truncation_mode", "keep_start") == "keep_end", run.task.drops)
 
 
-def encoded_run(run: Run, options: argparse.Namespace, tell: Callable[[str], None] = print) -> Run:
-    """The run with rows of language modelling as tokens, so that what is wrong with them shows before the model is loaded;
-    says what became of them. Where the chat template comes from another model, TRL does this, after it has loaded that."""
+def encoded_run(run: Run, options: argparse.Namespace) -> Run:
+    """The run with rows of language modelling as tokens, so that what is wrong with them shows before the model is loaded.
+    Where the chat template comes from another model, TRL does this, after it has loaded that."""
+    return _encoded(run, options)[0]
+
+
+def told_run(run: Run, options: argparse.Namespace) -> tuple[Run, dict[str, RowCounts]]:
+    """(`encoded_run`, {training, evaluation: what became of the rows}), which is said, too; nothing is counted where the chat
+    template comes from another model."""
+    run, counts = _encoded(run, options)
+    if not counts and not _template_is_elsewhere(run):
+        counts = counted(run, options)
+    for line in lines_of(counts):
+        print(line)
+    return run, counts
+
+
+def lines_of(counts: Mapping[str, RowCounts]) -> Iterator[str]:
+    for name, found in counts.items():
+        yield f"{name}: {found}"
+        yield from (f"{name}: {doubt}" for doubt in found.doubts)
+
+
+def _template_is_elsewhere(run: Run) -> bool:
     template = getattr(run.args, "chat_template_path", None)
-    if run.task.name != "causal_lm" or (template is not None and not Path(template).is_file()):
-        return run
+    return template is not None and not Path(template).is_file()
+
+
+def _encoded(run: Run, options: argparse.Namespace) -> tuple[Run, dict[str, RowCounts]]:
+    if run.task.name != "causal_lm" or _template_is_elsewhere(run):
+        return run, {}
     tokenizer = tokenizer_of(run, options)
     both: list[Any] = []
+    counts: dict[str, RowCounts] = {}
     for name, source, rows in _sets(run, options):
         if rows is None:
             both.append(None)
             continue
         try:
-            rows = encoded_rows(rows, tokenizer, run.data)
+            encoded = encoded_rows(rows, tokenizer, run.data)
         except DataError as error:
             raise DataError(f"{source}: {error}") from error
-        counts = count_rows(pieces_of(rows), cut_of(run, options, tokenizer))
-        tell(f"{name}: {counts}")
-        _refuse_nothing(counts, source)
-        both.append(without_silent(rows) if counts.silent else rows)
-    return dataclasses.replace(run, train_rows=both[0], eval_rows=both[1])
+        found = count_rows(pieces_of(encoded), cut_of(run, options, tokenizer))
+        _refuse_nothing(found, source)
+        counts[name] = _with_doubts(found, rows, source)
+        both.append(without_silent(encoded) if found.silent else encoded)
+    return dataclasses.replace(run, train_rows=both[0], eval_rows=both[1]), counts
 
 
-def unsaid(line: str) -> None:
-    """For `encoded_run` where what became of the rows is said elsewhere."""
+def _with_doubts(counts: RowCounts, rows: datasets.Dataset, source: str) -> RowCounts:
+    mixed = [weight for _, weight in sources_of(source)] != [1]
+    return dataclasses.replace(counts, doubts=doubts_of(rows, mixed))
 
 
 def _sets(run: Run, options: argparse.Namespace) -> Iterator[tuple[str, str, datasets.Dataset | None]]:
@@ -113,10 +140,11 @@ def counted(run: Run, options: argparse.Namespace) -> dict[str, RowCounts]:
     for name, source, rows in _sets(run, options):
         if rows is not None:
             try:
-                found[name] = count_rows(pieces_seen(run, rows, tokenizer), cut)
+                counts = count_rows(pieces_seen(run, rows, tokenizer), cut)
             except DataError as error:
                 raise DataError(f"{source}: {error}") from error
-            _refuse_nothing(found[name], source)
+            _refuse_nothing(counts, source)
+            found[name] = _with_doubts(counts, rows, source)
     return found
 
 
@@ -127,7 +155,7 @@ def shown_rows(options: argparse.Namespace, rest: Rest, plan_options: dict[str, 
         OptionError: fewer than one row asked for.
     """
     quiet_progress()
-    return first_rows(encoded_run(settle(options, rest, plan_options, flags), options), options)
+    return first_rows(told_run(settle(options, rest, plan_options, flags), options)[0], options)
 
 
 def first_rows(run: Run, options: argparse.Namespace) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import statistics
@@ -33,7 +34,7 @@ from .fitting import known_tokens
 from .fused_heads import found_by_trl
 from .history import write_history
 from .output import check_output, clear_killed, clear_output
-from .preview import encoded_run
+from .preview import told_run
 from .processes import check_rows_agree, gather_when_saving
 from .progress import say_it_in_words
 from .pushing import check_base, pushed
@@ -76,7 +77,7 @@ def train(
     clear_killed(output)
     print(introduction(run, plan_options))
     check_rows_agree(run.train_rows)
-    run = encoded_run(run, options)
+    run, counts = told_run(run, options)
     print(settle_rate(run, 0 if run.rate_given else steps_of(run, options, len(run.train_rows))))
     transformers.set_seed(args.seed)  # a new head and new adapters are random
     memory_before = peak_memory()
@@ -121,7 +122,8 @@ def train(
             f"the {getattr(args, 'max_length', options.max_length)} tokens of max_length."
         )
     gone = len(run.train_rows) - len(trainer.train_dataset) // examples_of(run.task, run.train_rows)
-    if run.task.drops is not None and run.task.name != "causal_lm" and gone > 0:
+    foreseen = counts["training"].read - counts["training"].left if counts else 0
+    if run.task.drops is not None and run.task.name != "causal_lm" and gone > 0 and gone != foreseen:
         print(f"training: {gone:,} of {len(run.train_rows):,} rows dropped, in which {too_long(run.task)} max_length")
     with known_tokens(model):
         before = evaluate(task, trainer, trainer.eval_dataset) if run.eval_rows is not None else None
@@ -153,6 +155,7 @@ def train(
         "task": task,
         "model": options.model,
         "dataset": options.dataset,
+        "rows": {name: dataclasses.asdict(found) for name, found in counts.items()},
         "dtype": str(run.dtype).removeprefix("torch."),
         "quantization": options.quantization,
         "new_head": run.new_head,
@@ -334,7 +337,7 @@ def describe_training(results: Mapping[str, Any]) -> str:
     ]
     if results["before"]:
         for name, value in results["after"].items():
-            if name not in {"tokens", "examples"}:
+            if name not in {"tokens", "examples", "tags"}:
                 lines.append(f"{name}: {results['before'][name]:.4f} -> {value:.4f}")
     return "\n".join(lines)
 

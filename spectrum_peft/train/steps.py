@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from ..errors import DataError
-from .preview import encoded_run, unsaid
+from .preview import encoded_run
 from .settle import Run
 from .tasks import examples_of
 
@@ -46,7 +46,7 @@ def _sequences(run: Run, options: argparse.Namespace, rows: int) -> int:
         from trl import pack_dataset
 
         done = "input_ids" in run.train_rows.column_names
-        encoded = run.train_rows if done else encoded_run(run, options, unsaid).train_rows
+        encoded = run.train_rows if done else encoded_run(run, options).train_rows
         packed = pack_dataset(encoded.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy)
         return len(packed)
     return rows * examples_of(run.task, run.train_rows)

@@ -56,6 +56,8 @@ def test_a_head_is_trained_and_opened_again(
     assert code == 0, err
     found = json.loads(out)
     assert found["task"] == task
+    counted = {"tags": 2 * 8} if task == "token_classification" else {"examples": 8}  # of eight rows, two words each
+    assert {name: found.get(name) for name in ("tags", "examples") if name in found} == counted
     for name, value in results["after"].items():  # the same sums on the same processor, loaded anew
         assert found[name] == pytest.approx(value, abs=1e-5)
 

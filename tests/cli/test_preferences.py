@@ -44,6 +44,25 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.parametrize("task", ["dpo", "kto", "reward"])
+def test_what_becomes_of_pairs_is_told_and_which_teach_nothing(
+    task: str, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = [("a", "b"), ("c", "c"), ("", "d"), ("e", "e"), ("f", " ")]
+    rows = [{"prompt": "q", "chosen": chosen, "rejected": rejected} for chosen, rejected in answers]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = f"train --task {task} --mode lora --model {tiny_llama_folder} --dataset pairs.jsonl --output-dir out --show-rows 1"
+    code = main(line.split())
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert "training: 5 rows read; " in out
+    assert [line for line in out.splitlines() if " the first is row " in line] == [
+        "training: 1 row has an empty 'chosen' answer, the first is row 3",
+        "training: 1 row has an empty 'rejected' answer, the first is row 5",
+        "training: 2 rows have the same answer as chosen and as rejected, the first is row 2",
+    ]
+
+
 @pytest.mark.parametrize("mode", ["lora", "spectrum", pytest.param("sgm", marks=pytest.mark.slow)])
 def test_preferences_are_learnt_and_the_example_runs(
     mode: str, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]
@@ -57,6 +76,7 @@ def test_preferences_are_learnt_and_the_example_runs(
     assert code == 0, err
     results = json.loads(Path("out/train_results.json").read_text())
     assert results["task"] == "dpo"
+    assert results["rows"]["training"]["read"] == 4 and results["rows"]["evaluation"]["doubts"] == []
     assert results["before"]["loss"] == pytest.approx(0.6931, abs=1e-3)  # ln 2: policy and reference are the same
     assert results["after"]["loss"] < results["before"]["loss"]
     assert results["after"]["reward_accuracy"] > results["before"]["reward_accuracy"]

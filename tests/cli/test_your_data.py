@@ -94,3 +94,15 @@ def test_a_conversation_that_cannot_be_shown_is_said_before_the_model_is_loaded(
     code, _, err = train("--dataset texts.jsonl --loss-on assistant --output-dir out")
     assert code == 2
     assert "texts.jsonl holds text, which has no turns" in err
+
+
+def test_an_answer_that_says_nothing_is_told(train: Callable[[str], tuple[int, str, str]]) -> None:
+    answers = ["a", " ", "b", ""]
+    chats = [[{"from": "human", "value": "q"}, {"from": "gpt", "value": answer}] for answer in answers]
+    Path("empty.jsonl").write_text("".join(json.dumps({"conversations": chat}) + "\n" for chat in chats))
+    code, out, err = train("--dataset empty.jsonl --show-rows 1 --output-dir out")
+    assert code == 0, err
+    assert "training: 2 rows have an empty answer, the first is row 2\n" in out
+    assert "empty answer" not in train("--dataset chat.jsonl --show-rows 1 --output-dir out")[1]
+    out = train("--dataset empty.jsonl,chat.jsonl --show-rows 1 --output-dir out")[1]
+    assert "2 rows have an empty answer" in out and " of the mixed rows\n" in out
