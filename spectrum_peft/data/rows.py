@@ -41,6 +41,18 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "regression": (("text", "label"),),
     "token_classification": (("tokens", "tags"),),
 }
+# What standard columns are often called, the likelier first.
+_LIKELY = {
+    "text": ("sentence", "content", "review", "body", "document"),
+    "prompt": ("question", "query", "instruction", "input"),
+    "completion": ("answer", "response", "output", "target", "summary"),
+    "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
+    "label": ("labels", "class", "category", "target", "score"),
+    "chosen": ("preferred", "accepted", "chosen_response"),
+    "rejected": ("dispreferred", "rejected_response"),
+    "tokens": ("words",),
+    "tags": ("ner_tags", "pos_tags", "chunk_tags", "labels"),
+}
 # Tasks whose other columns go along: reward functions read them.
 _KEEPS_ALL = frozenset({"grpo"})
 # Columns without which there is nothing to learn from or to judge; prompts may be empty.
@@ -150,23 +162,67 @@ def select_columns(dataset: Dataset, task: str, source: str, renamed: Mapping[st
             f"{source}: no usable column for task {task!r}: it has {present}, wanted {wanted}; name yours with "
             + ", ".join(f"--{name}-column" for name in COLUMNS if any(name in f for f in FORMATS[task]))
             + "."
+            + _likely(FORMATS[task], found, present)
         )
     chosen = max(usable, key=lambda f: sum(name in renamed for name in f))  # the first of the best
     if chosen == ("messages",) and is_sharegpt(dataset.features[found["messages"]]):
         chosen, found["conversations"] = ("conversations",), found["messages"]
     kept = [found[name] for name in chosen]
+    _refuse_mixed(dataset, kept, source)
     extras = present if task in _KEEPS_ALL else EXTRAS.get(chosen, ())
     kept += [name for name in extras if name in present and name not in kept]
     dataset = dataset.select_columns(kept)
     dataset = dataset.rename_columns({found[standard]: standard for standard in chosen})
     for name in set(chosen) & set(_FOREIGN):
-        _check_column(dataset, name, source, task)
+        _check_column(dataset, name, source, task, found[name])
+    called = {**found, **{ours: found[theirs] for theirs, ours in _BECOMES.items() if theirs in chosen}}
     dataset, chosen = converted(dataset, chosen, source)
     for standard in chosen:
-        _check_column(dataset, standard, source, task)
+        name = called.get(standard, standard)
+        _check_column(dataset, standard, source, task, name)
         if standard in _LEARNED and len(dataset) and not any(map(_says_something, dataset[standard])):
-            raise DataError(f"{source}: column {standard!r} holds no text in any of {len(dataset)} rows.")
+            raise DataError(f"{source}: column {name!r} holds no text in any of {len(dataset)} rows.")
     return dataset
+
+
+# Columns of other layouts -> what `formats.converted` makes of them; an error names the file's own.
+_BECOMES = {"conversations": "messages", "instruction": "prompt", "output": "completion"}
+
+
+def _likely(formats: Sequence[tuple[str, ...]], found: Mapping[str, str], present: Sequence[str]) -> str:
+    """Flags that make the columns that are there a format, by what such columns are often called; `""` where none do."""
+    for wanted in formats:
+        flags, taken = [], {found[name] for name in wanted if name in found}
+        for name in wanted:
+            if name not in found:
+                likely = next((c for c in _LIKELY.get(name, ()) if c in present and c not in taken), None)
+                if likely is None:
+                    break
+                taken.add(likely)
+                flags.append(f"--{name}-column {likely}")
+        else:
+            return f" Did you mean {' '.join(flags)}?"
+    return ""
+
+
+def _refuse_mixed(dataset: Dataset, chosen: Sequence[str], source: str) -> None:
+    """
+    Raises:
+        DataError: a row lacks one of the chosen columns and has others, which a row with that column lacks.
+    """
+    for name in chosen:
+        nulls = _nulls(dataset, name)
+        if not 0 < nulls < len(dataset):
+            continue
+        is_null = [value is None for value in dataset[name]]
+        without, having = is_null.index(True), is_null.index(False)
+        rows = [{key for key, value in dataset[i].items() if value is not None} for i in (without, having)]
+        if rows[0] - rows[1]:
+            raise DataError(
+                f"{source}: column {name!r} is empty in {nulls} of {len(dataset)} rows: rows of two layouts are "
+                f"mixed, row {having + 1} has {sorted(rows[1])} and row {without + 1} has {sorted(rows[0])}; wanted one "
+                "layout in a file."
+            )
 
 
 def _says_something(value: str | list[Any]) -> bool:
@@ -175,14 +231,21 @@ def _says_something(value: str | list[Any]) -> bool:
     return any(part.strip() if isinstance(part, str) else part for part in parts)
 
 
-def _check_column(dataset: Dataset, name: str, source: str, task: str) -> None:
+def _nulls(dataset: Dataset, name: str) -> int:
+    column = dataset.with_format("arrow")[name]
+    return int(sum(chunk.null_count for chunk in column.chunks) if hasattr(column, "chunks") else column.null_count)
+
+
+def _check_column(dataset: Dataset, name: str, source: str, task: str, called: str) -> None:
+    """
+    Args:
+        name: standard, or of another layout. called: what the file calls it.
+    """
     import datasets
 
-    column = dataset.with_format("arrow")[name]
-    nulls = sum(chunk.null_count for chunk in column.chunks) if hasattr(column, "chunks") else column.null_count
-    if nulls:
+    if nulls := _nulls(dataset, name):
         row = next(i for i, value in enumerate(dataset[name]) if value is None)
-        raise DataError(f"{source}: column {name!r} is empty in {nulls} of {len(dataset)} rows, first in {row + 1}.")
+        raise DataError(f"{source}: column {called!r} is empty in {nulls} of {len(dataset)} rows, first in {row + 1}.")
     feature = dataset.features[name]
     dtype = getattr(feature, "dtype", None)
     is_chat = isinstance(feature, datasets.List | list)
@@ -202,16 +265,16 @@ def _check_column(dataset: Dataset, name: str, source: str, task: str) -> None:
     }
     if not fits[name]:
         wanted = _WANTED_LABELS.get(task, _WANTED[name]) if name == "label" else _WANTED[name]
-        raise DataError(f"{source}: column {name!r} holds {quoted(feature)}, wanted {wanted}.")
+        raise DataError(f"{source}: column {called!r} holds {quoted(feature)}, wanted {wanted}.")
     if is_chat and name not in (*_CHATS, "conversations"):
         for i, values in enumerate(dataset[name], 1):
             if None in values:
-                raise DataError(f"{source}: column {name!r}, row {i}: holds a null, wanted {_inner(feature).dtype}.")
+                raise DataError(f"{source}: column {called!r}, row {i}: holds a null, wanted {_inner(feature).dtype}.")
     if is_chat and name in _CHATS:
         for i, chat in enumerate(dataset[name], 1):
             problem = _problem_of_chat(chat)
             if problem:
-                raise DataError(f"{source}: column {name!r}, row {i}: {problem}, wanted {_WANTED['messages']}.")
+                raise DataError(f"{source}: column {called!r}, row {i}: {problem}, wanted {_WANTED['messages']}.")
 
 
 def _fits_label(feature: Any, task: str) -> bool:

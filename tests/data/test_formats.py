@@ -153,3 +153,24 @@ def test_turns_of_sharegpt_may_stand_in_any_column_of_messages(tmp_path: Path) -
     ):
         path = write(tmp_path / f"{column}.jsonl", [{column: chat, "system": "s"}])
         assert read_rows(path, "train", "causal_lm", renamed)["messages"][0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "said"),
+    [
+        ([{"text": "t", "labels": ["x"]}], "multi_label", r"Did you mean --label-column labels\?"),
+        ([{"tokens": ["t"], "ner_tags": ["x"]}], "token_classification", r"Did you mean --tags-column ner_tags\?"),
+        ([{"question": "q", "answer": "a"}], "causal_lm", "Did you mean --prompt-column question --completion-column answer"),
+        ([{"prompt": "p", "completion": "c"}, {"text": "t"}], "causal_lm",
+         r"column 'prompt' is empty in 1 of 2 rows: rows of two layouts are mixed, row 1 has \['completion', 'prompt'\] and "
+         r"row 2 has \['text'\]"),
+        ([{"prompt": "p", "completion": "c", "n": 1}, {"completion": "c", "n": 2}], "causal_lm", "in 1 of 2 rows, first in 2"),
+        ([{"conversations": [{"from": "gpt", "value": ""}]}], "causal_lm", "column 'conversations' holds no text"),
+        ([{"instruction": "i", "output": " "}], "causal_lm", "column 'output' holds no text"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_the_names_of_the_file(
+    rows: list[dict[str, object]], task: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=said):
+        read_rows(write(tmp_path / "a.jsonl", rows), "train", task)
