@@ -169,12 +169,12 @@ def _rows(plan: Plan | None, results: Mapping[str, Any]) -> list[tuple[str, str]
     ]
     if plan is not None and plan.fingerprint is not None and plan.fingerprint.content:
         rows += [("digest of the base's weights", f"`{plan.fingerprint.content[:16]}`")]
-    steps = results.get("steps")
+    steps, tokens = results.get("steps"), results.get("input_tokens")
     rows += [
         ("base held in", results.get("quantization") if results.get("quantization") not in (None, "none") else None),
         ("dtype", results.get("dtype")),
         ("learning rate", _number(results.get("learning_rate")) if results.get("learning_rate") else None),
-        ("steps", f"{steps:,}, {results.get('input_tokens', 0):,} tokens" if steps else None),
+        ("steps", f"{steps:,}" + (f", {tokens:,} tokens without padding" if tokens else "") if steps else None),
         (
             "seconds a step, median",
             _number(results.get("seconds_per_step")) if results.get("seconds_per_step") else None,

@@ -77,7 +77,16 @@ def trainer_arguments(
         dashes = [flag for flag in flags if "_" not in flag]  # each flag has a form with underscores too
         raise OptionError(f"unknown argument {unknown[0]!r}." + near_matches(unknown[0], dashes))
     _check_ranges(args)
+    if args.include_num_input_tokens_seen == "all" and not _without_padding(args):
+        args.include_num_input_tokens_seen = "non_padding"  # as TRL's own count, `num_tokens`
     return args
+
+
+def _without_padding(args: Any) -> bool:
+    """Whether TRL's trainer puts rows behind each other in one long row, without padding; there is no
+    mask then, so that ends of texts would be taken for it."""
+    packed = getattr(args, "packing", False) and str(args.packing_strategy).startswith("bfd")
+    return bool(packed or getattr(args, "padding_free", False))
 
 
 def _key_value(parser: _TrainerParser, key: str, value: Any, source: str, known: Sequence[str]) -> Any:

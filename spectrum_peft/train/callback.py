@@ -135,11 +135,9 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         assert self.plan is not None
         if tuner is not None:
             tuner.attended()
-            restored = tuner.restore_dtypes()
-            if restored:
+            if tuner.restore_dtypes():
                 logger.info(
-                    "the trainer had rounded adapter %s to bfloat16; it has its float32 values again, in which it trains",
-                    restored[0],
+                    "the adapter trains in float32: the trainer had made it bfloat16, and its exact values were put back"
                 )
         self._sharing = refuse_unfit_sharing(args, self.plan, model)
         check_plans_agree(self.plan)  # before the weights are shared out, where other plans would let processes wait
@@ -223,8 +221,8 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         slots = "" if not rescoring else f" ({trained:,} are allocated, so that ranks may move)"
         logger.info(
-            "mode %s trains %s parameters in %d tensors of the base%s", plan.mode,
-            f"{plan.trainable_parameters if rescoring else trained:,}", len(plan.trainable_names), slots,
+            "mode %s trains %s parameters %s%s", plan.mode,
+            f"{plan.trainable_parameters if rescoring else trained:,}", _places_in_words(plan), slots,
         )  # fmt: skip
         if not args.torch_compile:  # compiled forwards are not hooked
             look_at_first_outputs(model, plan)
@@ -470,6 +468,15 @@ class SpectrumCallback(TrainerCallback, ExportableState):
 def _listed(found: list[str], most: int = 20) -> str:
     """Names for a log: each of them, of very many the first."""
     return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
+def _places_in_words(plan: Plan) -> str:
+    """`beside 210 matrices and in 2 tensors of the base`: adapters lie beside what they change, real weights are in it."""
+    beside = sum(1 for entry in plan.entries if entry.trains and entry.action in ADAPTER_ACTIONS)
+    inside = len(plan.trainable_names) - beside
+    parts = [f"beside {beside:,} matrices"] if beside else []
+    parts += [f"in {inside:,} tensors"] if inside or not beside else []
+    return " and ".join(parts) + " of the base"
 
 
 def _places(plan: Plan) -> list[list[Any]]:

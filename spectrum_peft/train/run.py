@@ -60,8 +60,8 @@ def train(
         flags: of the verb, for near matches.
     Returns:
         What is written to `train_results.json`: what was trained, how fast, at what peak memory, and the metrics before
-        and after where there is an evaluation set. Memory in bytes, time in seconds. The peak is that of loading and
-        training, without the two evaluations (on systems other than Linux the first one counts).
+        and after where there is an evaluation set. `input_tokens` is without padding. Memory in bytes, time in seconds. The
+        peak is that of loading and training, without the two evaluations (on systems other than Linux the first one counts).
     """
     quiet_progress()
     run = settle(options, rest, plan_options, flags)
@@ -85,6 +85,9 @@ def train(
     if tokenizer is None:
         raise CheckpointError(f"{options.model}: has no tokenizer, which training on text needs.")
     memory_loaded = peak_memory()
+    total = sum(
+        map(_elements, model.parameters())
+    )  # before a trainer puts a copy of the adapter beside it, to compare with
     clock = StepClock()
     callbacks: list[TrainerCallback] = [clock, FiniteLoss(), UsualModes()]
     callback = None
@@ -163,7 +166,7 @@ def train(
         "learning_rate_race": race.record() if race is not None else None,
         "seed": args.seed,
         "trainable_parameters": trained,
-        "total_parameters": sum(map(_elements, model.parameters())),
+        "total_parameters": total,
         "setup_seconds": setup,
         "steps": trainer.state.global_step,
         "seconds_per_step": statistics.median(clock.seconds) if clock.seconds else None,

@@ -23,8 +23,8 @@ from ..probe import column_energies, probe_gradients
 from ..records import ADAPTER_ACTIONS, REAL_WEIGHT_ACTIONS, GradientReport, Plan, PlanEntry
 from ..scan import scan_weights
 from ..weights import (
+    LiveWeights,
     new_parameters,
-    open_weights,
     output_head,
     refuse_partitioned,
     role_of,
@@ -219,9 +219,10 @@ def _check_fingerprint(fingerprint: Any, model: nn.Module, what: str, force: boo
     if fingerprint is None or fingerprint.content is fingerprint.structure is None:
         logger.debug("%s carries no fingerprint; it is used as it is", what)
         return
-    note = fingerprint.check(open_weights(base_of(model)).fingerprint(), this=what, that="this model", force=force)
-    if note:
-        logger.info(note)
+    live = LiveWeights(base_of(model))
+    note = fingerprint.check(live.fingerprint(), this=what, that="this model", force=force)
+    if note and (fingerprint.content is None or fingerprint.content != live.folder_content):
+        logger.info(note)  # else it is of the very folder that the model was loaded from, beside which a head is new
 
 
 def unfit_matrices(model: nn.Module, mode: str, *, layers: bool) -> dict[str, str]:

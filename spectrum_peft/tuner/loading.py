@@ -29,6 +29,7 @@ from ..weights import loaded_together, read_header, settle_quantized, unquantize
 from ..weights.adapter_config import read_adapter_config
 from ..weights.adapters import AdapterState
 from . import freeze_to_plan, settle_plan
+from .checkpoint_keys import say_keys, with_keys
 from .classes import check_config, class_for, class_of, config_for, refuse_class, weightless
 from .config import PEFT_TYPE, SpectrumConfig, candidates_of
 from .model_names import plan_for, report_for
@@ -130,7 +131,8 @@ def load_model_with_spectrum(
             config.plan, skeleton or model_name, quantization, wanted if isinstance(wanted, torch.dtype) else None
         )
     with loading(model_name), whole_weights():
-        model = loader.from_pretrained(model_name, dtype=wanted, device_map=device_map, **{**kwargs, **remote})
+        model, keys = with_keys(loader, model_name, dtype=wanted, device_map=device_map, **{**kwargs, **remote})
+    say_keys(keys, model, model_name)
     model, tokenizer = made_trainable(model, config), load_tokenizer(model_name, **revision, **remote)
     give_push(model, tokenizer, config.resolved_report())
     return model, tokenizer
@@ -170,7 +172,8 @@ def load_model_with_peft(
             None, skeleton or model_name, quantization, wanted if isinstance(wanted, torch.dtype) else None
         )
     with loading(model_name), whole_weights():
-        model = loader.from_pretrained(model_name, dtype=wanted, **{**kwargs, **remote})
+        model, keys = with_keys(loader, model_name, dtype=wanted, **{**kwargs, **remote})
+    say_keys(keys, model, model_name)
     if quantization is not None:
         settle_quantized(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -278,7 +281,8 @@ def load_trained(
     check_config(base)
     loader = model_class or class_for(base, **revision, **remote)
     with loading(base):
-        model = loader.from_pretrained(base, dtype=wanted, device_map=device_map, **{**kwargs, **remote})
+        model, keys = with_keys(loader, base, dtype=wanted, device_map=device_map, **{**kwargs, **remote})
+    say_keys(keys, model, base, folder if is_adapter else None)
     settle_quantized(model)  # the products of training, not the faster ones for inference that round otherwise
     if adapter is not None:
         with loading(model_name):

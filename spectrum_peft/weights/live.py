@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -229,20 +229,32 @@ class LiveWeights:
 
     @cached_property
     def _content(self) -> str | None:
-        """That of the checkpoint folder, if the weights in memory are still the ones in it."""
-        files = self._files
-        if files is None or self.adapted:
-            return None
-        stored = {t.name: t for t in files.tensors()}
-        plain = [
+        """That of the checkpoint folder, if it holds all weights in memory and they are still the ones in it."""
+        return None if self._twins is None or len(self._twins) < len(self._plain()) else self.folder_content
+
+    def _plain(self) -> list[_Live]:
+        return [
             item
             for item in self._live.values()
             if item.info.role == "linear" and not item.quantized and not item.info.experts
         ]
-        twins = names.align([item.info.name for item in plain], stored)
-        if len(twins) < len(plain):
+
+    @cached_property
+    def _twins(self) -> Mapping[str, str] | None:
+        """{plain matrix: stored tensor} of those that the checkpoint folder holds; None without one."""
+        if self._files is None or self.adapted:
             return None
-        if all(_starts_alike(item.parameter, files, twins[item.info.name]) for item in plain):
+        return names.align([item.info.name for item in self._plain()], {t.name: t for t in self._files.tensors()})
+
+    @cached_property
+    def folder_content(self) -> str | None:
+        """That of the checkpoint folder, if what of it is in memory is still as there: a head that is new beside it does not
+        count."""
+        files, twins = self._files, self._twins
+        if files is None or twins is None or (self._plain() and not twins):
+            return None
+        held = [item for item in self._plain() if item.info.name in twins]
+        if all(_starts_alike(item.parameter, files, twins[item.info.name]) for item in held):
             return files.fingerprint().content
         self.notes += (f"the weights in memory are no longer those in {self.folder}",)
         return None

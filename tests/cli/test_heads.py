@@ -40,8 +40,9 @@ def written(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
 @pytest.mark.parametrize("mode", ["lora", pytest.param("spectrum", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", ROWS)
 def test_a_head_is_trained_and_opened_again(
-    task: str, mode: str, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]
+    task: str, mode: str, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     row, metric, sign = ROWS[task]
     rows = written([row(i) for i in range(8)])
     line = f"train --config {EXAMPLES / task}.yaml --mode {mode} --model {tiny_llama_folder} --dataset {rows} {FLAGS}"
@@ -50,10 +51,12 @@ def test_a_head_is_trained_and_opened_again(
     results = json.loads(Path("out/train_results.json").read_text())
     assert results["task"] == task and results["new_head"]
     assert sign * (results["after"][metric] - results["before"][metric]) > 0
-    capsys.readouterr()
+    assert "begins at random: score." in caplog.text and "could be compared" not in caplog.text
+    capsys.readouterr(), caplog.clear()
     code = main(f"evaluate out --dataset {rows}".split())  # nobody says the task: the folder does
     out, err = capsys.readouterr()
     assert code == 0, err
+    assert "MISSING" not in err and "LOAD REPORT" not in caplog.text and "at random" not in caplog.text
     found = json.loads(out)
     assert found["task"] == task
     counted = {"tags": 2 * 8} if task == "token_classification" else {"examples": 8}  # of eight rows, two words each

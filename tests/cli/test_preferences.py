@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from spectrum_peft import Plan
 from spectrum_peft.cli.main import main
@@ -65,12 +65,15 @@ def test_what_becomes_of_pairs_is_told_and_which_teach_nothing(
 
 @pytest.mark.parametrize("mode", ["lora", "spectrum", pytest.param("sgm", marks=pytest.mark.slow)])
 def test_preferences_are_learnt_and_the_example_runs(
-    mode: str, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]
+    mode: str, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     more = (
         f"--mode {mode} --model {tiny_llama_folder} --dataset pairs.jsonl --eval-dataset pairs.jsonl --output-dir out"
     )
-    more += " --max-steps 4 --dtype float32 --learning-rate 1e-3" + (" --n-groups 1" if mode == "sgm" else "")
+    more += " --max-steps 4 --logging-steps 4 --dtype float32 --learning-rate 1e-3" + (
+        " --n-groups 1" if mode == "sgm" else ""
+    )
     code = main(["train", "--config", str(EXAMPLE), *more.split()])
     _, err = capsys.readouterr()
     assert code == 0, err
@@ -81,6 +84,17 @@ def test_preferences_are_learnt_and_the_example_runs(
     assert results["after"]["loss"] < results["before"]["loss"]
     assert results["after"]["reward_accuracy"] > results["before"]["reward_accuracy"]
     assert Plan.load("out/spectrum_plan.yaml").mode == mode
+    base = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_llama_folder).parameters())
+    beside = 0 if mode == "spectrum" else results["trainable_parameters"]
+    assert results["total_parameters"] == base + beside  # the adapter's copy, which is compared with, is no part of it
+    logged = [entry["num_tokens"] for entry in results["log_history"] if "num_tokens" in entry and "loss" in entry]
+    assert results["input_tokens"] == logged[-1] > 0
+    assert f"{results['input_tokens']:,} tokens without padding" in Path("out/README.md").read_text()
+    if mode == "lora":
+        assert (
+            f"parameters beside {len(Plan.load('out/spectrum_plan.yaml').trainable_names)} matrices of the base"
+            in caplog.text
+        )
 
 
 def test_the_usual_rate_is_that_of_preferences(tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 import transformers
 from odd_architectures import ODD_ARCHITECTURES, saved
+from safetensors.torch import load_file, save_file
 
 from spectrum_peft import SpectrumConfig, load_model_with_spectrum
-from spectrum_peft.errors import OptionError
+from spectrum_peft.errors import CheckpointError, OptionError
+from spectrum_peft.tuner.loading import load_trained
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGES = {**SIZES, "image_size": 32, "patch_size": 8}
@@ -161,3 +164,21 @@ def test_adapters_are_planned_only_where_they_are_asked(tmp_path: Path) -> None:
     real = peft.get_peft_model(kind.from_pretrained(tmp_path), SpectrumConfig(mode="spectrum", spectrum_ratio=1.0))
     real(**inputs).loss.backward()  # real weights may still train there
     assert any("dt_proj" in n and p.grad is not None for n, p in real.named_parameters() if p.requires_grad)
+
+
+def test_what_a_checkpoint_lacks_is_said_in_a_line_and_a_wrong_shape_is_shown(
+    tmp_path: Path, tiny_llama_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny_llama_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({n: t for n, t in tensors.items() if n != name}, folder / "model.safetensors", {"format": "pt"})
+    load_trained(str(folder), dtype="float32")
+    said = [r for r in caplog.records if name in r.getMessage()]
+    assert len(said) == 1 and said[0].levelname == "WARNING" and "begins at random" in said[0].getMessage()
+    save_file({**tensors, name: torch.zeros(3, 3)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_trained(str(folder), dtype="float32")
+    logger = logging.getLogger("transformers.modeling_utils")
+    assert not [f for f in logger.filters if type(f).__name__ == "_Held"]

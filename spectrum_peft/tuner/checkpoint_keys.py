@@ -1,0 +1,85 @@
+"""What a checkpoint lacks of its model, and has beyond it: a line each, in the place of transformers' table.
+
+The table tells everybody to train what begins at random, also where an adapter is about to bring it, or a run about to train it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..weights import read_header
+
+logger = logging.getLogger(__name__)
+_THEIRS = logging.getLogger("transformers.modeling_utils")
+
+
+class _Held(logging.Filter):
+    """Holds back the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        held = " LOAD REPORT" in record.getMessage()
+        if held:
+            self.records.append(record)
+        return not held
+
+
+def with_keys(loader: Any, name: str, **kwargs: Any) -> tuple[Any, Mapping[str, Any]]:
+    """`loader.from_pretrained` without the table, which is shown all the same where loading fails.
+
+    Returns:
+        (model, {`missing_keys`, `unexpected_keys`: names; `mismatched_keys`: (name, stored shape, the model's shape)}).
+    """
+    held = _Held()
+    _THEIRS.addFilter(held)
+    try:
+        found = loader.from_pretrained(name, output_loading_info=True, **kwargs)
+    except BaseException:
+        _THEIRS.removeFilter(held)
+        for record in held.records:
+            _THEIRS.handle(record)
+        raise
+    finally:
+        _THEIRS.removeFilter(held)
+    return found if isinstance(found, tuple) else (found, {})
+
+
+def say_keys(keys: Mapping[str, Any], model: Any, name: str, adapter: Path | None = None) -> None:
+    """Log what of a model its checkpoint `name` does not have, or has in another shape, and what it has beyond.
+
+    A head that it lacks is an ordinary thing and no warning; a part of the body is one.
+
+    Args:
+        adapter: folder of one that comes on top; what its file holds is not lacking.
+    """
+    brought: list[str] = []
+    if adapter is not None and (adapter / "adapter_model.safetensors").is_file():
+        brought = list(read_header(adapter / "adapter_model.safetensors"))
+    lacking = [key for key in sorted(keys.get("missing_keys", ())) if not any(_is(key, other) for other in brought)]
+    body = f"{getattr(model, 'base_model_prefix', '')}."
+    heads = [key for key in lacking if not key.startswith(body)]
+    inner = [key for key in lacking if key.startswith(body)]
+    if heads:
+        logger.info("%s has no such tensor, so that it begins at random: %s", name, _listed(heads))
+    if inner:
+        logger.warning("%s lacks a part of the model's body, so that it begins at random: %s", name, _listed(inner))
+    for key, stored, wanted in sorted(keys.get("mismatched_keys", ())):
+        if not any(_is(key, other) for other in brought):
+            logger.warning("%s: %s is %s there and begins at random as %s", name, key, list(stored), list(wanted))
+    beyond = sorted(keys.get("unexpected_keys", ()))
+    if beyond:
+        logger.info("%s: %s has no place for %s, left out", name, type(model).__name__, _listed(beyond))
+
+
+def _is(key: str, stored: str) -> bool:
+    return f".{stored}".endswith(f".{key}")
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
