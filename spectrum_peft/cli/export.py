@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ..arguments import Rest, switch
 from ..errors import OptionError, near_matches
@@ -44,8 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: Rest) -> None:
     from ..export import export_axolotl, export_gguf, export_lora
 
-    adapter = required(options, "adapter", "ADAPTER")
-    output = required(options, "output", "-o")
     chosen = required(options, "format", "--format")
     if chosen not in _FLAGS:
         raise OptionError(f"--format is {chosen!r}." + near_matches(chosen, _FLAGS))
@@ -53,6 +52,8 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         for name, flag in flags.items():
             if form != chosen and getattr(options, name) is not None:
                 raise OptionError(f"{flag} is for --format {form}, and --format is {chosen}.")
+    adapter = required(options, "adapter", "ADAPTER")
+    output = required(options, "output", "-o")
     if chosen == "lora":
         export_lora(adapter, output, uniform_rank=bool(options.uniform_rank))
     elif chosen == "gguf":
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     else:
         check_writable(output)
         export_axolotl(adapter, output, quantization=options.quantization)
-    print(f"wrote {output}")
+    print(f"wrote {output}" + (f" and {Path(output).parent / 'Modelfile'}" if options.modelfile else ""))
 
 
 VERB = Verb(

@@ -108,6 +108,8 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     refuse_missing(options, rest, ("model", "dataset", "output_dir"))
     if options.time_steps is not None and not options.dry_run:
         raise OptionError("--time-steps is for --dry-run, which is missing.")
+    if options.show_rows is not None and options.show_rows < 1:
+        raise OptionError(f"--show-rows is {options.show_rows}, wanted at least 1.")
     if options.dry_run:
         from ..train.dry_run import dry_run
 

@@ -12,7 +12,7 @@ import datasets
 
 from ..arguments import Rest
 from ..data import Cut, Piece, RowCounts, count_rows, doubts_of, pieces_of, show_rows, sources_of, without_silent
-from ..errors import CheckpointError, DataError, OptionError
+from ..errors import CheckpointError, DataError
 from ..tuner.loading import load_tokenizer
 from .arguments import quiet_progress, remote_options
 from .encoding import UNCUT, encoded_rows
@@ -149,18 +149,12 @@ def counted(run: Run, options: argparse.Namespace) -> dict[str, RowCounts]:
 
 
 def shown_rows(options: argparse.Namespace, rest: Rest, plan_options: dict[str, Any], flags: Any = ()) -> str:
-    """The first training rows token by token, as `--show-rows` prints them; loads no model.
-
-    Raises:
-        OptionError: fewer than one row asked for.
-    """
+    """The first training rows token by token, as `--show-rows` prints them; loads no model."""
     quiet_progress()
     return first_rows(told_run(settle(options, rest, plan_options, flags), options)[0], options)
 
 
 def first_rows(run: Run, options: argparse.Namespace) -> str:
-    if options.show_rows < 1:
-        raise OptionError(f"--show-rows is {options.show_rows}, wanted at least 1.")
     tokenizer = tokenizer_of(run, options)
     rows = run.train_rows.select(range(min(options.show_rows, len(run.train_rows))))
     return show_rows(pieces_seen(run, rows, tokenizer), tokenizer, cut_of(run, options, tokenizer))

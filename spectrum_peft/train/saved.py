@@ -231,15 +231,16 @@ def evaluate_saved(options: argparse.Namespace, rest: Rest, flags: Sequence[str]
     quiet_progress()
     for name in options.generate or ():
         generation.check_metric(name)
-    saved = open_saved(options, rest, flags)
-    if saved.task.relative:
+    _, config, task = _what_is_there(options)
+    if task.relative:
         raise OptionError(
-            f"task is {saved.task.name!r}, which is judged beside the model as it was before training: --eval-dataset of `train` "
+            f"task is {task.name!r}, which is judged beside the model as it was before training: --eval-dataset of `train` "
             "does it. A saved model is judged as causal_lm."
         )
-    rows = saved.rows(options.dataset, options.dataset_split)
-    if saved.task.head is not None:
-        head_of(saved.task.head, rows, saved.config, options.dataset, options.model, known=True)
+    rows = read_rows(options.dataset, options.dataset_split or "train", task.name, renamed_columns(options))
+    if task.head is not None:
+        head_of(task.head, rows, config, options.dataset, options.model, known=True)
+    saved = open_saved(options, rest, flags)
     metrics = saved.metrics(rows)
     if options.generate:
         metrics |= generation.judge(

@@ -248,3 +248,20 @@ def test_a_fit_that_is_written_scans_by_itself(tiny_llama_folder: Path, capsys: 
     err = capsys.readouterr().err
     assert all(e.score is not None for e in Plan.load("plan.yaml").entries if e.action != "save")
     assert "None" not in err
+
+
+def test_values_and_columns_are_looked_at_before_anything_is_loaded(
+    train: Callable[[str], tuple[int, str]],
+    tiny_llama_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("spectrum_peft.train.preview.settle", None)  # not callable: the rows are not looked at
+    code, err = train("--output-dir out --show-rows -1")
+    assert code == 2 and "--show-rows is -1, wanted at least 1." in err
+    assert main(["export", "out", "--format", "guff"]) == 2
+    assert "--format is 'guff'. Did you mean 'gguf'?" in capsys.readouterr().err
+    Path("pairs.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n')
+    monkeypatch.setattr("spectrum_peft.train.saved.load_trained", None)
+    assert main(["evaluate", str(tiny_llama_folder), "--dataset", "pairs.jsonl"]) == 2
+    assert "no usable column" in capsys.readouterr().err

@@ -179,8 +179,9 @@ def test_an_adapter_adds_up_to_the_merged_model(folders: Path, tmp_path: Path, n
     assert (tmp_path / "Modelfile").read_text() == "FROM tiny\nADAPTER ./lora.gguf\n"
 
 
-def test_the_command_and_its_modelfile(folders: Path, tmp_path: Path) -> None:
+def test_the_command_and_its_modelfile(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(folders / "qwen2"), "--format", "gguf", "-o", f"{tmp_path}/m.gguf", "--modelfile"]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path}/m.gguf and {tmp_path}/Modelfile\n"
     assert (tmp_path / "Modelfile").read_text() == "FROM ./m.gguf\n"
     assert GGUFReader(tmp_path / "m.gguf").fields["general.architecture"].contents() == "qwen2"
 
