@@ -579,7 +579,8 @@ def tuned() -> str:
         if not part["tunes"]:
             continue
         facts.append(
-            f"{name}: {_MODELS[part['model']]}, {part['steps']} steps of {part['batch']} rows, {len(part['grid'])} cells of the "
+            f"{name}: {_MODELS.get(part['model'], part['model'])}, "
+            f"{part['steps']} steps of {part['batch']} rows, {len(part['grid'])} cells of the "
             f"grid with {len(part['seeds'])} seeds, {part['judged']} search and evaluation rows"
         )
         best = f"{part['best']['contestant']} at {part['best']['rate']:g}"
