@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,11 @@ def near_matches(name: str, choices: Iterable[str], n: int = 3) -> str:
     if 0 < len(known) <= 12:
         return " Known: " + ", ".join(f"'{c}'" for c in known) + "."
     return ""
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """`a, b, c and 4 more`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def near_here(path: str | os.PathLike[str]) -> str:

@@ -100,7 +100,7 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     memory.Step(**{name: value for name, value in fixed.items() if name not in ("sharding", "devices")})
     settings = {**memory.usual_step(model, **where), **given, **where}
     if options.fit:  # before anything is scanned for
-        margin = 0.05 if options.margin is None else options.margin
+        margin = memory.MARGIN if options.margin is None else options.margin
         memory.refuse_small_budget(model, options.fit, margin, settings)
     plan = checked_plan(Plan.named(options.plan, model_id=model), options.plan) if options.plan else None
     counted = settings.get("device", memory.Step.device)

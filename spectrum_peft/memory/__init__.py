@@ -26,6 +26,7 @@ from .estimate import (
     usual_step,
 )
 from .fit import (
+    MARGIN,
     RATIOS,
     Fit,
     Row,
@@ -47,6 +48,7 @@ __all__ = [
     "DEVICES",
     "DTYPES",
     "EIGHT_BIT_ADAM",
+    "MARGIN",
     "OPTIMIZERS",
     "PHASES",
     "RATIOS",

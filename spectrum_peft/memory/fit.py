@@ -21,6 +21,8 @@ from .step import EIGHT_BIT_ADAM
 
 logger = logging.getLogger(__name__)
 
+MARGIN = 0.05  # share of a budget that stays free
+
 # Shares of a matrix' columns that are tried: each step is two fifths more than the one before.
 _SHARES = tuple(2 ** (-n / 2) for n in range(16, -1, -1))
 _UNITS = {
@@ -82,7 +84,7 @@ def fit_to_memory(
     *,
     mode: str | Sequence[str] = "spectrum",
     budget: str = "24GiB",
-    margin: float = 0.05,
+    margin: float = MARGIN,
     **options: Any,
 ) -> Plan:
     """The plan with the largest ratio whose predicted peak is within the budget less a margin; see `find_fit`."""
@@ -95,7 +97,7 @@ def find_fit(
     *,
     mode: str | Sequence[str] = "spectrum",
     budget: str = "24GiB",
-    margin: float = 0.05,
+    margin: float = MARGIN,
     gradients: GradientReport | str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Fit:

@@ -189,9 +189,8 @@ def _loss(model: Any, batch: dict[str, Tensor], step: Step, autocast: Any) -> Te
     if step.trainer == "sft":
         with autocast:
             outputs = model(**batch, use_cache=False, fused_lm_head=True)
-            if (
-                step.reference
-            ):  # trl 1.16 dpo_trainer.py, `_compute_loss`; kto_trainer.py has another such pass before the first
+            if step.reference:
+                # trl 1.16 dpo_trainer.py, `_compute_loss`; kto_trainer.py has another such pass before the first
                 with torch.no_grad():
                     model(**batch, use_cache=False, fused_lm_head=True)
         # trl 1.16 sft_trainer.py, `compute_loss`: per-token log-probabilities, summed

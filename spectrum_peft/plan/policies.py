@@ -417,7 +417,7 @@ def with_columns(
                 f"head_width is {block}, wanted a divisor of the {there} hidden features of {entry.name}."
             )
     if block > there:
-        raise OptionError(f"column_block is {block}, wanted at most the {there} columns of {entry.name}.")
+        raise OptionError(f"column_block is {block}, wanted at most the {there} features of {entry.name}.")
     runs = there // block
     taken = min(runs, max(1, round(count / block)))
     if count >= there:

@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 from .. import names
 from ..devices import memory_is_measured, peak_memory
-from ..errors import MismatchError, OptionError, TrainingSetupError
+from ..errors import MismatchError, OptionError, TrainingSetupError, first_of
 from ..plan import MODES, replan
 from ..records import ADAPTER_ACTIONS, PLAN_FILE, REPORT_FILE, Plan, SnrReport, write_text
 from ..scan import scan_weights
@@ -326,7 +326,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         if unused and state.is_world_process_zero:
             logger.warning(
                 "%d of %d planned tensors got no gradient in the first step: %s; the forward does not use them, or sent nothing "
-                "through them", len(unused), len(self.plan.trainable_names), _listed(unused),
+                "through them", len(unused), len(self.plan.trainable_names), first_of(unused, 20),
             )  # fmt: skip
 
     def on_step_end(
@@ -463,11 +463,6 @@ class SpectrumCallback(TrainerCallback, ExportableState):
                 "rows_per_step": self.rows_per_step,
             },
         }
-
-
-def _listed(found: list[str], most: int = 20) -> str:
-    """Names for a log: each of them, of very many the first."""
-    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def _places_in_words(plan: Plan) -> str:

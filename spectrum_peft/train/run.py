@@ -85,9 +85,8 @@ def train(
     if tokenizer is None:
         raise CheckpointError(f"{options.model}: has no tokenizer, which training on text needs.")
     memory_loaded = peak_memory()
-    total = sum(
-        map(_elements, model.parameters())
-    )  # before a trainer puts a copy of the adapter beside it, to compare with
+    # Counted before a trainer puts a copy of the adapter beside it, to compare with.
+    total = sum(map(_elements, model.parameters()))
     clock = StepClock()
     callbacks: list[TrainerCallback] = [clock, FiniteLoss(), UsualModes()]
     callback = None

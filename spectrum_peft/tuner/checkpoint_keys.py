@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import first_of
 from ..weights import read_header
 
 logger = logging.getLogger(__name__)
@@ -66,20 +67,16 @@ def say_keys(keys: Mapping[str, Any], model: Any, name: str, adapter: Path | Non
     heads = [key for key in lacking if not key.startswith(body)]
     inner = [key for key in lacking if key.startswith(body)]
     if heads:
-        logger.info("%s has no such tensor, so that it begins at random: %s", name, _listed(heads))
+        logger.info("%s has no such tensor, so that it begins at random: %s", name, first_of(heads, 4))
     if inner:
-        logger.warning("%s lacks a part of the model's body, so that it begins at random: %s", name, _listed(inner))
+        logger.warning("%s lacks a part of the model's body, so that it begins at random: %s", name, first_of(inner, 4))
     for key, stored, wanted in sorted(keys.get("mismatched_keys", ())):
         if not any(_is(key, other) for other in brought):
             logger.warning("%s: %s is %s there and begins at random as %s", name, key, list(stored), list(wanted))
     beyond = sorted(keys.get("unexpected_keys", ()))
     if beyond:
-        logger.info("%s: %s has no place for %s, left out", name, type(model).__name__, _listed(beyond))
+        logger.info("%s: %s has no place for %s, left out", name, type(model).__name__, first_of(beyond, 4))
 
 
 def _is(key: str, stored: str) -> bool:
     return f".{stored}".endswith(f".{key}")
-
-
-def _listed(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
