@@ -24,7 +24,8 @@ from ..plan import MODES, OPTIONS, check_options, needs_gradients
 from ..probe import DEFAULT_SAMPLES, calibration_batches
 from ..records import RESULTS_FILE, SnrReport, finite_only, with_usual_modes, write_text
 from ..scan import report_named
-from ..tuner.config import SpectrumConfig
+from ..tuner.classes import weightless
+from ..tuner.config import SpectrumConfig, refuse_unknown_targets
 from ..tuner.loading import load_model_with_peft, load_model_with_spectrum, load_tokenizer
 from .arguments import quiet_progress, remote_options
 from .calibration import calibration_rows
@@ -315,7 +316,16 @@ def _kept_in_float32(trainer: Any) -> list[tuple[torch.nn.Parameter, torch.dtype
 
 
 def report_for(options: argparse.Namespace, plan_options: Mapping[str, Any], scored: bool) -> SnrReport:
-    """The report that was given, else a scan; a mode that takes everything needs names and shapes, no scores."""
+    """The report that was given, else a scan; a mode that takes everything needs names and shapes, no scores.
+
+    Raises:
+        OptionError: `--target-modules` names what the model does not have, which is seen before a scan.
+    """
+    if options.report is None and options.target_modules and scored:
+        built = weightless(options.model, **remote_options(options))
+        if built is not None:
+            there = [*dict(built.named_modules()), *dict(built.named_parameters())]  # fused experts are no modules
+            refuse_unknown_targets(options.target_modules, there)
     return report_named(
         options.report,
         options.model,

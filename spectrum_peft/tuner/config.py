@@ -362,18 +362,29 @@ def _owner(name: str) -> str:
     return names.module_name(name) if name.endswith(".weight") else name
 
 
+def refuse_unknown_targets(targets: Iterable[str], owners: Iterable[str]) -> None:
+    """
+    Args:
+        owners: full names of the modules that there are to target.
+    Raises:
+        OptionError: a target is the name, or the end of one, of none of them.
+    """
+    owners = list(owners)
+    for wanted in sorted(targets):
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in owners):
+            leaves = {name.rpartition(".")[2] for name in owners}
+            raise OptionError(
+                f"target_modules: {wanted!r} matches no Linear of the model." + near_matches(wanted, leaves)
+            )
+
+
 def _narrowed(config: LoraConfig, owners: Iterable[str]) -> list[str]:
     owners = list(owners)
     probe = copy.copy(config)
     if probe.target_modules in (None, "all-linear"):  # by leaf, so that layers_to_transform applies as well
         probe.target_modules = sorted({name.rpartition(".")[2] for name in owners})
     if isinstance(config.target_modules, list | set | tuple):
-        for wanted in sorted(config.target_modules):
-            if not any(name == wanted or name.endswith(f".{wanted}") for name in owners):
-                leaves = {name.rpartition(".")[2] for name in owners}
-                raise OptionError(
-                    f"target_modules: {wanted!r} matches no Linear of the model." + near_matches(wanted, leaves)
-                )
+        refuse_unknown_targets(config.target_modules, owners)
     kept = [name for name in owners if check_target_module_exists(probe, name)]
     if not kept:
         raise OptionError(

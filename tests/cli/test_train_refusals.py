@@ -265,3 +265,11 @@ def test_values_and_columns_are_looked_at_before_anything_is_loaded(
     monkeypatch.setattr("spectrum_peft.train.saved.load_trained", None)
     assert main(["evaluate", str(tiny_llama_folder), "--dataset", "pairs.jsonl"]) == 2
     assert "no usable column" in capsys.readouterr().err
+
+
+def test_a_misspelt_target_is_refused_before_the_scan(
+    train: Callable[[str], tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "report_named", None)  # not callable: nothing is scanned
+    code, err = train("--output-dir out --mode spectra_qlora --target-modules q_prj v_proj")
+    assert code == 2 and "'q_prj' matches no Linear of the model. Did you mean 'q_proj'" in err
