@@ -373,9 +373,8 @@ def refuse_unknown_targets(targets: Iterable[str], owners: Iterable[str]) -> Non
     for wanted in sorted(targets):
         if not any(name == wanted or name.endswith(f".{wanted}") for name in owners):
             leaves = {name.rpartition(".")[2] for name in owners}
-            raise OptionError(
-                f"target_modules: {wanted!r} matches no Linear of the model." + near_matches(wanted, leaves)
-            )
+            said = f"{wanted!r} matches no Linear of the model." + near_matches(wanted, leaves)
+            raise OptionError(f"target_modules: {said}", shell=f"--target-modules: {said}")
 
 
 def _narrowed(config: LoraConfig, owners: Iterable[str]) -> list[str]:

@@ -272,4 +272,4 @@ def test_a_misspelt_target_is_refused_before_the_scan(
 ) -> None:
     monkeypatch.setattr(training, "report_named", None)  # not callable: nothing is scanned
     code, err = train("--output-dir out --mode spectra_qlora --target-modules q_prj v_proj")
-    assert code == 2 and "'q_prj' matches no Linear of the model. Did you mean 'q_proj'" in err
+    assert code == 2 and "--target-modules: 'q_prj' matches no Linear of the model. Did you mean 'q_proj'" in err
