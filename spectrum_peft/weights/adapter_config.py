@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,6 +90,37 @@ def _check_pattern(pattern: str) -> None:
             f"{quoted(pattern)} is a regex that repeats a group or repeats more than {MOST_REPEATS} times, which may take for "
             "ever to match; wanted names, with at most so many of * and +."
         )
+
+
+class ByPattern:
+    """Values by PEFT's patterns, asked for with the name of a module: that of the first pattern which matches it.
+
+    Patterns that are one whole name, as this package writes them, are looked up, so that many names cost what few do for each.
+    Source: peft 0.21 utils/other.py, `get_pattern_key`.
+
+    Args:
+        patterns: regex to value, in the order of a `rank_pattern` or an `alpha_pattern`.
+    """
+
+    def __init__(self, patterns: Mapping[str, Any] | None) -> None:
+        self._whole: dict[str, tuple[int, Any]] = {}
+        self._regexes: list[tuple[int, re.Pattern[str], Any]] = []
+        for place, (pattern, value) in enumerate((patterns or {}).items()):
+            name = re.sub(r"\\(.)", r"\1", pattern[1:])
+            if pattern == "^" + re.escape(name):
+                self._whole.setdefault(name, (place, value))
+            else:
+                self._regexes.append((place, re.compile(rf"(.*\.)?({pattern})$"), value))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value for a module's full name, or the default where no pattern matches it."""
+        first, found = self._whole.get(name, (math.inf, default))
+        for place, regex, value in self._regexes:
+            if place > first:
+                break
+            if regex.match(name):
+                return value
+        return found
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from .. import names
 from ..errors import CheckpointError, MismatchError, near_matches, no_such, quoted
 from ..records import Plan, PlanEntry, checked
 from ..records.schema import Count
-from .adapter_config import read_adapter_config
+from .adapter_config import ByPattern, read_adapter_config
 from .headers import read_config, read_header
 from .rotations import core_matrix, digest_of, rotation_bases
 from .source import TensorInfo
@@ -94,6 +94,7 @@ class AdapterState:
                 raise CheckpointError(
                     f"{where}: {field_name} is {quoted(config[field_name])}; such an adapter is not a sum W + dW."
                 )
+        self._alphas = ByPattern(config.get("alpha_pattern"))
         self._made: dict[str, Stored] = {}  # factors of single layers that follow from a group's
         plan = config.get("plan")
         self.plan: Plan | None = Plan.from_dict(plan, f"{where}: plan") if isinstance(plan, Mapping) else plan
@@ -498,11 +499,7 @@ class AdapterState:
     def _scale(self, target: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rsLoRA. Source: peft 0.21 tuners/lora/layer.py, `update_layer`."""
         alpha = self.config.get("lora_alpha")
-        alpha = 8 if alpha is None else alpha
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", target):  # peft 0.21 utils/other.py, `get_pattern_key`
-                alpha = value
-                break
+        alpha = self._alphas.get(target, 8 if alpha is None else alpha)
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _check_complete(self, updates: Iterable[Update]) -> None:
