@@ -741,7 +741,9 @@ def test_a_cell_that_fails_is_reported_and_the_rest_goes_on(
     code, said = compare(config)
     assert code == 2
     line = said.strip().splitlines()[-1]
-    assert line.startswith("spectrum-peft: error: 1 of 3 cells failed, the first is 'broken': --target-modules: 'q_porj'")
+    assert line.startswith(
+        "spectrum-peft: error: 1 of 3 cells failed, the first is 'broken': --target-modules: 'q_porj'"
+    )
     assert launched == ["lora-seed0", "broken-seed0", "wide-seed0"]
     found = stored()
     assert [r["error"] is None for r in found["cells"]] == [True, False, True]

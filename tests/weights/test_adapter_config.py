@@ -9,7 +9,11 @@ from peft.utils.other import get_pattern_key
 
 from spectrum_peft.weights.adapter_config import ByPattern
 
-NAMES = [f"model.layers.{i}.{part}" for i in (1, 2, 11, 12) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.experts.w-1")]
+NAMES = [
+    f"model.layers.{i}.{part}"
+    for i in (1, 2, 11, 12)
+    for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.experts.w-1")
+]
 
 
 def test_a_module_gets_what_peft_gives_it() -> None:
