@@ -158,14 +158,14 @@ class Cells:
 def _shared(cells: Cells, launch: Callable[..., int]) -> Iterator[None]:
     """Runs of tunes go through `cells`, and their processes are forked."""
     from spectrum_peft.compare import runs
-    from spectrum_peft.tuning import stages
+    from spectrum_peft.tuning import cells as tuned
 
-    kept = stages.run_cell, runs.launch
-    stages.run_cell, runs.launch = cells, launch  # type: ignore[assignment]
+    kept = tuned.run_cell, runs.launch
+    tuned.run_cell, runs.launch = cells, launch  # type: ignore[assignment]
     try:
         yield
     finally:
-        stages.run_cell, runs.launch = kept
+        tuned.run_cell, runs.launch = kept
 
 
 # --- a part ----------------------------------------------------------------------------------------------------------

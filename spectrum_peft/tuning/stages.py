@@ -14,47 +14,27 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from ..compare.matrix import Cell, Contestant, file_digest
 from ..compare.outcome import Outcome
-from ..compare.runs import run_cell, scans_for
 from ..compare.settings import Comparison
 from ..errors import OptionError, TrainingSetupError
 from ..records import read_mapping, write_text
-from .contestants import chosen, next_rate, rates_of
-from .prices import MARGIN, Price, Pricing, renamed, step_of, those_that_fit
+from .cells import Cells
+from .contestants import next_rate, rates_of
+from .preparing import CLOCK_STEPS, Prepared, judging_seconds, prepare
+from .prices import Price
 from .queue import Done, Queue, Task
 from .race import Entry, Verdict, as_plain, best_rates, judge
 from .recipe import write_recipe
-from .schedule import MOST_EPOCHS, Clock, Outline, Rest, outline, relative_step, rest, ties_of
+from .schedule import Clock, Rest, rest, ties_of
 from .settings import Asked
-from .splits import Sets, carve, longest
+from .splits import Sets
 
 POLL_SECONDS = 1.0  # between two looks whether other processes have ended
 WIDENINGS = 2  # rates beyond the edge that a contestant may ask for
-CLOCK_STEPS = 4  # of the run that is timed before anything is planned
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is settled before the first run, in `prepared.json`.
-
-    Attributes:
-        prices: of the contestants that fit, in the order in which they are left out from the end.
-        dropped: lines on those that do not.
-        outline: of the race and the finals as planned. clock: what was expected.
-        seconds: that preparing took.
-    """
-
-    prices: tuple[Price, ...]
-    dropped: tuple[str, ...]
-    outline: Outline
-    clock: Clock
-    sets: Sets
-    seconds: float
 
 
 class Tune:
@@ -130,196 +110,24 @@ class Tune:
         path = self.output / "prepared.json"
         with self._alone():
             if not path.is_file():
-                write_text(path, json.dumps(self._prepare(), indent=1, default=_plain) + "\n")
-        found = read_mapping(path)
-        prices = tuple(
-            Price(**{**p, "contestant": Contestant(**{**p["contestant"], "also": tuple(p["contestant"]["also"])})})
-            for p in found["prices"]
-        )
-        self.prepared = Prepared(
-            prices, tuple(found["dropped"]), Outline(**found["outline"]), Clock(**found["clock"]), Sets(**found["sets"]),
-            found["seconds"],
-        )  # fmt: skip
+                found = prepare(
+                    self.asked, self.run, cells_of=self._cells, made=self.made, check=self.check, announce=self.announce
+                )
+                write_text(path, json.dumps(found.as_plain(), indent=1, default=_plain) + "\n")
+        self.prepared = Prepared.from_plain(read_mapping(path))
         self.sets = self.prepared.sets
+        self.cells = self._cells(self.sets)
         return self.prepared
 
-    def _prepare(self) -> dict[str, Any]:
-        began = time.monotonic()
-        asked, train = self.asked, self.asked.train
-        self.sets = carve(
-            self.run.train_rows,
-            self.run.eval_rows,
-            self.output / "data",
-            str(train["dataset"]),
-            asked.values["search_rows"],
-        )
-        self.announce(
-            f"{self.sets.train_rows} rows train, {self.sets.search_rows} judge the search, {self.sets.evaluation_rows} are "
-            f"looked at once, at the end{' (of the training set)' if self.sets.carved else ''}"
-        )
-        if self.sets.train_rows < asked.values["batch_size"]:
-            raise OptionError(
-                f"{asked.source}: batch_size is {asked.values['batch_size']}, and {self.sets.train_rows} rows are left to "
-                "train on."
-            )
-        pricing = self._pricing()
-        prices = [renamed(pricing.price(c)) for c in chosen(asked, pricing.report(), self.made)]
-        fitting = those_that_fit(prices, asked.values["memory"], self.announce)
-        dropped = [p.line() for p in prices if not p.fits]
-        for price in fitting:
-            self.check(self.cell(price, Task(price.contestant.label, 1e-4, 1, self.race_seed), steps=1))
-        steps = self._most_steps()
-        clock = self._clock(fitting)
-        rates = max(len(rates_of(p.contestant, asked, steps)) for p in fitting)
-        plan = outline(
-            asked.values["hours"], steps, clock, contestants=len(fitting), rates=rates, finalists=asked.values["finalists"],
-            seeds=len(asked.values["seeds"]), spent=time.monotonic() - began,
-        )  # fmt: skip
-        self._say_plan(plan, clock)
-        return {
-            "prices": [asdict(p) for p in fitting[: plan.contestants]], "dropped": dropped, "outline": asdict(plan),
-            "clock": asdict(clock), "sets": asdict(self.sets), "seconds": time.monotonic() - began,
-        }  # fmt: skip
+    def _cells(self, sets: Sets) -> Cells:
+        return Cells(self.asked, self.identity, sets, self.compared, self.announce)
 
-    def _pricing(self) -> Pricing:
-        import transformers
-
-        from ..devices import default_device, free_memory
-        from ..tuner.loading import load_tokenizer
-
-        asked, run, device = self.asked, self.run, default_device()
-        memory = asked.values["memory"]
-        if memory is None:
-            free = free_memory(device)
-            memory = free[0] if free else None
-        most = getattr(run.args, "max_length", None) or asked.train.get("max_length") or 512
-        where = {k: asked.train[k] for k in ("revision", "trust_remote_code") if asked.train.get(k)}
-        tokenizer = load_tokenizer(asked.train["model"], **where)
-        length = most if tokenizer is None else longest(run.train_rows, tokenizer, most)
-        step = step_of(
-            asked.train, device="cuda" if device.type == "cuda" else "cpu", dtype=str(run.dtype),
-            trainer="sft" if asked.task == "causal_lm" else "transformers", max_length=length,
-        )  # fmt: skip
-        limit = None if memory is None else int(memory * (1 - MARGIN))
-        return Pricing(
-            asked.train, step, limit, asked.values["batch_size"], run.task.task_type,
-            getattr(transformers, run.task.auto_class),
-        )  # fmt: skip
-
-    def _most_steps(self) -> int:
-        """The length of a whole run as it was asked for, or as long as it may become."""
-        train = self.asked.train
-        if (given := train.get("max_steps")) is not None and int(given) > 0:
-            return int(given)
-        epoch = max(1, self.sets.train_rows // self.asked.values["batch_size"])
-        if (given := train.get("num_train_epochs")) is not None:
-            return max(1, round(float(given) * epoch))
-        return epoch * (1 if self.asked.values["hours"] is None else MOST_EPOCHS)
-
-    def _clock(self, prices: Sequence[Price]) -> Clock:
-        """Time a few steps of the first contestant of each kind; the others by their operations beside it.
-
-        Kinds are real weights and adapters, on the base as it is and quantized: operations alone do not say what the many small
-        products of adapters take, nor what a 4-bit weight does.
-        """
-        kinds: dict[Any, list[Price]] = {}
-        for price in prices:
-            kinds.setdefault((_real(price), price.settings.get("quantization")), []).append(price)
-        step: dict[str, float] = {}
-        timed: list[Clock] = []
-        failed: list[str] = []
-        for alike in kinds.values():
-            for first in alike:
-                seconds = self._timed(first, failed)
-                if seconds is not None:
-                    timed.append(seconds)
-                    step |= {p.contestant.label: seconds.step[""] * _operations(p) / _operations(first) for p in alike}
-                    break
-        if not timed:
-            raise TrainingSetupError(f"all {len(failed)} runs that were timed failed, the first: {failed[0]}")
-        usual = statistics.fmean(step.values())  # of a kind none of which can be timed: its runs will fail
-        return Clock(
-            {p.contestant.label: step.get(p.contestant.label, usual) for p in prices},
-            statistics.fmean(one.overhead for one in timed), statistics.fmean(one.longer for one in timed),
-            len(timed) + len(failed),
-        )  # fmt: skip
-
-    def _timed(self, first: Price, failed: list[str]) -> Clock | None:
-        """One contestant's times; None where it failed, and why is noted."""
-        self.announce(f"timing {CLOCK_STEPS} steps of {first.contestant.label}")
-        cell = self.cell(first, Task(first.contestant.label, 1e-4, CLOCK_STEPS, self.race_seed), steps=CLOCK_STEPS)
-        began = time.monotonic()
-        results, error = self._run(cell)
-        seconds = time.monotonic() - began
-        self._forget(cell)
-        if results is None:
-            self.announce(f"  failed: {error}")
-            failed.append(f"{first.contestant.label}: {error}")
-            return None
-        steps = results["step_seconds"]
-        return Clock({"": statistics.median(steps[1:] or steps)}, seconds - sum(steps), self._longer(results))
-
-    def _longer(self, results: Mapping[str, Any]) -> float:
-        """Seconds of judging on the evaluation rows, by those on the search rows: the metric, and all others beside it."""
-        return 2 * results["judge_seconds"]["search"] * self.sets.evaluation_rows / self.sets.search_rows
-
-    def _say_plan(self, plan: Outline, clock: Clock) -> None:
-        rungs = ", ".join(f"{runs} to step {until}" for until, runs in zip(plan.rungs, plan.runs(), strict=True))
-        self.announce(
-            f"race: {plan.contestants} contestants at {plan.rates} rates: {rungs}; finals: {plan.finalists} and the controls, "
-            f"{plan.seeds} seeds, {plan.steps} steps"
-        )
-        hours = self.asked.values["hours"]
-        self.announce(
-            f"about {plan.seconds(clock) / 3600:.2g} h{'' if hours is None else f' of {hours:g} h'}: a step {clock.mean():.3g} "
-            f"s, a run's start and end {clock.overhead:.0f} s"
-        )
-
-    # --- cells ---
+    # --- the race ---
 
     def rates(self, price: Price) -> tuple[float, ...]:
         """The rates that a contestant begins with, the likeliest first."""
         plan = self.prepared.outline
         return rates_of(price.contestant, self.asked, plan.steps)[: plan.rates]
-
-    def cell(self, price: Price, task: Task, steps: int, *, final: bool = False) -> Cell:
-        """A run of the race, judged on the search rows; one of the finals on the evaluation rows, too."""
-        asked = self.asked
-        left_out = ("eval_dataset", "eval_split", "dataset_split", "num_train_epochs", "max_steps", "report")
-        shared = {
-            k: v for k, v in asked.train.items() if v is not None and k not in left_out and not k.endswith("_column")
-        }
-        own = {**price.contestant.settings, **price.settings, "learning_rate": task.rate}
-        train = {
-            **shared, **own, "task": asked.task, "dataset": self.sets.train, "max_steps": steps, "seed": task.seed,
-        }  # fmt: skip
-        sets = [("search", self.sets.search, False)] + ([("evaluation", self.sets.evaluation, True)] if final else [])
-        measure = {
-            "scores": [
-                {
-                    "name": name, "dataset": file, "metric": asked.metric, "max_new_tokens": asked.values["max_new_tokens"],
-                    "shown": shown,
-                }
-                for name, file, shown in sets
-            ]
-        }  # fmt: skip
-        inputs = {"model": self.identity, "dataset": file_digest(self.sets.train) or ""}
-        contestant = replace(price.contestant, settings=own)
-        until = None if final else task.until
-        return Cell(price.contestant.label, task.seed, train, (), measure, inputs, contestant, until)
-
-    def _run(self, cell: Cell, keep: bool = False) -> tuple[dict[str, Any] | None, str | None]:
-        one = self.compared([], keep_models=keep)
-        outcome = run_cell(one, cell, self._scans([cell], one))
-        return outcome.results, outcome.error
-
-    def _scans(self, cells: Sequence[Cell], one: Comparison) -> dict[str, Path]:
-        from filelock import FileLock
-
-        with FileLock(self.output / "scans" / ".lock"):
-            return scans_for(one, cells, self.announce)
-
-    # --- the race ---
 
     def work(self) -> None:
         """Run what there is to run until nothing is left, beside whatever other processes do."""
@@ -340,7 +148,9 @@ class Tune:
         def do(task: Task) -> tuple[Mapping[str, Any] | None, str | None]:
             steps = task.until if final else self.prepared.outline.steps
             began = time.monotonic()
-            results, error = self._run(self.cell(prices[task.contestant], task, steps, final=final), keep=final)
+            results, error = self.cells.run(
+                self.cells.make(prices[task.contestant], task, steps, final=final), keep=final
+            )
             took = time.monotonic() - began
             if results is None:
                 self.announce(f"  {task.key}: failed: {error}")
@@ -452,7 +262,7 @@ class Tune:
                 seconds = d.results["step_seconds"]
                 step.setdefault(d.task.contestant, []).append(statistics.median(seconds[1:] or seconds))
                 beside.append(d.seconds - sum(seconds))
-                longer.append(self._longer(d.results))
+                longer.append(judging_seconds(d.results, self.sets))
         return Clock(
             {k: statistics.fmean(v) for k, v in step.items()}, statistics.fmean(beside), statistics.fmean(longer)
         )
@@ -478,11 +288,7 @@ class Tune:
         stopped = {(v.entry.contestant, v.entry.rate) for v in verdicts if last or not v.stays}
         for d in done:
             if (d.task.contestant, d.task.rate) in stopped:
-                self._forget(self.cell(prices[d.task.contestant], d.task, self.prepared.outline.steps))
-
-    def _forget(self, cell: Cell) -> None:
-        """Remove a run's checkpoints."""
-        shutil.rmtree(self.output / "cells" / cell.folder / "model", ignore_errors=True)
+                self.cells.forget(self.cells.make(prices[d.task.contestant], d.task, self.prepared.outline.steps))
 
     def _best_so_far(self, verdicts: Sequence[Verdict], rung: int) -> None:
         best = verdicts[0].entry
@@ -540,7 +346,7 @@ class Tune:
         Raises:
             TrainingSetupError: it fails this time.
         """
-        results, error = self._run(cell, keep=True)
+        results, error = self.cells.run(cell, keep=True)
         if results is None:
             raise TrainingSetupError(
                 f"{cell.label}: the winner is not on this disk, and training it again failed: {error}"
@@ -551,7 +357,7 @@ class Tune:
         prices = {p.contestant.label: p for p in self.prepared.prices}
         found = []
         for d in self.finals():
-            cell = self.cell(prices[d.task.contestant], d.task, d.task.until, final=True)
+            cell = self.cells.make(prices[d.task.contestant], d.task, d.task.until, final=True)
             results = None if d.results is None else dict(d.results)
             found.append(Outcome(cell, results, d.error, self.output / "cells" / cell.folder / "log.txt"))
         return found
@@ -585,19 +391,6 @@ def _entry(done: Done) -> Entry:
     scores = done.results["scores"]["search"]
     rows = None if scores["rows"] is None else tuple(map(float, scores["rows"]))
     return Entry(done.task.contestant, done.task.rate, float(scores["value"]), rows)
-
-
-def _real(price: Price) -> bool:
-    """Weights of the base train themselves, as a whole."""
-    from ..plan import MODES
-
-    return price.contestant.peft is None and MODES[price.contestant.mode].action == "train"
-
-
-def _operations(price: Price) -> float:
-    real = price.trained if _real(price) else 0
-    depth = float(price.contestant.settings.get("backward_depth", 1.0))
-    return relative_step(real, price.total, checkpointing=bool(price.settings["gradient_checkpointing"]), depth=depth)
 
 
 def _plain(value: Any) -> Any:

@@ -25,7 +25,7 @@ from spectrum_peft.compare.matrix import Cell
 from spectrum_peft.compare.outcome import Outcome
 from spectrum_peft.errors import SpectrumError
 from spectrum_peft.machine import versions
-from spectrum_peft.tuning import prices, queue, stages
+from spectrum_peft.tuning import cells, preparing, prices, queue, stages
 
 Tune = Callable[..., dict[str, Any]]
 # How good each contestant is at its best rate, and where that is.
@@ -104,7 +104,7 @@ def _once(estimate: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     found = World()
-    monkeypatch.setattr(stages, "run_cell", found.run_cell)
+    monkeypatch.setattr(cells, "run_cell", found.run_cell)
     monkeypatch.setattr(stages, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(prices, "estimate_memory", _once(prices.estimate_memory))
     monkeypatch.chdir(tmp_path)
@@ -169,6 +169,7 @@ def test_the_hours_are_met_though_steps_are_other_than_thought(
 ) -> None:
     clock = SimpleNamespace(monotonic=lambda: world.now, sleep=time.sleep)
     monkeypatch.setattr(stages, "time", clock)
+    monkeypatch.setattr(preparing, "time", clock)
     monkeypatch.setattr(queue, "time", clock)
     # What is timed beforehand is lora and the random choice; full is estimated beside it, and slower or faster than that says.
     world.overhead, world.step = 20.0, {"lora r16": 1.0, "full": 1.5 * slower, "real 0.25 random": 1.0}
