@@ -223,7 +223,7 @@ def run(name: str, part: Part, data: Path, work: Path, result: Path, races: int)
                 compared = one.compared([])
                 priced = {p.contestant.label: p for p in prices}
                 for i, task in enumerate([*tasks, *beside], 1):
-                    done = cells(compared, one.cell(priced[task.contestant], task, part.steps, final=True), {})
+                    done = cells(compared, one.cells.make(priced[task.contestant], task, part.steps, final=True), {})
                     value = done.error if done.results is None else f"{done.results['scores']['search']['value']:.4f}"
                     print(f"{name} grid {i}/{len(tasks) + len(beside)}: {task.key}: {value}", flush=True)
             one.work()
