@@ -1,15 +1,17 @@
 """The one place that asks torch about devices: which one there is, what it is good at, its memory, when it is done.
 
 On `torch.accelerator` and torch's module of the device kind, so that CUDA, ROCm (which calls itself cuda), XPU and MPS take one
-way. What a kind cannot do is decided here, too: `has_float64`, `refuse_quantization`.
+way. What a kind cannot do is decided here, too: `exact`, `summed`, `refuse_quantization`.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .errors import InstallError, OptionError, one_line
 from .machine import peak_resident, reset_peak
@@ -83,9 +85,12 @@ def fast_dtype(device: str | torch.device = "auto") -> torch.dtype:
         info = Path("/proc/cpuinfo")
         flags = info.read_text().split() if info.exists() else []
         return torch.bfloat16 if {"amx_bf16", "avx512_bf16"} & set(flags) else torch.float32
+    if kind.type == "mps":
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float32
     return torch.bfloat16
 
 
+@cache
 def has_float64(device: torch.device) -> bool:
     """Whether the device computes in float64; MPS does not, and many XPUs only when emulated."""
     if device.type == "mps":
@@ -97,6 +102,21 @@ def has_float64(device: torch.device) -> bool:
     return True
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """The tensor where float64 and decompositions can be had: as it is, or a copy on the CPU where its device has no float64.
+
+    MPS has no eigenvalues and singular values either (`_linalg_eigh` and `_linalg_svd` of torch 2.13's native_functions.yaml).
+    """
+    return tensor if has_float64(tensor.device) else tensor.cpu()
+
+
+def summed(tensor: Tensor, dim: int | None = None) -> Tensor:
+    """Its sum in float64, of all or over one dimension; on a device without float64 in its own dtype, then given to the CPU."""
+    if has_float64(tensor.device):
+        return tensor.sum(dim, dtype=torch.float64)
+    return tensor.sum(dim).cpu().double()
+
+
 def refuse_quantization(device: torch.device, quantization: str) -> None:
     """Raise where a base cannot be held in 4 or 8 bit.
 
@@ -106,7 +126,7 @@ def refuse_quantization(device: torch.device, quantization: str) -> None:
     if device.type not in _QUANTIZES:
         raise InstallError(
             f"quantization is {quantization!r}, but bitsandbytes has no kernels for {device.type}, only for"
-            f" {', '.join(_QUANTIZES)}; train without --quantization, or with --device cpu."
+            f" {', '.join(_QUANTIZES)}; train without it."
         )
 
 

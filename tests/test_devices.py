@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +92,16 @@ def test_quantization_is_refused_where_bitsandbytes_has_no_kernels() -> None:
     devices.refuse_quantization(torch.device("cpu"), "nf4")
     with pytest.raises(InstallError, match="quantization is 'nf4', but bitsandbytes has no kernels for mps"):
         devices.refuse_quantization(torch.device("mps"), "nf4")
+
+
+@pytest.mark.parametrize(
+    "part", ["scan", *(pytest.param(p, marks=pytest.mark.slow) for p in ("modes", "command_line"))]
+)
+def test_a_device_without_float64_and_decompositions(part: str, tmp_path: Path) -> None:
+    """As MPS is. In a process of its own, which has such a device."""
+    script = Path(__file__).with_name("small_device.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), part, str(tmp_path)], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]

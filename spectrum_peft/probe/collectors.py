@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..devices import exact, summed
 from ..scan import SingularTriplets
 
 # Singular values of a sketch's core below this many units of rounding of the largest are no directions.
@@ -57,13 +58,13 @@ class FisherMass:
         for one_x, one_g in zip(x, g, strict=True):
             tokens, width, height = len(one_x), one_x.shape[1], one_g.shape[1]
             if tokens * (width + height) < width * height:
-                square = ((one_x @ one_x.T) * (one_g @ one_g.T)).sum(dtype=torch.float64)
+                square = summed((one_x @ one_x.T) * (one_g @ one_g.T))
             else:
-                square = (one_g.T @ one_x).square_().sum(dtype=torch.float64)
+                square = summed((one_g.T @ one_x).square_())
             self._add(name, square)
 
     def see_whole(self, name: str, gradient: Tensor) -> None:
-        self._add(name, gradient.square().sum(dtype=torch.float64))
+        self._add(name, summed(gradient.square()))
 
     def _add(self, name: str, square: Tensor) -> None:
         self._totals[name] = square + self._totals[name] if name in self._totals else square
@@ -126,9 +127,9 @@ class MeanGradients:
 
         Of rank 0 where all of it was zero.
         """
-        x, y = (t.double().cpu() for t in self._kept[name])
+        x, y = (t.cpu().double() for t in self._kept[name])
         kept = self._kept[name][0]
-        q = self._matrices(y.shape[0], x.shape[0], kept)[1].double().cpu()
+        q = self._matrices(y.shape[0], x.shape[0], kept)[1].cpu().double()
         u, s, vh = torch.linalg.svd(q.T @ x, full_matrices=False)
         rank = int((s > _NEGLIGIBLE * torch.finfo(kept.dtype).eps * s[0]).sum())
         left, right = x @ (vh[:rank].T / s[:rank]), y @ u[:, :rank]
@@ -194,7 +195,7 @@ class ComponentImportance:
         right, left = (rows.to(device=x.device, dtype=dtype) for rows in (basis.right, basis.left))
         read, written = (x.to(dtype) @ right.T).to(wide), (g.to(dtype) @ left.T).to(wide)
         slopes = read.mul_(written).sum(dim=1)
-        square = slopes.double().square_().sum(dim=0)
+        square = exact(slopes).double().square_().sum(dim=0)
         self._squares[name] = square + self._squares[name] if name in self._squares else square
 
     def see_whole(self, name: str, gradient: Tensor) -> None:
@@ -203,7 +204,7 @@ class ComponentImportance:
     def fields(self, name: str, numel: int, samples: int) -> dict[str, Any]:
         if name not in self.bases:
             return {}
-        values = self.bases[name].values.double().cpu()
+        values = self.bases[name].values.cpu().double()
         mean = self._squares[name].cpu() / samples if name in self._squares else torch.zeros_like(values)
         return {"singular_values": tuple(values.tolist()), "importance": tuple((values.square() * mean).tolist())}
 
@@ -230,9 +231,9 @@ class ColumnScores:
         if self.by == "activation":
             counted = g.ne(0).any(-1)
             self._tokens[name] = self._tokens.get(name, 0) + int(counted.sum())
-            squares = x[counted].square().sum(0, dtype=torch.float64)
+            squares = summed(x[counted].square(), 0)
         else:
-            squares = sum((b.T @ a).square().sum(0, dtype=torch.float64) for a, b in zip(x, g, strict=True))  # type: ignore[assignment]
+            squares = sum(summed((b.T @ a).square(), 0) for a, b in zip(x, g, strict=True))  # type: ignore[assignment]
         self._totals[name] = squares + self._totals[name] if name in self._totals else squares
 
     def see_whole(self, name: str, gradient: Tensor) -> None:

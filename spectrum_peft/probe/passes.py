@@ -192,7 +192,7 @@ class Probe:
         output = self.model(**_for_model(inputs, self._needs_labels or self._shift is None))
         losses, counted = self._losses(output, inputs["labels"], where)
         del output
-        for i, value in enumerate(losses.tolist()):
+        for i, value in enumerate(losses.cpu().tolist()):
             if not math.isfinite(value):
                 raise DataError(f"{where}: the loss of sample {i} is {value}, wanted a finite number.")
         if not counted.all():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import names
+from ..devices import exact
 from ..errors import DataError, OptionError, near_matches
 from ..records import GradientReport, GradientStat, Similarity
 from ..scan import SingularTriplets, cache_folder, cached_svd, score_values
@@ -136,8 +137,11 @@ def column_energies(
         matrix = matrix_of(source.place(name)[0])
         if not torch.isfinite(matrix).all():
             raise DataError(f"{name}: holds NaN or Inf, wanted a finite matrix to decompose.")
-        values, vectors = torch.linalg.eigh(matrix.double().T @ matrix.double())
-        signal = score_values(values.clamp(min=0).sqrt().flip(0)[: min(matrix.shape)], matrix.shape, criterion).n_signal
+        full = exact(matrix).double()
+        values, vectors = torch.linalg.eigh(full.T @ full)
+        signal = score_values(
+            values.cpu().clamp(min=0).sqrt().flip(0)[: min(matrix.shape)], matrix.shape, criterion
+        ).n_signal
         if signal is None:
             raise OptionError(
                 f"criterion {criterion!r} draws no edge between signal and noise; columns_by='spectrum' wants one."

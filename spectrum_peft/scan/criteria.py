@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import names
-from ..devices import has_float64
+from ..devices import exact
 from ..errors import CheckpointError, OptionError, near_matches
 from .edges import marchenko_pastur_edge, published_edge
 from .gram import gram_values
@@ -112,8 +112,7 @@ def singular_values(matrix: Tensor, *, criterion: Criterion | None = None, name:
         if not _trusted(values, (matrix.shape[0], matrix.shape[1]), criterion):
             values = None
     if values is None:
-        if not has_float64(matrix.device):
-            matrix = matrix.cpu()
+        matrix = exact(matrix)
         values = gram_values(matrix, torch.float64, scale)
         resolution = float(values[0]) * math.sqrt(torch.finfo(torch.float64).eps * max(matrix.shape))
         if smallest and values[-1] < 1e3 * resolution:
@@ -248,7 +247,7 @@ def _mean_over_std_sensitivity(values: Tensor, n_signal: int) -> Tensor:
 
 
 def _row_norm(matrix: Tensor) -> float:
-    rows = max(1, 2**20 // matrix.shape[1])  # float64 copies of a few rows, not of the matrix
+    matrix, rows = exact(matrix), max(1, 2**20 // matrix.shape[1])  # float64 copies of a few rows, not of the matrix
     parts = (matrix[top : top + rows].double() for top in range(0, len(matrix), rows))
     norms = torch.cat([torch.linalg.vector_norm(part, dim=1) for part in parts])
     return _mean_over_std(norms.cpu())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..devices import exact
 from ..errors import CheckpointError
 from ..machine import cpu_maker
 
@@ -40,8 +41,8 @@ def gram_values(matrix: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
         eigenvalues = _openblas_eigenvalues(gram)
     else:
         # Not the upper triangle: from there the reduction was seen to err by ten times as much.
-        eigenvalues = torch.linalg.eigvalsh(gram, UPLO="L")
-    return eigenvalues.to("cpu", torch.float64).clamp_(min=0.0).sqrt_().flip(0)
+        eigenvalues = torch.linalg.eigvalsh(exact(gram), UPLO="L")
+    return eigenvalues.cpu().to(torch.float64).clamp_(min=0.0).sqrt_().flip(0)
 
 
 @contextmanager

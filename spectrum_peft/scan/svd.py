@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..devices import exact
 from ..records import whole_file
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ def truncated_svd(matrix: Tensor, k: int, *, seed: int = 0) -> SingularTriplets:
     Each pair of vectors has the sign that makes the largest entry of u_i, the first of equals, positive.
 
     Args:
-        matrix: (out, in), floating point, finite; computed with in float32 on its own device.
+        matrix: (out, in), floating point, finite; computed with in float32 on its own device, on the
+            CPU where that has no float64.
         k: 1 to min(out, in).
         seed: of the random test matrix, drawn on the CPU.
     Raises:
@@ -69,7 +71,7 @@ def truncated_svd(matrix: Tensor, k: int, *, seed: int = 0) -> SingularTriplets:
     if not 1 <= k <= smaller:
         raise ValueError(f"k is {k}, wanted 1 to {smaller}, the smaller side of {tuple(matrix.shape)}")
     turned = matrix.shape[0] > matrix.shape[1]
-    wide = matrix.T if turned else matrix  # (small, large)
+    wide = exact(matrix.T if turned else matrix)  # (small, large)
     found = k + OVERSAMPLING
     if found > _WORTH_IT * smaller:
         left, values, right = _by_gram(wide, k)

@@ -54,7 +54,7 @@ def _judge_tokens(model: Any, batches: Iterable[Mapping[str, Any]], shift: int) 
             logits = model(**inputs).logits
         logits = logits[:, : logits.shape[1] - shift][labels != IGNORED].float()
         targets = labels[labels != IGNORED]
-        loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").double().item()
+        loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         correct += (logits.argmax(-1) == targets).sum().item()
         tokens += targets.numel()
     if not tokens:
@@ -143,7 +143,7 @@ def judge_head(head: str, model: Any, batches: Iterable[Mapping[str, Any]]) -> d
             logits = model(**batch).logits.float()
         if head == "tokens":
             logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]
-        loss += losses[head](logits, labels).double().item()
+        loss += losses[head](logits, labels).item()
         found.append(logits.cpu().numpy())
         wanted.append(labels.cpu().numpy())
     examples = sum(map(len, wanted))

@@ -18,6 +18,8 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor
 from torch.nn import functional
 
+from ..devices import exact
+
 logger = logging.getLogger(__name__)
 
 # Singular values below this share of the largest are noise of float32 factors, not directions that were trained.
@@ -165,7 +167,7 @@ def _shrink(A: Tensor, B: Tensor, before: int, rank: int, scale: float, optimize
     Returns:
         (slots that carry a direction, dropped singular value): a product of lower rank than asked for leaves free slots.
     """
-    a, b = A[:before].double(), B[:, :before].double()
+    a, b = exact(A[:before]).double(), exact(B[:, :before]).double()
     qb, rb = torch.linalg.qr(b)
     qa, ra = torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(rb @ ra.T)
@@ -181,7 +183,7 @@ def _shrink(A: Tensor, B: Tensor, before: int, rank: int, scale: float, optimize
     B[:, :kept] = new_b.to(B.dtype)
     for parameter, turn in ((A, lambda m, power: (M.T**power) @ m), (B, lambda m, power: m @ (N.T**power))):
         for key, moment in moments(optimizer, parameter, name).items():
-            live = moment[:before].double() if parameter is A else moment[:, :before].double()
+            live = exact(moment[:before] if parameter is A else moment[:, :before]).double()
             turned = turn(live, _MOMENTS[key]).to(moment.dtype)
             moment.zero_()
             if parameter is A:

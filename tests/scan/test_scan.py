@@ -712,17 +712,6 @@ def test_products_are_in_float32_whatever_the_program_asked_for(
         torch.set_float32_matmul_precision("highest")
 
 
-def test_a_doubtful_matrix_goes_to_the_cpu_where_a_device_has_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    matrix = torch.diag(torch.tensor([1.0, 1e-6, 1e-7]))  # which float32 cannot tell from zero
-    moved: list[Any] = []
-    plain = torch.Tensor.cpu
-    monkeypatch.setattr(criteria, "has_float64", lambda device: False)
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: moved.append(tensor) or plain(tensor))
-    found = criteria.singular_values(matrix, criterion=criteria.CRITERIA["kappa"])
-    assert torch.allclose(found, torch.tensor([1.0, 1e-6, 1e-7], dtype=torch.float64))
-    assert any(tensor is not None and tensor.shape == matrix.shape for tensor in moved)
-
-
 def test_several_devices_and_reading_ahead_give_the_same_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
