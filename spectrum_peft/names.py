@@ -7,6 +7,7 @@ import model code to ask. Names are full parameter names in the base model, `mod
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
@@ -202,7 +203,8 @@ def align(wanted: Iterable[str], present: Iterable[str]) -> dict[str, str]:
     """Match names of one checkpoint to names of a model that may carry, or lack, a base-model prefix.
 
     Returns:
-        {wanted name: present name} for those that match; what is missing from the result matches nothing.
+        {wanted name: present name} for those that match; what is missing from the result matches nothing, or something that
+        another matches as well: `language_model.layers.0.norm` and `vision_model.layers.0.norm` in a model with `layers.0.norm`.
     """
     present = set(present)
     wanted = list(wanted)
@@ -222,4 +224,5 @@ def align(wanted: Iterable[str], present: Iterable[str]) -> dict[str, str]:
             if len(hits) == 1:
                 found[name] = hits[0]
                 break
-    return found
+    times = Counter(found.values())
+    return {name: here for name, here in found.items() if name == here or times[here] == 1}

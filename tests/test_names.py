@@ -169,3 +169,4 @@ def test_names_align_across_a_prefix_in_both_directions() -> None:
 def test_a_name_that_fits_two_is_matched_to_neither() -> None:
     assert names.align(["q.weight"], ["encoder.q.weight", "decoder.q.weight"]) == {}
     assert names.align(["model.layers.9.q.weight"], ["model.layers.0.q.weight"]) == {}
+    assert names.align(["language.layers.0.q.weight", "vision.layers.0.q.weight"], ["layers.0.q.weight"]) == {}

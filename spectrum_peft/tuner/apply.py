@@ -91,6 +91,7 @@ def _settled(model: nn.Module, config: SpectrumConfig, layers: bool) -> Plan:
             )
         _settle_tokens(model, config, plan, present)
         return _with_saved(model, config, plan, present)
+    new = new_parameters(model) or ()
     report = config.resolved_report(base_of(model))
     options = config.options()
     if report is None:
@@ -100,7 +101,7 @@ def _settled(model: nn.Module, config: SpectrumConfig, layers: bool) -> Plan:
         report = scan_weights(base_of(model), criterion, score=score, cache=bool(score), seed=config.seed)
     else:
         _check_fingerprint(report.fingerprint, model, "the report", config.force)
-    report = without(report_with_model_names(report, model, present), new_parameters(model) or ())
+    report = without(report_with_model_names(report, model, present), new)
     unfit = unfit_matrices(model, config.mode, layers=layers)
     fit = without(report, unfit)
     if unfit and not any(s.role == "linear" for s in fit.stats) and any(s.role == "linear" for s in report.stats):

@@ -99,8 +99,8 @@ def refuse_class(model_name: str, config: Any, kind: Any, **revision: Any) -> No
     Args:
         config: transformers' config of the checkpoint. kind: class, or auto class, that it shall be opened as.
     Raises:
-        OptionError: the class is of another family, or has a language head that the checkpoint lacks; the message lists
-            classes that fit.
+        OptionError: the class is of another family, or has blocks, or a language head, that the checkpoint lacks; the message
+            lists classes that fit.
     """
     if getattr(config, "auto_map", None):  # code of its own, of which nothing is known before it runs
         return
@@ -122,9 +122,9 @@ def refuse_class(model_name: str, config: Any, kind: Any, **revision: Any) -> No
         said = f"{kind.__name__} knows no class of {config.model_type!r}"
         raise OptionError(_no_fit(model_name, said, config, **revision))
     skeleton = weightless(model_name, kind, **revision)
-    lacking = None if skeleton is None else _lacking_head(model_name, skeleton, **revision)
+    lacking = None if skeleton is None else _lacking(model_name, skeleton, **revision)
     if lacking is not None:
-        said = f"config.json names {named.__name__}, and the language head of {type(skeleton).__name__} ({lacking}) is in no file"
+        said = f"config.json names {named.__name__}, and {lacking[0]} of {type(skeleton).__name__} ({lacking[1]}) is in no file"
         raise OptionError(_no_fit(model_name, said, config, **revision))
 
 
@@ -133,17 +133,20 @@ def _parts(config: Any) -> Iterator[Any]:
     return (part for part in vars(config).values() if isinstance(part, transformers.PreTrainedConfig))
 
 
-def _lacking_head(model_name: str, skeleton: nn.Module, **revision: Any) -> str | None:
-    """The weight of a class's language head where a checkpoint does not give it, by itself or by a tie."""
-    head = output_head(skeleton)
-    if head is None:
-        return None
+def _lacking(model_name: str, skeleton: nn.Module, **revision: Any) -> tuple[str, str] | None:
+    """What a class needs and a checkpoint does not give, in words, with the first parameter of it: any block, or the language
+    head, by itself or by a tie."""
     files = open_weights(model_name, download=False, **revision)
-    layout = files.seen_by(skeleton).layout if isinstance(files, FileWeights) else None
-    if layout is None:
+    if not isinstance(files, FileWeights):
+        return None
+    seen, head = files.seen_by(skeleton), output_head(skeleton)
+    if seen.strange is not None:
+        return "every block", seen.strange
+    if seen.layout is None or head is None:
         return None
     weights = {f"{name}.weight" for name, module in skeleton.named_modules(remove_duplicate=False) if module is head}
-    return next((name for name in layout.new if name in weights), None)
+    found = next((name for name in seen.layout.new if name in weights), None)
+    return None if found is None else ("the language head", found)
 
 
 def _no_fit(model_name: str, said: str, config: Any, **revision: Any) -> str:
@@ -162,6 +165,6 @@ def classes_that_fit(model_name: str, config: Any, **revision: Any) -> set[str]:
     for name in names | set(config.architectures or ()):
         kind = getattr(transformers, name, None)
         skeleton = None if kind is None else weightless(model_name, kind, **revision)
-        if skeleton is not None and _lacking_head(model_name, skeleton, **revision) is None:
+        if skeleton is not None and _lacking(model_name, skeleton, **revision) is None:
             fitting.add(name)
     return fitting

@@ -115,7 +115,8 @@ def _names_here(model: nn.Module, wanted: Iterable[str], present: dict[str, Any]
         if not isinstance(theirs, FileWeights) or skeleton is None:
             return found
         here = {stored: name for name, stored in theirs.seen_by(skeleton).made_of().items()}
-        return {name: here.get(stored) for name, stored in theirs.made_of().items() if name in wanted} | found
+        told = {name: here.get(stored) for name, stored in theirs.made_of().items() if name in wanted}
+        return found | told | {name: name for name in wanted if name in present}
     except CheckpointError as error:
         logger.debug("%s: names could not be told from the files: %s", folder, error)
         return found

@@ -43,9 +43,11 @@ class FileWeights:
     Attributes:
         forms: {tensor: how it is stored} of all floating-point ones.
         layout: what the model class makes of the stored tensors; None where nobody had to, or could, be asked.
+        strange: the first block's parameter of `skeleton`, or its first one, where none of its blocks is stored; else None.
     """
 
     kind: Literal["file"] = "file"
+    strange: str | None = None
 
     def __init__(
         self,
@@ -106,12 +108,15 @@ class FileWeights:
             shapes = {name: span.shape for name, (_, span) in self._spans.items()}
         if skeleton is None and (self.folder is None or not must_ask(self.config, list(shapes))):
             return None
+        given = skeleton is not None
         try:
             skeleton = skeleton or skeleton_in(self.files[0].parent, self.config)
             layout = None if skeleton is None else layout_of(skeleton, shapes)
         except CheckpointError as error:
             self.notes += (f"names and layouts are the file's own, transformers could not be asked: {error}",)
             return None
+        if layout is not None and given:
+            self.strange = layout.stranger()
         if layout is None or not layout.recipes:
             return None
         if layout.ignored:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MismatchError
+from ..names import block_index
 from .files import FileWeights
 from .headers import find_shards
 from .layouts import skeleton_like
@@ -19,6 +20,8 @@ def new_parameters(model: nn.Module) -> tuple[str, ...] | None:
 
     Returns:
         None where nobody knows: a model without a checkpoint folder at hand, or none of transformers'.
+    Raises:
+        MismatchError: none of the class's blocks is in the checkpoint.
     """
     inner = base_module(model)
     folder = checkpoint_folder(inner)
@@ -31,6 +34,12 @@ def new_parameters(model: nn.Module) -> tuple[str, ...] | None:
         files = FileWeights(find_shards(folder), folder=folder, skeleton=skeleton)
     except CheckpointError:
         return None
+    if files.strange is not None:
+        what = "part" if block_index(files.strange) is None else "block"
+        raise MismatchError(
+            f"{folder}: holds no {what} of a {type(inner).__name__}, the first is {files.strange}, so what the model computes is "
+            "random; wanted a class that opens the checkpoint."
+        )
     if files.layout is None:
         return None
     sizes = {info.name: info.shape for info in files.tensors()}

@@ -119,14 +119,17 @@ def skeletons_for(folder: Path, classes: Sequence[str], task: str | None) -> Ite
     if auto is not None:
         kinds.append((auto, config))
     for kind, settings in kinds:
+        if kind is None:
+            continue
         try:
             if hasattr(kind, "_model_mapping"):  # an auto class, which for a text class takes the text part's config
                 with torch.device("meta"):
-                    yield kind.from_config(settings)
-            elif kind is not None:
-                yield skeleton_of(kind, settings)
+                    found = kind.from_config(settings)
+            else:
+                found = skeleton_of(kind, settings)
         except Exception:  # the same of model classes
             continue
+        yield found  # outside of the device's context, which would hold for whoever takes it
 
 
 def skeleton_like(model: nn.Module) -> nn.Module | None:
@@ -250,6 +253,15 @@ class Layout:
     ignored: tuple[str, ...]
     new: tuple[str, ...]
     tied: tuple[tuple[str, ...], ...]
+
+    def stranger(self) -> str | None:
+        """The first parameter in a block where no block is given, as of a text class that another family's model has inside,
+        and for which transformers knows no names; a head, or a table, may fit by chance."""
+        blocks = [name for name in self.new if names.block_index(name) is not None]
+        given = any(names.block_index(name) is not None for name in self.recipes)
+        if len(self.new) <= len(self.recipes) or given:
+            return None
+        return next(iter(blocks or self.new))
 
 
 class _Sized:

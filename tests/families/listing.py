@@ -28,12 +28,17 @@ TASKS = (
 # Angles of a head of 16 for time, height and width.
 ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 _BLOCKS = {"depths": [1, 1, 1, 1], "hidden_sizes": [32, 32, 64, 64], "layer_scale_init_value": 0.5}
+_INDEXED = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
+    "hc_lowrank": 16,
+}  # fmt: skip
 _MAMBA_OR_ATTENTION = ["mamba", "attention"]
 
 # Sizes that the names of the fields do not tell.
 FIELDS: dict[str, dict[str, Any]] = {
     "altclip": {"text_config": {"project_dim": WIDTH}},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "bit": {"num_groups": 4},
     "blip-2": {"image_token_index": 100},
     "blt": {
         "encoder_hash_byte_group_vocab": 97, "encoder_hash_byte_group_size": [3],
@@ -47,6 +52,9 @@ FIELDS: dict[str, dict[str, Any]] = {
         },
     },
     "cohere_asr": {"pad_token_id": 0, "decoder_start_token_id": 1},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "colqwen2": {"vlm_config": {"text_config": {"rope_parameters": ROTATED}}},
     "convnext": {**_BLOCKS, "num_stages": 4},
     "convnextv2": {**_BLOCKS, "num_stages": 4},
     "cpmant": {"dim_ff": 96, "dim_head": 16},
@@ -54,20 +62,45 @@ FIELDS: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
+    "dinov3_convnext": {"layer_scale_init_value": 0.5},
     "dots1": {
         "num_key_value_heads": 2, "layer_types": ["full_attention"] * 2, "head_dim": 16, "n_routed_experts": 4,
         "n_shared_experts": 1, "num_experts_per_tok": 2,
+    },
+    "dots3_note": {
+        "audio_config": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
+        "vision_config": {"adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
+    },
+    "dpt": {
+        "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [32] * 4, "fusion_hidden_size": 32,
+        "use_auxiliary_head": False,
+    },
+    "emu3": {
+        "vocabulary_map": {"<image>": 100, "<|extra_200|>": 101, **{f"<|visual token {i:06}|>": 40 + i for i in range(8)}},
+        "vq_config": {
+            "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "codebook_size": 8, "latent_channels": 4,
+            "embed_dim": 4,
+        },
     },
     "encoder-decoder": {"decoder_start_token_id": 1, "pad_token_id": 0},
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 32, "position_embedding_type": "rotary"},
     "esmc": {"num_key_value_heads": 4, "vocab_size": 128},
     "fsmt": {"src_vocab_size": 128, "tgt_vocab_size": 128},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": WIDTH // 4}},
     "glm46v": {"text_config": {"rope_parameters": ROTATED}},
     "glm4v": {"text_config": {"rope_parameters": ROTATED}},
     "glm4v_moe": {"text_config": {"rope_parameters": {**ROTATED, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}}},
     "glm_ocr": {"text_config": {"rope_parameters": ROTATED}},
     "glmga": {"text_config": {"rope_parameters": ROTATED}},
+    "granite4_vision": {
+        "image_grid_pinpoints": [[IMAGE, IMAGE]], "deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0, 1, 0, 1],
+        "downsample_rate": "1/2",
+    },
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "layer_types": _MAMBA_OR_ATTENTION},
+    "hunyuan_vl": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2, 2]}},
+    },
     "inkling2_text": {"vocab_size": 128, "unpadded_vocab_size": 128},
     "instructblip": {"image_token_index": 100},
     "jamba": {
@@ -85,6 +118,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "mobilebert": {"embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32, "num_attention_heads": 2},
     "mobilevit": {"image_size": 64},
+    "mobilevitv2": {"image_size": 64},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0], "text_hidden_size": WIDTH}},
     "moonshine": {"decoder_num_key_value_heads": 4, "encoder_num_key_value_heads": 4, "pad_token_id": 0},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"layers_block_type": _MAMBA_OR_ATTENTION},
@@ -92,6 +127,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "perceiver": {"d_latents": 32, "num_latents": 4, "d_model": 64, "num_self_attends_per_block": 1},
     "qwen2_5_vl": {"text_config": {"rope_parameters": ROTATED}},
     "qwen2_vl": {"text_config": {"rope_parameters": ROTATED}},
+    "qwen4_exp": {"text_config": _INDEXED},
+    "qwen4_exp_text": _INDEXED,
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "roc_bert": {
@@ -101,11 +138,13 @@ FIELDS: dict[str, dict[str, Any]] = {
         **_BLOCKS, "num_attention_heads": [1, 2, 2, 4], "num_encoder_blocks": 4, "sr_ratios": [8, 4, 2, 1],
         "patch_sizes": [7, 3, 3, 3], "strides": [4, 2, 2, 2], "mlp_ratios": [2, 2, 2, 2], "decoder_hidden_size": 32,
     },
+    "step3p7": {"text_config": {"sliding_window": 16}},
     "swinv2": {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 2]},
     "textnet": {"image_size": [64, 64]},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
     "xlstm": {"head_dim": DROP, "qk_dim_factor": 1.0, "v_dim_factor": 1.0, "chunk_size": 4},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32,
         "attention_hidden_size": 128, "num_key_value_heads": 4,
@@ -134,6 +173,21 @@ def _questioned(config: Any) -> dict[str, Any]:
     """A picture whose places are filled by four queries, and a question."""
     ids = torch.cat([torch.full((2, 4), 100), _tokens(2, 8)], 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, **_pictures(config)}
+
+
+def _one_row(config: Any) -> dict[str, Any]:
+    """A row alone, which needs no filling."""
+    return {
+        "input_ids": _tokens(1, 12),
+        "attention_mask": torch.ones(1, 12, dtype=torch.long),
+        "labels": torch.tensor([1]),
+    }
+
+
+def _ended(config: Any) -> dict[str, Any]:
+    """Rows that end as the model wants."""
+    ids = torch.cat([_tokens(2, 11), torch.full((2, 1), config.eos_token_id)], 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 # Inputs that `forward`'s signature does not tell; None takes one away.
@@ -176,6 +230,16 @@ INPUTS: dict[str, Callable[[Any], Mapping[str, Any]]] = {
         "pixel_values": _noise(2, 16, 3 * config.vision_config.patch_size**2),
         "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long), "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
     },
+    "clip/zero_shot_image_classification": _pictures,
+    "siglip/zero_shot_image_classification": _pictures,
+    "llama/sequence_classification": _one_row,
+    "gpt2/sequence_classification": _one_row,
+    "bart/sequence_classification": _ended,
+    "t5/sequence_classification": _ended,
+    "vjepa2": lambda config: {"pixel_values_videos": _noise(2, 2, 3, IMAGE, IMAGE)},
+    "timesfm2_5": lambda config: {"past_values": _noise(2, 64)},
+    "udop": lambda config: {"bbox": torch.zeros(2, 12, 4)},
+    "molmo2": lambda config: {"mm_token_type_ids": torch.zeros(2, 12, dtype=torch.long)},
 }  # fmt: skip
 
 # Types that this list leaves out -> why.
@@ -229,7 +293,7 @@ HEADS = {
     "MASKED_LM": ("bert", "xlm-roberta"),
     "AUDIO_CLASSIFICATION": ("whisper", "wav2vec2"),
     "ZERO_SHOT_IMAGE_CLASSIFICATION": ("clip", "siglip"),
-    "CAUSAL_LM": ("qwen3_5", "gemma3", "mistral3"),
+    "CAUSAL_LM": ("qwen3_5", "qwen3_5_moe", "llama4", "qwen4_exp", "dots3_note"),
 }  # fmt: skip
 
 

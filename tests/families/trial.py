@@ -166,6 +166,7 @@ def first_tensor(out: Any) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
             return value.float()
     for value in out.values():
+        value = value[-1] if isinstance(value, tuple) and value else value  # maps of a backbone's stages
         if isinstance(value, torch.Tensor) and value.ndim > 0 and value.is_floating_point():
             return value.float()
     raise Fault("no tensor in the output")
@@ -224,6 +225,14 @@ def _scan(ground: _Ground, work: Path) -> None:
             if stat.role == "linear" and abs(near - stat.score) > 1e-3 * stat.score:
                 raise Fault(f"{stat.name} scores {stat.score:.4g} in the model, and nothing in the folder does")
         return
+    # A tensor that lies at two places of the model has the name of one in the file, and may have the other's in the model.
+    places = {name: group for group in ground.report.tied for name in group}
+    there = {base for base, _, _ in (name.partition("[") for name in files)}
+    for name in [n for n in live if n.partition("[")[0] not in there]:
+        base, bracket, expert = name.partition("[")
+        other = next((twin for twin in places.get(base, ()) if twin in there), None)
+        if other is not None:
+            live[other + bracket + expert] = live.pop(name)
     found = names.align(files, live)
     lost = [n for n in files if files[n].role == "linear" and n not in found]
     back = set(found.values())
@@ -241,7 +250,7 @@ def _scan(ground: _Ground, work: Path) -> None:
 def _plan(ground: _Ground, work: Path) -> None:
     plan = make_plan(ground.report, mode="spectrum", spectrum_ratio=SHARE)
     settled = settle_plan(ground.model, SpectrumConfig(mode="spectrum", plan=plan))
-    present = dict(ground.model.named_parameters())
+    present = dict(ground.model.named_parameters(remove_duplicate=False))
     if lost := [n for n in settled.trainable_names if n not in present]:
         raise Fault(f"the plan trains {lost[0]}, which the model lacks")
 
