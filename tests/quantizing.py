@@ -177,6 +177,37 @@ def mxfp4(parameter: str, experts: Tensor) -> Quantized:
     return {f"{parameter}_blocks": blocks, f"{parameter}_scales": scales}, dense
 
 
+def float4(module: str, matrix: Tensor, packed: bool = True, of: int = 16) -> Quantized:
+    """NVFP4 (`of` 16), as compressed-tensors (`packed`) and modelopt store it: float8 scales and a factor; MXFP4 (32)."""
+    rows, columns = matrix.shape
+    factor = 448 * 6 / matrix.abs().max() if packed else matrix.abs().max() / (448 * 6)
+    pairs = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    scales = torch.empty(rows, columns // of, dtype=torch.float8_e4m3fn if of == 16 else torch.uint8)
+    dense = torch.empty(rows, columns)
+    for i in range(rows):
+        for g in range(columns // of):
+            numbers = matrix[i, of * g : of * (g + 1)]
+            if of == 16:
+                whole = numbers.abs().max() / 6
+                scales[i, g] = (whole * factor if packed else whole / factor).to(torch.float8_e4m3fn)
+                scale = scales[i, g].float() / factor if packed else scales[i, g].float() * factor
+            else:
+                exponent = math.floor(math.log2(float(numbers.abs().max()))) - 2
+                scales[i, g], scale = exponent + 127, torch.tensor(2.0**exponent)
+            codes = []
+            for k, number in enumerate(numbers.tolist()):
+                size = min(range(8), key=lambda code: abs(abs(number) / float(scale) - E2M1[code]))
+                codes.append(size + 8 * (number < 0))
+                dense[i, of * g + k] = math.copysign(E2M1[size], number) * scale
+            for k in range(of // 2):
+                pairs[i, of // 2 * g + k] = codes[2 * k] | codes[2 * k + 1] << 4
+    stored = {f"{module}.weight_packed" if packed else f"{module}.weight": pairs, f"{module}.weight_scale": scales}
+    if of == 16:
+        stored[f"{module}.weight_global_scale" if packed else f"{module}.weight_scale_2"] = factor.reshape(1)
+        stored[f"{module}.input_global_scale" if packed else f"{module}.input_scale"] = torch.tensor([3.0])
+    return stored, dense
+
+
 FORMATS: dict[str, tuple[dict[str, object], Callable[[str, Tensor], Quantized], str]] = {
     "blocks of float8 e4m3": (
         {"quant_method": "fp8", "weight_block_size": [16, 16]},
@@ -201,6 +232,22 @@ FORMATS: dict[str, tuple[dict[str, object], Callable[[str, Tensor], Quantized], 
         {"quant_method": "compressed-tensors"},
         lambda module, matrix: packed_rows(module, matrix, 8, 32, zeros=True),
         "in whole numbers of 8 bits",
+    ),
+    "int3": (
+        {"quant_method": "compressed-tensors"},
+        lambda module, matrix: packed_rows(module, matrix, 3, zeros=True),
+        "in whole numbers of 3 bits",
+    ),
+    "NVFP4": ({"quant_method": "compressed-tensors"}, float4, "in NVFP4, blocks of 16"),
+    "NVFP4 of modelopt": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        lambda module, matrix: float4(module, matrix, packed=False),
+        "in NVFP4, blocks of 16",
+    ),
+    "MXFP4 of single matrices": (
+        {"quant_method": "compressed-tensors"},
+        lambda module, matrix: float4(module, matrix, of=32),
+        "in MXFP4, blocks of 32",
     ),
     "int4 with zero points": (
         {"quant_method": "compressed-tensors"},

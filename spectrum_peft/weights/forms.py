@@ -24,7 +24,7 @@ from ..records.schema import Count
 from .headers import Span
 from .quantized import dequantize_4bit, int8_values
 from .source import DTYPES, dtype_name
-from .unpacking import awq, block_of, e2m1, gptq, mxfp4, packed_rows, scaled
+from .unpacking import awq, block_of, e2m1, exponents, gptq, mxfp4, packed_rows, scaled
 
 Read = Callable[[str], Tensor]
 
@@ -118,7 +118,7 @@ def forms_of(spans: Mapping[str, Span], config: Mapping[str, Any], read: Read, w
         elif method is not None and len(span.shape) > 1:
             raise CheckpointError(
                 f"{where}: tensor {stored!r} is {span.dtype} {span.shape} in a checkpoint quantized by {quoted(method)}, wanted "
-                "a form that is known here: float8 with scales, MXFP4, GPTQ, AWQ (gemm), compressed-tensors, bitsandbytes."
+                "a form that is known here: float8 with scales, MXFP4, NVFP4, GPTQ, AWQ (gemm), compressed-tensors, bitsandbytes."
             )
         else:
             continue
@@ -365,7 +365,7 @@ def _groups(read: Read, index: str | None, inputs: int, count: int, owner: str) 
 def _packed(file: _File) -> Found:
     """compressed-tensors' pack-quantized: whole numbers of few bits, packed along the inputs."""
     for name in file.spans:
-        if not name.endswith(".weight_packed"):
+        if not name.endswith(".weight_packed") or file.dtype(name) == torch.uint8:
             continue
         owner = name.removesuffix("weight_packed")
         scale, said = f"{owner}weight_scale", f"{owner}weight_shape"
@@ -373,7 +373,7 @@ def _packed(file: _File) -> Found:
             raise CheckpointError(f"{name}: has no weight_scale and weight_shape beside it, wanted both.")
         rows, inputs = (int(n) for n in file.read(said).reshape(-1))
         words, factors = file.shape(name), file.shape(scale)
-        bits = next((b for b in (2, 4, 8) if words == (rows, math.ceil(inputs * b / 32))), None) if inputs else None
+        bits = next((b for b in range(1, 9) if words == (rows, math.ceil(inputs * b / 32))), None) if inputs else None
         zeros = f"{owner}weight_zero_point" if f"{owner}weight_zero_point" in file.spans else None
         index = f"{owner}weight_g_idx" if f"{owner}weight_g_idx" in file.spans else None
         if (
@@ -388,7 +388,7 @@ def _packed(file: _File) -> Found:
         ):
             raise CheckpointError(
                 f"{name}: is {file.spans[name].dtype} {words} with scales {factors} for a matrix of {(rows, inputs)}, "
-                "wanted I32 with 2, 4 or 8 bits for each number and a scale for each row and group."
+                "wanted I32 with 1 to 8 bits for each number and a scale for each row and group."
             )
         parts = tuple(part for part in (name, scale, said, zeros, index) if part is not None)
         size = "" if index else f", groups of {inputs // factors[1]}"
@@ -402,6 +402,51 @@ def _packed(file: _File) -> Found:
                 f"in whole numbers of {bits} bits (compressed-tensors{size})",
             ),
         )
+
+
+def _float4(file: _File) -> Found:
+    """NVFP4 and MXFP4 of single matrices: two numbers in a byte along the inputs, 16 or 32 of them with a scale; NVFP4's scales
+    are float8 and have one factor for the matrix, by which compressed-tensors divides and modelopt multiplies.
+
+    Source: compressed-tensors 0.20, compressors/nvfp4 and mxfp4; NVIDIA Model Optimizer 0.47, qtensor/nvfp4_tensor.py
+        `dequantize`.
+    """
+    for name in file.spans:
+        owner, _, last = name.rpartition(".")
+        scale, factor = f"{owner}.weight_scale", f"{owner}.weight_global_scale"
+        if last == "weight":
+            factor = f"{owner}.weight_scale_2"
+            if factor not in file.spans:
+                continue
+        if last not in ("weight", "weight_packed") or file.dtype(name) != torch.uint8:
+            continue
+        half, whole = file.shape(name), factor if factor in file.spans else None
+        of, wanted = (16, torch.float8_e4m3fn) if whole else (32, torch.uint8)
+        shape = (*half[:-1], 2 * half[-1]) if half else ()
+        if (
+            len(shape) != 2
+            or scale not in file.spans
+            or file.dtype(scale) != wanted
+            or file.shape(scale) != (shape[0], shape[1] / of)
+            or (whole is not None and math.prod(file.shape(whole)) != 1)
+        ):
+            seen = f"{file.spans[scale].dtype} {file.shape(scale)}" if scale in file.spans else "missing"
+            raise CheckpointError(
+                f"{name}: is U8 {half} and {scale} {seen}, wanted NVFP4 (F8_E4M3 for 16 numbers of a row, and a factor for the "
+                "matrix) or MXFP4 (U8 for 32)."
+            )
+        parts = (name, scale) if whole is None else (name, scale, whole)
+        word = "mxfp4" if whole is None else "nvfp4"
+        values = partial(_unpacked_float4, parts=parts, of=of, divide=last != "weight")
+        yield f"{owner}.weight", Form(word, shape, parts, values, f"in {word.upper()}, blocks of {of}")
+
+
+def _unpacked_float4(read: Read, parts: Sequence[str], of: int, divide: bool) -> Tensor:
+    pairs, scale, *factor = (read(part) for part in parts)
+    scale = exponents(scale)
+    for whole in factor:
+        scale = scale / whole.float() if divide else scale * whole.float()
+    return scaled(e2m1(pairs), scale, (1, of))
 
 
 def _unpacked_rows(read: Read, owner: str, zeros: str | None, index: str | None, inputs: int, bits: int) -> Tensor:
@@ -485,4 +530,4 @@ def _described(file: _File, name: str, state: str) -> _QuantState:
     return found
 
 
-_FINDERS: tuple[Callable[[_File], Found], ...] = (_bitsandbytes, _float8, _mxfp4, _gptq_and_awq, _packed)
+_FINDERS: tuple[Callable[[_File], Found], ...] = (_bitsandbytes, _float8, _mxfp4, _gptq_and_awq, _packed, _float4)

@@ -108,7 +108,7 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
     """The numbers without sign that lie one after the other in words of 32 bits, the first in the lowest bits.
 
     Args:
-        words: (..., words) int32. bits: 2, 3, 4 or 8; a number of 3 bits may lie across two words.
+        words: (..., words) int32. bits: 1 to 8; a number of 3, 5, 6 or 7 bits may lie across two words.
     Returns:
         (..., 32 * words // bits) uint8.
     Source: AutoGPTQ 0.7, nn_modules/qlinear/qlinear_cuda.py `pack`; compressed-tensors 0.20, `pack_to_int32`.

@@ -147,6 +147,34 @@ def test_fused_float8_and_pairs_of_four_bits() -> None:
     assert torch.equal(scaled(e2m1(pairs), scale, (1, 32)), theirs(pairs, scale, torch.float32))
 
 
+def test_the_same_numbers_as_from_transformers_own_unpacking_of_pairs() -> None:
+    """Numbers of four bits as compressed-tensors and modelopt pack them are packed as gpt-oss's experts are."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    stored, dense = quantizing.float4("m", torch.randn(8, 64), of=32)
+    blocks, scales = stored["m.weight_packed"].reshape(1, 8, 2, 16), stored["m.weight_scale"].reshape(1, 8, 2)
+    assert torch.equal(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)[0].T, dense)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({"m.weight_scale": t["m.weight_scale"][:, :-1].clone()}), r"m.weight_packed: is U8 \(8, 32\) and .* \(8, 3\)"),
+        (lambda t: t.pop("m.weight_scale"), "m.weight_scale missing, wanted NVFP4"),
+        (lambda t: t.pop("m.weight_global_scale"), "F8_E4M3 .* wanted NVFP4 .* or MXFP4"),
+    ],
+)  # fmt: skip
+def test_numbers_of_four_bits_without_what_belongs_to_them_are_refused(
+    change: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path
+) -> None:
+    tensors, _ = quantizing.float4("m", torch.randn(8, 64))
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compressed-tensors"}}')
+    with pytest.raises(CheckpointError, match=message):
+        open_weights(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
