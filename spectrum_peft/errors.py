@@ -107,6 +107,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether something failed; False for what asks a program to end. A panic in a library's Rust is no `Exception` of Python."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 @contextmanager
 def loading(source: object) -> Iterator[None]:
     """Around what a library loads from a user's folder: its errors, of whatever tree, are faults of the input there.
@@ -120,8 +125,8 @@ def loading(source: object) -> Iterator[None]:
         yield
     except (SpectrumError, MemoryError):
         raise
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
+    except BaseException as error:
+        if not is_failure(error) or type(error).__name__ == "OutOfMemoryError":
             raise
         raise CheckpointError(f"{source}: cannot be loaded ({type(error).__name__}: {one_line(error)}).") from error
 

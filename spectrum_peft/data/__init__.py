@@ -5,11 +5,12 @@ datasets is imported inside functions: `--help` reads the names of columns witho
 
 from __future__ import annotations
 
-from .chat import IGNORED, LOSS_ON, check_loss_on, encode_row
+from .chat import IGNORED, LOSS_ON, check_loss_on, encode_row, render
 from .counts import Cut, Doubt, Piece, RowCounts, count_rows, doubts_of, pieces_of, show_rows, without_silent
 from .labels import label_ids, label_names
 from .mixing import from_anywhere, read_rows, sources_of
 from .rows import COLUMNS, read_dataset, select_columns
+from .tokenizing import tokenizing
 
 __all__ = [
     "COLUMNS",
@@ -29,8 +30,10 @@ __all__ = [
     "pieces_of",
     "read_dataset",
     "read_rows",
+    "render",
     "select_columns",
     "show_rows",
     "sources_of",
+    "tokenizing",
     "without_silent",
 ]

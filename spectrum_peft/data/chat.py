@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from ..errors import DataError, OptionError, near_matches, one_line
+from ..errors import DataError, OptionError, near_matches
+from .tokenizing import tokenizing
 
 LOSS_ON = ("all", "assistant", "completion")
 IGNORED = -100  # label of a position that takes no part in the loss, as in torch and transformers
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MOST_WRITTEN = 1 << 20  # a hundred times the longest system prompt that a published template brings
 _PROBE = "\u241f"  # a character that no template writes and no conversation holds (SYMBOL FOR UNIT SEPARATOR)
 
 Message = Mapping[str, Any]
@@ -45,8 +47,13 @@ def encode_row(
         template: strings of prompt and completion are turns of a user and of an assistant where the tokenizer has a chat
             template; False: they are joined as they are.
     Raises:
-        DataError: the template refuses the conversation, or there is none.
+        DataError: the template refuses the conversation, or there is none; the tokenizer refuses the text.
     """
+    with tokenizing():
+        return _encoded_row(row, tokenizer, loss_on, template)
+
+
+def _encoded_row(row: Mapping[str, Any], tokenizer: Any, loss_on: str | None, template: bool) -> dict[str, list[int]]:
     if "text" in row:
         ids = _ended(list(tokenizer(row["text"])["input_ids"]), tokenizer)
         return {"input_ids": ids, "labels": list(ids)}
@@ -83,11 +90,10 @@ def render(messages: Sequence[Message], row: Mapping[str, Any], tokenizer: Any, 
             "the tokenizer has no chat template, which conversations need; take the instruct version of the model, or "
             "rows with prompt and completion, or with text."
         )
+    _refuse_bomb(_Template(tokenizer), str(tokenizer.chat_template))
     keywords = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {}), **more}
-    try:
+    with tokenizing("the chat template refuses a conversation"):
         return tokenizer.apply_chat_template([_without_nulls(m) for m in messages], **keywords)
-    except Exception as error:  # a template is a program that somebody wrote: it raises what it likes
-        raise DataError(f"the chat template refuses a conversation ({one_line(error)[:200]}).") from error
 
 
 def _without_nulls(message: Message) -> dict[str, Any]:
@@ -184,6 +190,23 @@ class _Template:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Template) and other.tokenizer is self.tokenizer
+
+
+@lru_cache(maxsize=8)
+def _refuse_bomb(key: _Template, template: str) -> None:
+    """
+    Raises:
+        DataError: the template makes more than `_MOST_WRITTEN` characters of two words. What it makes of other conversations is
+            not known beforehand: it is a program.
+    """
+    probe = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    try:
+        with tokenizing():
+            written = len(key.tokenizer.apply_chat_template(probe, tokenize=False))
+    except DataError:  # it wants another conversation
+        return
+    if written > _MOST_WRITTEN:
+        raise DataError(f"the chat template makes {written:,} characters of two words, wanted at most {_MOST_WRITTEN:,}.")
 
 
 @lru_cache(maxsize=8)

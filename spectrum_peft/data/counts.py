@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .chat import IGNORED
+from .tokenizing import tokenizing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -186,6 +187,8 @@ def show_rows(rows: Iterable[list[Piece]], tokenizer: Any, cut: Cut) -> str:
             target = f"; learnt: {piece.target}" if piece.target else ""
             more = len(piece.ids) - len(ids)
             lines.append(f"{title}: {len(ids)} tokens{marked}{target}" + (f", {more} cut off" if more else ""))
-            for token, label in zip(ids, labels, strict=True):
-                lines.append(f"  {'*' if label != IGNORED else ' '} {token:>7}  {tokenizer.decode([token])!r}")
+            with tokenizing("the tokenizer cannot read its own tokens"):
+                written = [tokenizer.decode([token]) for token in ids]
+            for token, label, text in zip(ids, labels, written, strict=True):
+                lines.append(f"  {'*' if label != IGNORED else ' '} {token:>7}  {text!r}")
     return "\n".join(lines)

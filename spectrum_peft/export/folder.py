@@ -14,18 +14,12 @@ import torch
 
 from .. import names
 from ..errors import CheckpointError, OptionError
-from ..records import write_text
+from ..records import TOKENIZER_FILES, check_files_beside, write_text
 from ..weights import FileWeights
 from ..weights.updates import Update, Value
 from .adapters import TrainedAdapter
 from .rewrite import main_dtype
 from .tables import is_language_head, new_shape, table_rows
-
-TOKENIZER_FILES = re.compile(
-    r"tokenizer.*|vocab\..*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model|.*\.tiktoken|.*\.spm"
-    r"|chat_template\..*|additional_chat_templates"
-)
-
 
 _BESIDE = re.compile(
     r"generation_config\.json|(.*_)?processor_config\.json|preprocessor_config\.json|LICENSE.*|NOTICE.*|USE_POLICY.*",
@@ -124,6 +118,9 @@ def copy_beside(files: FileWeights, source: TrainedAdapter, folder: Path) -> Non
     assert files.folder is not None
     base = _with_tokenizer(files)
     own = source.state.folder
+    for read in (base, own):
+        if read is not None:
+            check_files_beside(read)
     tokenized = own is not None and any(
         (own / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data import IGNORED, encode_row, label_ids, label_names, select_columns
+from ..data import IGNORED, encode_row, label_ids, label_names, select_columns, tokenizing
 from ..errors import DataError, OptionError
 from .probe import DEFAULT_SAMPLES
 
@@ -99,11 +99,13 @@ def _encoded(
 
 def _encode(row: Mapping[str, Any], tokenizer: Any, limit: int, task: str, to_id: Any) -> dict[str, Any]:
     if to_id is not None:
-        ids = tokenizer(row["text"], truncation=True, max_length=limit)["input_ids"]
+        with tokenizing():
+            ids = tokenizer(row["text"], truncation=True, max_length=limit)["input_ids"]
         return {"input_ids": ids, "labels": to_id(row["label"])}
     if task == "seq2seq":
-        both = tokenizer(row["prompt"], text_target=row["completion"], truncation=True, max_length=limit)
-        return {"input_ids": both["input_ids"], "labels": both["labels"]}
+        with tokenizing():
+            both = tokenizer(row["prompt"], text_target=row["completion"], truncation=True, max_length=limit)
+            return {"input_ids": both["input_ids"], "labels": both["labels"]}
     encoded = encode_row(row, tokenizer)
     return {name: ids[:limit] for name, ids in encoded.items()}
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import stat
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
@@ -16,7 +17,7 @@ from typing import Annotated, Any, BinaryIO, ClassVar, Union, get_args, get_orig
 
 from ..errors import CheckpointError, no_such, one_line, quoted
 from .schema import checked, refuse_unknown
-from .whole import write_text
+from .whole import mode_of, write_text
 
 SCHEMA_VERSION = 1
 # What a run leaves beside its weights.
@@ -220,6 +221,14 @@ MOST_VALUES = 1 << 23
 MOST_YAML_VALUES = 1 << 21
 MOST_DEPTH = 64
 _MOST_INTEGER = 1 << 64
+# Names of what a tokenizer is made of, and of what else lies beside weights and is read whole.
+TOKENIZER_FILES = re.compile(
+    r"tokenizer.*|vocab\..*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model|.*\.tiktoken|.*\.spm"
+    r"|chat_template\..*|additional_chat_templates"
+)
+_CONFIGS = re.compile(r"config\.json|generation_config\.json|(.*_)?processor_config\.json|preprocessor_config\.json")
+# Folders of several templates, and of original files; not read, or by names of their own.
+_FOLDERS = {"additional_chat_templates", "tokenizer"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -391,6 +400,26 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, a NUL in the name
         raise CheckpointError(f"{path}: cannot be read as text ({error}).") from error
+
+
+def check_files_beside(folder: str | os.PathLike[str]) -> None:
+    """Before a library reads the small files of a folder, each of them whole: configs, a tokenizer, templates.
+
+    Raises:
+        CheckpointError: one is no regular file, or larger than `MOST_BYTES`.
+    """
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if TOKENIZER_FILES.fullmatch(e.name) or _CONFIGS.fullmatch(e.name))
+    for path in (Path(folder, name) for name in names):
+        mode = mode_of(path)
+        if stat.S_ISDIR(mode) and path.name in _FOLDERS:
+            continue
+        if mode and not stat.S_ISREG(mode):
+            raise CheckpointError(
+                f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'a device or a pipe'}, wanted a file."
+            )
+        if mode and path.stat().st_size > MOST_BYTES:
+            raise CheckpointError(f"{path}: is larger than {MOST_BYTES >> 20} MiB.")
 
 
 def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:

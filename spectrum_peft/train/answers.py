@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data import IGNORED, Piece
+from ..data import IGNORED, Piece, tokenizing
+from ..errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,17 +39,23 @@ def as_turns(rows: Dataset, tokenizer: Any, limit: int, labels: Sequence[str], d
 
 def _ids(text: Any, tokenizer: Any, row: Mapping[str, Any], *, asked: bool = False) -> list[int]:
     if isinstance(text, str):
-        return list(tokenizer(text)["input_ids"])
+        with tokenizing():
+            return list(tokenizer(text)["input_ids"])
     keywords = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-    found = tokenizer.apply_chat_template(
-        text, tokenize=True, return_dict=True, add_generation_prompt=asked, **keywords
-    )
-    return list(found["input_ids"])
+    with tokenizing("the chat template refuses a conversation"):
+        found = tokenizer.apply_chat_template(
+            text, tokenize=True, return_dict=True, add_generation_prompt=asked, **keywords
+        )
+        return list(found["input_ids"])
 
 
 def _ended(text: Any, tokenizer: Any) -> Any:
+    if not isinstance(text, str):
+        return text
     end = tokenizer.eos_token
-    return text if not isinstance(text, str) or text.endswith(end) else text + end
+    if end is None:
+        raise DataError("the tokenizer has no end token (eos_token), with which TRL ends an answer that is text.")
+    return text if text.endswith(end) else text + end
 
 
 def pairs(row: Mapping[str, Any], tokenizer: Any, labels: Sequence[str] = ()) -> list[Piece]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..data import IGNORED, Piece, encode_row, label_ids
+from ..data import IGNORED, Piece, encode_row, label_ids, tokenizing
 from ..errors import DataError
 from .judge import SCORES, require_scikit_learn
 
@@ -75,7 +75,8 @@ def by_trainer(model: Any, tokenizer: Any) -> dict[str, Any]:
 
 def encode_seq2seq(rows: Dataset, tokenizer: Any, limit: int, labels: Sequence[str], data: DataChoices) -> Dataset:
     def encode(batch: Any) -> Any:
-        return tokenizer(batch["prompt"], text_target=batch["completion"], truncation=True, max_length=limit)
+        with tokenizing():
+            return tokenizer(batch["prompt"], text_target=batch["completion"], truncation=True, max_length=limit)
 
     return rows.map(encode, batched=True, remove_columns=rows.column_names)
 
@@ -116,10 +117,9 @@ def encode_number(rows: Dataset, tokenizer: Any, limit: int, labels: Sequence[st
 
 def _labelled(rows: Dataset, tokenizer: Any, limit: int, value: Callable[[Any], Any]) -> Dataset:
     def encode(batch: Any) -> Any:
-        return {
-            **tokenizer(batch["text"], truncation=True, max_length=limit),
-            "labels": [value(given) for given in batch["label"]],
-        }
+        with tokenizing():
+            found = tokenizer(batch["text"], truncation=True, max_length=limit)
+        return {**found, "labels": [value(given) for given in batch["label"]]}
 
     return rows.map(encode, batched=True, remove_columns=rows.column_names)
 
@@ -164,7 +164,8 @@ def words_encoded(tokenizer: Any, words: Sequence[str], limit: int) -> Any:
     """Words as tokens, with `word_ids()`. Byte-level tokenizers see where a word begins by the space before it: they get one."""
     if getattr(tokenizer, "add_prefix_space", None) is False:
         words = [word if i == 0 or word[:1].isspace() else f" {word}" for i, word in enumerate(words)]
-    return tokenizer(list(words), is_split_into_words=True, truncation=True, max_length=limit)
+    with tokenizing():
+        return tokenizer(list(words), is_split_into_words=True, truncation=True, max_length=limit)
 
 
 def _with_padding(model: Any, tokenizer: Any) -> None:

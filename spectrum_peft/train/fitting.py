@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import CheckpointError, one_line
+from ..errors import CheckpointError, SpectrumError, is_failure, one_line
 
 
 @contextmanager
@@ -46,6 +46,27 @@ def fitting(model: Any) -> Iterator[None]:
         said = one_line(error)[:200]
         raise CheckpointError(
             f"{_name(model)}: cannot be run: {said}. Does its config.json fit its weights?"
+        ) from error
+
+
+@contextmanager
+def writing(model: Any) -> Iterator[None]:
+    """`fitting` around a model that writes: what its generation_config.json asks for shows when it begins, in any class of error.
+
+    Raises:
+        CheckpointError: it cannot write as it is asked to. What the system says of an output passes.
+    """
+    try:
+        with fitting(model):
+            yield
+    except (SpectrumError, MemoryError, OSError, RuntimeError):
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        said = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise CheckpointError(
+            f"{_name(model)}: cannot write ({said}). Do its generation_config.json and its tokenizer fit it?"
         ) from error
 
 

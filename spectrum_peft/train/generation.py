@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..data import render, tokenizing
 from ..errors import DataError, InstallError, OptionError, near_matches
-from .fitting import fitting
+from .fitting import writing
 
 MAX_NEW_TOKENS = 256
 _BATCH = 8
@@ -119,7 +120,7 @@ def prompts_of(rows: Any, tokenizer: Any, source: str, *, template: bool = True)
     for prompt, _ in pairs:
         if chat:
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            prompt = str(render(turns, {}, tokenizer, add_generation_prompt=True, tokenize=False))
         prompts.append(prompt)
     return prompts, [reference for _, reference in pairs], chat
 
@@ -151,11 +152,13 @@ def complete(
         for at in range(0, len(order), batch_size):
             own = order[at : at + batch_size]
             inputs = _encoded(model, tokenizer, [prompts[i] for i in own], chat)
-            with torch.no_grad(), fitting(model):
+            with torch.no_grad(), writing(model):
                 output = model.generate(**inputs, **_greedy(tokenizer), max_new_tokens=max_new_tokens)
             if not model.config.is_encoder_decoder:
                 output = output[:, inputs["input_ids"].shape[1] :]
-            for i, text in zip(own, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
+            with tokenizing("the tokenizer cannot read what was written"):
+                written = tokenizer.batch_decode(output, skip_special_tokens=True)
+            for i, text in zip(own, written, strict=True):
                 texts[i] = text
     finally:
         tokenizer.padding_side, tokenizer.pad_token = side, pad
@@ -163,8 +166,9 @@ def complete(
 
 
 def _encoded(model: Any, tokenizer: Any, texts: list[str], chat: bool) -> dict[str, Any]:
-    inputs = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=not chat)
-    return {k: inputs[k].to(model.device) for k in ("input_ids", "attention_mask")}
+    with tokenizing():
+        inputs = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=not chat)
+    return {k: inputs[k].to(model.device) for k in ("input_ids", "attention_mask") if k in inputs}
 
 
 def _greedy(tokenizer: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import datasets
 from ..arguments import Rest
 from ..data import Cut, Piece, RowCounts, count_rows, doubts_of, pieces_of, show_rows, sources_of, without_silent
 from ..errors import CheckpointError, DataError
+from ..records import read_text
 from ..tuner.loading import load_tokenizer
 from .arguments import quiet_progress, remote_options
 from .encoding import UNCUT, encoded_rows
@@ -33,7 +34,7 @@ def tokenizer_of(run: Run, options: argparse.Namespace) -> Any:
         raise CheckpointError(f"{options.model}: has no tokenizer, which training on text needs.")
     template = getattr(run.args, "chat_template_path", None)
     if template is not None and Path(template).is_file():
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(template)
     return tokenizer
 
 

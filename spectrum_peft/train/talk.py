@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TextStreamer, set_seed
 
+from ..data import render, tokenizing
 from ..errors import CheckpointError, DataError, OptionError
 from ..records import RESULTS_FILE, read_mapping
-from .fitting import fitting
+from .fitting import writing
 from .saved import Saved
 
 Message = dict[str, str]
@@ -53,10 +54,9 @@ def prompt_for(tokenizer: Any, messages: Sequence[Message], source: str) -> str:
             f"{source}: its tokenizer has no chat template; use `generate --raw`, which gives the text as it is."
         )
     try:
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template is a program that somebody wrote: it raises what it likes
-        raise DataError(f"{source}: its chat template refuses the messages ({str(error).splitlines()[0]}).") from error
-    return str(text)
+        return str(render(messages, {}, tokenizer, add_generation_prompt=True, tokenize=False))
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
 
 
 def check_writing(max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None) -> None:
@@ -96,8 +96,9 @@ def write(
     """
     check_writing(max_new_tokens, temperature, top_p)
     model, tokenizer = saved.model, saved.tokenizer
-    inputs = tokenizer([prompt], return_tensors="pt", add_special_tokens=not templated)
-    length = inputs["input_ids"].shape[1]
+    with tokenizing():
+        inputs = tokenizer([prompt], return_tensors="pt", add_special_tokens=not templated)
+        length = inputs["input_ids"].shape[1]
     if length == 0:
         raise DataError("the prompt is empty.")
     most = getattr(model.config, "max_position_embeddings", None)
@@ -116,15 +117,15 @@ def write(
         take(piece)
 
     room = max_new_tokens if most is None or model.config.is_encoder_decoder else min(max_new_tokens, most - length)
-    with torch.no_grad(), fitting(model):
+    with torch.no_grad(), writing(model):
         output = model.generate(
-            **{k: inputs[k].to(model.device) for k in ("input_ids", "attention_mask")},
+            **{k: inputs[k].to(model.device) for k in ("input_ids", "attention_mask") if k in inputs},
             **drawing, pad_token_id=pad, max_new_tokens=room,
             streamer=_Pieces(tokenizer, keep, skip_prompt=not model.config.is_encoder_decoder),
         )  # fmt: skip
     begun = 1 if model.config.is_encoder_decoder else length
     ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends, tokenizer.eos_token_id}
+    ends = [*ends] if isinstance(ends, list) else [ends, tokenizer.eos_token_id]
     cut = None
     if output.shape[1] - begun >= room and int(output[0, -1]) not in ends:
         more = (

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from ..errors import CheckpointError, OptionError, loading
-from ..records import is_file, mode_of
+from ..records import check_files_beside, is_file, mode_of
 from ..weights import (
     FileWeights,
     open_weights,
@@ -38,6 +38,8 @@ def check_config(model_name: str) -> None:
     refuse_missing(model_name)
     if mode_of(model_name):
         refuse_sharded(Path(model_name))
+    if Path(model_name).is_dir():
+        check_files_beside(model_name)
     if is_file(Path(model_name, "config.json")):
         read_config(Path(model_name, "config.json"))
 

@@ -16,14 +16,14 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model, prepare_model_for_kbit_training
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as ds
 
 from .. import names
 from ..devices import default_device, fast_dtype, refuse_quantization
-from ..errors import CheckpointError, OptionError, loading, near_matches
+from ..errors import CheckpointError, OptionError, loading, near_matches, quoted
 from ..plan import MODES, OPTIONS, Mode, make_plan, needs_gradients
-from ..records import Plan
+from ..records import Plan, check_files_beside
 from ..scan import scan_weights
 from ..weights import loaded_together, read_header, settle_quantized, unquantized_modules
 from ..weights.adapter_config import read_adapter_config
@@ -406,9 +406,53 @@ def load_tokenizer(model_name: str, **kwargs: Any) -> Any:
     if folder.is_dir() and not any((folder / name).exists() for name in files):
         logger.info("%s has no tokenizer files; the tokenizer is None", model_name)
         return None
+    if folder.is_dir():
+        check_files_beside(folder)
     with loading(f"{model_name}: the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model_name, **{"trust_remote_code": False, **kwargs})
-    most = tokenizer.model_max_length
-    if isinstance(most, bool) or not isinstance(most, int | float):  # transformers compares lengths with it, later
-        raise CheckpointError(f"{model_name}: tokenizer_config.json has model_max_length {most!r}, wanted a number.")
+        _try_tokenizer(tokenizer, model_name)
     return tokenizer
+
+
+# The largest table of an open model has 262,144 rows.
+_MOST_TOKENS = 1 << 24
+# Of every kind of character that a table of tokens may lack.
+_TRIED = "A text, 1 of 2:\n\t\u00e9\u4e2d\U0001f642"
+
+
+def _try_tokenizer(tokenizer: Any, source: str) -> None:
+    """Encode, pad and decode a text now: what is wrong in its files would show in the middle of the work.
+
+    Raises:
+        CheckpointError: a field of its files is of another kind, or it makes no ids. Whatever the library raises is the caller's.
+    """
+    most = tokenizer.model_max_length
+    if isinstance(most, bool) or not isinstance(most, int | float) or not most >= 1:
+        raise CheckpointError(
+            f"{source}: tokenizer_config.json has model_max_length {quoted(most)}, wanted a number of at least 1."
+        )
+    if isinstance(most, float):
+        tokenizer.model_max_length = int(min(most, 1e30))
+    template = tokenizer.chat_template
+    if not isinstance(template, str | None):
+        named = template if isinstance(template, dict) else {"": None}
+        if not all(isinstance(part, str) for pair in named.items() for part in pair):
+            raise CheckpointError(f"{source}: its chat template is {quoted(template)}, wanted text, or texts by name.")
+    if (
+        type(tokenizer).__call__ is not PreTrainedTokenizerBase.__call__
+    ):  # takes tables, or words with boxes (Tapas, LayoutLM)
+        return
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= _MOST_TOKENS:  # tokenizers counts up to it whenever it writes or hashes the table: minutes, and GiBs
+        raise CheckpointError(f"{source}: a token has the id {largest:,}, wanted ids below {_MOST_TOKENS:,}.")
+    encoded = tokenizer([_TRIED, "b"], padding=tokenizer.pad_token is not None)
+    for ids in encoded["input_ids"]:
+        if not all(type(i) is int and 0 <= i < _MOST_TOKENS for i in ids):
+            raise CheckpointError(
+                f"{source}: tokenizer.json makes the ids {quoted(ids)}, wanted numbers below {_MOST_TOKENS:,}."
+            )
+        tokenizer.decode(ids, skip_special_tokens=True)
+    for kind in ("eos", "pad", "bos"):
+        token = getattr(tokenizer, f"{kind}_token_id")
+        if token is not None and not (type(token) is int and 0 <= token < _MOST_TOKENS):
+            raise CheckpointError(f"{source}: its {kind}_token is {quoted(token)} as an id, wanted one number.")

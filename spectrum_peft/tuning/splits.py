@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data import tokenizing
 from ..errors import DataError
 from ..records import move_over, read_mapping, write_text
 from .settings import FEWEST_ROWS, MOST_SEARCH_ROWS
@@ -92,7 +93,8 @@ def longest(rows: Any, tokenizer: Any, most: int) -> int:
     The 64 rows with the most characters are read; a chat template adds some, for which 32 stand.
     """
     texts = sorted((_text(row) for row in rows), key=len, reverse=True)[:64]
-    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    with tokenizing():
+        lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
     return min(most, -(-(max(lengths, default=most) + 32) // 8) * 8)
 
 
