@@ -206,7 +206,9 @@ def _refuse_bomb(key: _Template, template: str) -> None:
     except DataError:  # it wants another conversation
         return
     if written > _MOST_WRITTEN:
-        raise DataError(f"the chat template makes {written:,} characters of two words, wanted at most {_MOST_WRITTEN:,}.")
+        raise DataError(
+            f"the chat template makes {written:,} characters of two words, wanted at most {_MOST_WRITTEN:,}."
+        )
 
 
 @lru_cache(maxsize=8)

@@ -53,21 +53,31 @@ def refuse_fault(path: Path) -> None:
                 raise DataError(f"{path}: {where}: {place} is {quoted(value)}, wanted {wanted} as in {seen}.")
 
 
+# Bytes that are read at once, of a line or of a file that is one value: Python takes some ten times as many for it.
+_MOST_TOGETHER = 1 << 28
+
+
 def _by_line(path: Path) -> bool:
     """Whether each line is to hold a row; else the file is one list, or one mapping."""
     with path.open("rb") as file:
-        first = file.readline().strip()
+        first = file.readline(_MOST_TOGETHER).strip()
     return first.startswith(b"{") and (first.endswith(b"}") or (path.suffix == ".jsonl" and first != b"{"))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(`line 3`, its row) of a file with a row in each line; (`row 3`, row) of one list of rows."""
     if not _by_line(path):
+        if path.stat().st_size > _MOST_TOGETHER:
+            raise DataError(
+                f"{path}: is one value of more than {_MOST_TOGETHER >> 20} MiB, wanted a row in each line (.jsonl)."
+            )
         data = _parsed(path.read_bytes(), str(path))
         yield from ((f"row {i}", row) for i, row in enumerate(data if isinstance(data, list) else [data], 1))
         return
     with path.open("rb") as file:
-        for i, line in enumerate(file, 1):
+        for i, line in enumerate(iter(lambda: file.readline(_MOST_TOGETHER), b""), 1):
+            if len(line) == _MOST_TOGETHER:
+                raise DataError(f"{path}: line {i} has more than {_MOST_TOGETHER >> 20} MiB.")
             if line.strip():
                 yield f"line {i}", _row(line.decode("utf-8-sig").strip(), f"{path}: line {i}")
 

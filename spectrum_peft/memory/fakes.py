@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, masking_utils
 from transformers.quantizers import AutoHfQuantizer
 
-from ..errors import CheckpointError, InstallError, OptionError, near_here
+from ..errors import CheckpointError, InstallError, OptionError, SpectrumError, near_here, one_line
 from ..records import Plan, mode_of
 from ..tuner.classes import check_config, class_of
 from ..tuner.loading import quantization_config_for
@@ -93,8 +93,11 @@ def skeleton_of(
             built = (make or model_class.from_config)(
                 config, dtype=dtype, attn_implementation=attn_implementation, **extra
             )
-    except (ValueError, ImportError) as error:
-        raise OptionError(f"{model_class.__name__} cannot be built: {' '.join(str(error).split())}") from error
+    except (SpectrumError, MemoryError):
+        raise
+    except Exception as error:  # each model class has its own errors for fields of wrong types
+        kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
+        raise OptionError(f"{model_class.__name__} cannot be built: {kind}{one_line(error)}") from error
     return built
 
 

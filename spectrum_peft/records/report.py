@@ -114,7 +114,7 @@ class SnrReport(SharedRecord):
     fingerprint: Fingerprint
     model_id: Place | None = None
     revision: Place | None = None
-    tied: tuple[tuple[Name, ...], ...] = ()
+    tied: tuple[Annotated[tuple[Name, ...], Meta(min_length=1)], ...] = ()
     notes: tuple[Text, ...] = ()
 
     _kind = "snr_report"

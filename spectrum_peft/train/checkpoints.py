@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import traceback
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 _STATE = "trainer_state.json"
 # What the trainer saves for a run on one process or on several with whole copies; a sharded run has folders instead.
 _TORCH_FILES = ("optimizer.pt", "scheduler.pt")
+# Bytes of what names the tensors in such a file: 100 for each, and more is not read here.
+_MOST_PICKLE = 1 << 28
 _SHARDED = ("global_step*", "pytorch_model_fsdp*", "optimizer_[0-9]*", "optimizer_bin*", "rank*-of-*")
 
 
@@ -111,11 +115,16 @@ def problem_of(folder: Path) -> str | None:
         if not path.is_file():
             return f"{path.name} is missing"
         try:
-            whole = zipfile.is_zipfile(path)  # torch's format; its end is written last
-        except zipfile.BadZipFile as error:
+            if not zipfile.is_zipfile(path):  # torch's format; its end is written last
+                return f"{path.name} is cut off"
+            with zipfile.ZipFile(path) as parts:
+                for part in parts.infolist():
+                    if part.filename.endswith("/data.pkl") and part.file_size <= _MOST_PICKLE:
+                        parts.read(
+                            part
+                        )  # whose checksum is compared; that of the values would take as long as loading them
+        except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, NotImplementedError) as error:
             return f"{path.name} is damaged ({one_line(error)})"
-        if not whole:
-            return f"{path.name} is cut off"
     return None
 
 
@@ -141,6 +150,34 @@ def refuse_other_sharing(folder: str | None, asked: str | None) -> None:
 
 # What lies in the checkpoints of those who share a model out, and in no other.
 _OF = {"FSDP": ("pytorch_model_fsdp*", "optimizer.bin", "optimizer_[0-9]*"), "DeepSpeed": ("global_step*",)}
+
+
+# transformers' functions that read a checkpoint's states.
+_READING = {
+    "_load_optimizer_and_scheduler", "_load_rng_state", "_load_callback_state", "_load_from_checkpoint", "_load_scaler",
+    "load_from_json",
+}  # fmt: skip
+
+
+@contextmanager
+def resuming(folder: str | None) -> Iterator[None]:
+    """Around a training that goes on from a checkpoint: states that hold something else, whatever is raised of that.
+
+    Raises:
+        CheckpointError: names the checkpoint.
+    """
+    try:
+        yield
+    except (SpectrumError, MemoryError):
+        raise
+    except Exception as error:
+        names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if folder is None or not _READING & names or type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise CheckpointError(
+            f"{folder}: cannot be resumed ({type(error).__name__}: {one_line(error)[:200]}). Resume from one before it, or "
+            "start anew with --overwrite-output-dir."
+        ) from error
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from ..tuner.loading import load_model_with_peft, load_model_with_spectrum, load
 from .arguments import quiet_progress, remote_options
 from .calibration import calibration_rows
 from .callback import SpectrumCallback, slower_by
-from .checkpoints import saving
+from .checkpoints import resuming, saving
 from .fitting import known_tokens
 from .fused_heads import found_by_trl
 from .history import write_history
@@ -134,7 +134,7 @@ def train(
     reset_peak_memory()
     if options.overwrite_output_dir and run.resume is None and trainer.is_world_process_zero():
         clear_output(output, checkpoints=True)
-    with saving(args.output_dir), known_tokens(model), found_by_trl(model):
+    with saving(args.output_dir), resuming(run.resume), known_tokens(model), found_by_trl(model):
         trainer.train(resume_from_checkpoint=run.resume)
     peak = max(memory_loaded, peak_memory())
     for parameter, stored in rounded:

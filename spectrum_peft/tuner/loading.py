@@ -21,7 +21,7 @@ from transformers.integrations import deepspeed as ds
 
 from .. import names
 from ..devices import default_device, fast_dtype, refuse_quantization
-from ..errors import CheckpointError, OptionError, loading, near_matches, quoted
+from ..errors import CheckpointError, OptionError, loading, near_matches, one_line, quoted
 from ..plan import MODES, OPTIONS, Mode, make_plan, needs_gradients
 from ..records import Plan, check_files_beside
 from ..scan import scan_weights
@@ -177,7 +177,18 @@ def load_model_with_peft(
     if quantization is not None:
         settle_quantized(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, config), load_tokenizer(model_name, **given, **remote)
+    try:
+        model = get_peft_model(model, config)
+    except (
+        AttributeError,
+        TypeError,
+        KeyError,
+        IndexError,
+    ) as error:  # of a value that the method's own class does not check
+        raise OptionError(
+            f"PEFT refuses the {config.peft_type.value} config: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    return model, load_tokenizer(model_name, **given, **remote)
 
 
 @contextmanager

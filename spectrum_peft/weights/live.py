@@ -20,7 +20,7 @@ from ..records import Fingerprint
 from .files import FileWeights
 from .headers import find_shards
 from .layouts import skeleton_like
-from .quantized import int8_values, quantization_of, unpacked_4bit
+from .quantized import int8_values, quantization_of, unpacked_4bit, values_of_4bit
 from .roles import output_head, role_of
 from .source import SAMPLE, TensorInfo, dtype_name, split_expert, split_found, structure_of
 from .towers import tower_in, towers_of
@@ -359,10 +359,7 @@ def _dequantized(item: _Live) -> Tensor:
 def _layer_values(item: _Live) -> Tensor:
     """The matrix that the layer multiplies with."""
     if item.info.dtype in {"nf4", "fp4"}:
-        import bitsandbytes.functional as bnb
-
-        values: Tensor = bnb.dequantize_4bit(*unpacked_4bit(item.parameter, item.info.name))
-        return values
+        return values_of_4bit(*unpacked_4bit(item.parameter, item.info.name))
     if item.info.dtype == "int8":
         # After the first forward the scales have moved from the parameter to the module's state.
         owner: Any = item.owner

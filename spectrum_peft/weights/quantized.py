@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -21,8 +22,21 @@ def dequantize_4bit(packed: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     """bitsandbytes' packed 4-bit values and the statistics beside them, as one (out, in) matrix."""
     import bitsandbytes.functional as bnb
 
-    values: Tensor = bnb.dequantize_4bit(packed, bnb.QuantState.from_dict(dict(parts), device=packed.device))
-    return values
+    return values_of_4bit(packed, bnb.QuantState.from_dict(dict(parts), device=packed.device))
+
+
+def values_of_4bit(packed: Tensor, state: Any) -> Tensor:
+    """The (out, in) matrix of packed 4-bit values in bitsandbytes' usual layout.
+
+    Blocks are of the matrix as one long row. bitsandbytes' kernel for CPUs (0.50.2) begins one with each row instead, so that
+    where the blocks do not divide the rows it takes the maxima of others; it is given the matrix as that long row.
+    """
+    import bitsandbytes.functional as bnb
+
+    flat = copy.copy(state)
+    flat.shape = torch.Size([math.prod(state.shape)])
+    values: Tensor = bnb.dequantize_4bit(packed, flat)
+    return values.reshape(state.shape)
 
 
 def quantization_of(parameter: Tensor) -> str | None:
@@ -86,16 +100,35 @@ def settle_quantized(model: nn.Module) -> None:
 
     Raises:
         CheckpointError: a weight is packed in a form that cannot be undone.
-        InstallError: 8-bit weights on a CPU whose products of whole numbers saturate.
+        InstallError: 8-bit weights on a CPU whose products of whole numbers saturate; 4-bit weights on a CPU in blocks that do
+            not divide their rows, of which bitsandbytes (0.50.2) reads wrong values there.
     """
     _keep_4bit_differentiable(model)
     for name, module in model.named_modules():
         weight: Any = module._parameters.get("weight")
+        state = getattr(weight, "quant_state", None)
+        if state is not None and weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
+            if not rows_of_4bit_are_exact():
+                raise InstallError(
+                    f"{name}.weight: is in 4 bit in blocks of {state.blocksize}, which do not divide its rows of "
+                    f"{state.shape[-1]} values, and bitsandbytes computes with other values then on a CPU; use a GPU, leave "
+                    "the module unquantized (llm_int8_skip_modules), or take the float base."
+                )
         if type(weight).__name__ == "Int8Params" and weight.device.type == "cpu" and not int8_products_are_exact():
             raise InstallError(
                 f"{name}.weight: is in 8 bit, and products of 8-bit numbers are wrong on this processor (AVX512 without VNNI; "
                 "oneDNN saturates); set ATEN_CPU_CAPABILITY=avx2, with which they are taken in float32, or use nf4."
             )
+
+
+@cache
+def rows_of_4bit_are_exact() -> bool:
+    """Whether bitsandbytes' kernel for CPUs reads rows that its blocks of 64 do not divide."""
+    import bitsandbytes.functional as bnb
+
+    values = torch.arange(1.0, 5 * 96 + 1).reshape(5, 96)
+    packed, state = bnb.quantize_4bit(values, blocksize=64, quant_type="nf4")
+    return torch.equal(bnb.dequantize_4bit(packed, state), values_of_4bit(packed, state))
 
 
 @cache
@@ -261,4 +294,4 @@ def through_quantization(weight: Tensor, settings: Mapping[str, Any]) -> Tensor:
         compress_statistics=bool(settings.get("bnb_4bit_use_double_quant", False)),
         quant_type=str(settings.get("bnb_4bit_quant_type", "fp4")),
     )
-    return bnb.dequantize_4bit(packed, state)
+    return values_of_4bit(packed, state)

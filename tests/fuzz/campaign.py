@@ -73,7 +73,8 @@ def one(name: str, seed: int, sound: Path) -> tuple[str, str | None]:
             if path.suffix in (".json", ".yaml") and str(sound) in (text := path.read_text()):
                 path.write_text(text.replace(str(sound), str(folder)))
         target = folder / reader.file
-        target.write_bytes(mutant(target.read_bytes(), random.Random(f"{name} {seed}"), reader.parse, reader.write))
+        rng = random.Random(f"{name} {seed}")
+        target.write_bytes(mutant(target.read_bytes(), rng, reader.parse, reader.write, reader.more))
         signal.signal(signal.SIGALRM, _too_long)
         signal.alarm(SECONDS)
         try:

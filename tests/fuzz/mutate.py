@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # What parsers have stumbled over: limits of numbers, tokens of JSON and YAML, control characters, halves of characters.
@@ -24,7 +24,30 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
-def damaged(data: bytes, rng: random.Random) -> bytes:
+# What fields of a tokenizer, a model's config and its generation config may be named as, or point to, and are not.
+FIELDS: list[Any] = [
+    2**31 - 1, 2**32 - 1, 10**6, 264, 1e-45, "longest", "LlamaTokenizer", "BertTokenizerFast", "T5Tokenizer", "AutoTokenizer",
+    "PreTrainedModel", "transformers", "models", "pipeline", "torch", {"__type": "AddedToken", "content": ""},
+    {"type": "Whitespace"}, {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+    {"type": "Replace", "pattern": {"String": ""}, "content": "x"}, {"type": "WordPiece", "prefix": "##", "cleanup": True},
+    {"type": "Sequence", "pretokenizers": [], "normalizers": []}, {"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": 7},
+    {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}, {"strategy": {"Fixed": 8}},
+    {"max_length": 0, "strategy": "OnlySecond", "stride": 1, "direction": "Left"}, {"default": "{{ 1/0 }}"},
+    [{"name": "default", "template": "{{ messages[9].content }}"}], "{{ raise_exception('') }}", "{{ 'a' * 9000000 }}", "{%",
+]  # fmt: skip
+# Where a template stands, or its file is damaged.
+TEMPLATES = [
+    b"{% for m in messages %}",
+    b"{{ 1/0 }}",
+    b"{{ x.y.z }}",
+    b"{{ raise_exception('') }}",
+    b"{{ 'a' * 9000000 }}",
+    b"{%",
+    b"%}",
+]
+
+
+def damaged(data: bytes, rng: random.Random, tokens: Sequence[bytes] = TOKENS) -> bytes:
     """A few changes of bytes: flipped, removed, doubled, moved, cut off, tokens put in."""
     found = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
@@ -41,9 +64,9 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
         elif kind == 2:
             found[at:at] = found[at:end]
         elif kind == 3:
-            found[at:end] = rng.choice(TOKENS)
+            found[at:end] = rng.choice(tokens)
         elif kind == 4:
-            found[at:at] = rng.choice(TOKENS)
+            found[at:at] = rng.choice(tokens)
         elif kind == 5:
             del found[at:]
         else:
@@ -51,17 +74,17 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     return bytes(found)
 
 
-def changed(data: Any, rng: random.Random) -> Any:
+def changed(data: Any, rng: random.Random, values: Sequence[Any] = VALUES) -> Any:
     """A copy of plain data with one to three values, keys or items changed, removed, doubled or swapped for another's."""
     data = _copied(data)
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(data))
         if not places:
-            return rng.choice(VALUES)
+            return rng.choice(values)
         owner, key = rng.choice(places)
         kind = rng.randrange(6)
         if kind <= 2:
-            owner[key] = _copied(rng.choice(VALUES))
+            owner[key] = _copied(rng.choice(values))
         elif kind == 3:
             del owner[key]
         elif kind == 4:
@@ -103,9 +126,17 @@ def as_json(data: Any) -> bytes:
 
 
 def mutant(
-    seed: bytes, rng: random.Random, parse: Callable[[bytes], Any] | None, write: Callable[[Any], bytes]
+    seed: bytes,
+    rng: random.Random,
+    parse: Callable[[bytes], Any] | None,
+    write: Callable[[Any], bytes],
+    more: Sequence[Any] = (),
 ) -> bytes:
-    """One damaged form of a file: of its structure where it can be parsed, else of its bytes."""
+    """One damaged form of a file: of its structure where it can be parsed, else of its bytes.
+
+    Args:
+        more: values, or bytes where nothing is parsed, that are put in beside the usual ones.
+    """
     if parse is not None and rng.random() < 0.6:
-        return write(changed(parse(seed), rng))
-    return damaged(seed, rng)
+        return write(changed(parse(seed), rng, [*VALUES, *more, *more]))
+    return damaged(seed, rng, [*TOKENS, *(m for m in more if isinstance(m, bytes))])

@@ -10,8 +10,9 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import yaml
 from conftest import _gradients_of, _llama_report, byte_tokenizer
-from mutate import as_json
+from mutate import FIELDS, TEMPLATES, as_json
 from quantizing import FORMATS, mxfp4
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from spectrum_peft.arguments import take_config
 from spectrum_peft.cli.compare import VERB as COMPARE
@@ -48,6 +50,7 @@ class Reader:
     parse, write: the file as plain data and back; None where only its bytes are changed.
     cost: seconds of a reading, roughly: dear readers get fewer inputs.
     weight: how many readers' time it gets in a campaign.
+    more: values that are put in beside the usual ones.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Reader:
     write: Callable[[Any], bytes] = as_json
     cost: float = 0.002
     weight: int = 1
+    more: Sequence[Any] = ()
 
 
 def _yaml(data: Any) -> bytes:
@@ -210,6 +214,20 @@ def _plain_adapter(folder: Path) -> None:
     (folder / "adapter" / BESIDE_FILE).write_text(json.dumps(beside))
 
 
+def _tokenized(folder: Path) -> None:
+    """A checkpoint with a tokenizer, a template and what else lies beside weights; rows for each task."""
+    _adapter(folder)
+    base = folder / "base"
+    byte_tokenizer().save_pretrained(base)
+    added = [{"id": i, "content": t, "special": True} for i, t in ((256, "<pad>"), (257, "<s>"), (258, "</s>"))]
+    (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<pad>"}))
+    (base / "added_tokens.json").write_text(json.dumps({row["content"]: row["id"] for row in added}))
+    (base / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 2, "pad_token_id": 0, "max_new_tokens": 4, "do_sample": True, "temperature": 0.5})
+    )
+    (base / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor", "size": 8}))
+
+
 def _gguf(folder: Path) -> None:
     """Written by hand, because gguf's own writer takes long: a header, and a tensor in float32 and one in Q8_0."""
 
@@ -356,6 +374,81 @@ def _load(folder: Path) -> None:
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
 
 
+_CHAT = [{"role": "user", "content": "a \u00e9"}, {"role": "assistant", "content": "it"}]
+_ROWS_OF = {
+    "causal_lm": [{"text": "a b </s>"}, {"prompt": "a", "completion": "b"}, {"messages": _CHAT}],
+    "seq2seq": [{"prompt": "a", "completion": "b"}],
+    "classification": [{"text": "a b", "label": "x"}],
+    "token_classification": [{"tokens": ["a", "bc"], "tags": ["x", "y"]}],
+    "dpo": [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+}
+
+
+def _tokenize(folder: Path) -> None:
+    """As `train` prepares rows, `probe` draws them, `evaluate` and `chat` ask for an answer; raises the last refusal."""
+    from datasets import Dataset
+
+    from spectrum_peft.data import show_rows
+    from spectrum_peft.errors import SpectrumError
+    from spectrum_peft.probe import calibration_batches
+    from spectrum_peft.train.encoding import DataChoices
+    from spectrum_peft.train.generation import complete, prompts_of
+    from spectrum_peft.train.preview import Cut
+    from spectrum_peft.train.talk import prompt_for
+    from spectrum_peft.train.tasks import TASKS, limit_of
+    from spectrum_peft.tuner.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder / "base"))
+    if tokenizer is None:
+        return
+
+    def rows_of(task: str, row: dict[str, Any]) -> None:
+        limit = limit_of(tokenizer, None)
+        rows = TASKS[task].encode(Dataset.from_list([row]), tokenizer, limit, ["x", "y"], DataChoices())
+        show_rows((TASKS[task].pieces(row, tokenizer, ["x", "y"]) for row in rows), tokenizer, Cut(limit))
+
+    works: list[Callable[[], Any]] = [partial(rows_of, task, row) for task, rows in _ROWS_OF.items() for row in rows]
+    works += [
+        lambda: calibration_batches(_ROWS_OF["causal_lm"][:1], tokenizer, 1, batch_size=1),
+        lambda: prompts_of(Dataset.from_list([{"messages": _CHAT}]), tokenizer, "rows"),
+        lambda: prompt_for(tokenizer, _CHAT[:1], "base"),
+        lambda: complete(_language_model(), tokenizer, ["a", "bc"], max_new_tokens=2),
+    ]
+    refused: SpectrumError | None = None
+    for work in works:
+        try:
+            work()
+        except SpectrumError as error:
+            refused = error
+    if refused is not None:
+        raise refused
+
+
+@cache
+def _language_model() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**CONFIG, "vocab_size": 264})).eval()
+
+
+def _write(folder: Path) -> None:
+    """As `generate`: load what lies there, write on from a text."""
+    from spectrum_peft.train.saved import Saved
+    from spectrum_peft.train.talk import write
+    from spectrum_peft.tuner.loading import load_trained
+
+    model, tokenizer = load_trained(str(folder / "base"), dtype="float32")
+    saved = Saved(model, tokenizer, None, model.config, None, None, ())  # type: ignore[arg-type]
+    write(saved, "!#", lambda text: None, templated=False, max_new_tokens=2)
+
+
+def _copy_beside(folder: Path) -> None:
+    """What `merge` and `export` copy of a tokenizer, they copy whole or not at all."""
+    _merge(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        copied, source = (folder / place / name for place in ("merged", "adapter"))
+        assert copied.read_bytes() == source.read_bytes()
+
+
 def _read_train(folder: Path) -> None:
     from spectrum_peft.arguments import set_defaults_from
     from spectrum_peft.cli.options import given_plan_options
@@ -405,6 +498,8 @@ def _resume(folder: Path) -> None:
     assert checkpoint_to_resume("true", str(folder)) in {str(folder / "checkpoint-2"), str(folder / "checkpoint-4")}
 
 
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_WRITTEN_WITH = ("generation_config.json", "tokenizer_config.json", "preprocessor_config.json")
 READERS = {
     r.name: r
     for r in (
@@ -414,7 +509,7 @@ READERS = {
         Reader("plan, YAML", "plan.yaml", _plan, _read_plan("plan.yaml"), yaml.safe_load, _yaml, cost=0.03),
         Reader("memory report", "memory.json", _memory, lambda f: MemoryReport.load(f / "memory.json"), json.loads),
         Reader("safetensors", "model.safetensors", _checkpoint, _scan, header_of, with_header, cost=0.01),
-        Reader("config", "config.json", _checkpoint, _scan, json.loads, cost=0.01),
+        Reader("config", "config.json", _checkpoint, _scan, json.loads, cost=0.01, more=FIELDS),
         Reader("quantized tensors", "model.safetensors", _quantized, _scan, header_of, with_header, cost=0.05),
         Reader("index", "model.safetensors.index.json", _shards, _scan, json.loads, cost=0.01),
         Reader("GGUF", "model.gguf", _gguf, lambda f: scan_weights(str(f / "model.gguf"), jobs=1, device="cpu"), cost=0.01),
@@ -427,7 +522,7 @@ READERS = {
         Reader("adapter's tensors, loaded", "adapter/adapter_model.safetensors", _adapter, _load, header_of, with_header, cost=0.1, weight=4),  # noqa: E501
         Reader("adapter of ours, loaded", "adapter/adapter_config.json", _own_adapter, _load, json.loads, cost=0.1, weight=4),
         Reader("plan beside a LoRA, loaded", f"adapter/{BESIDE_FILE}", _plain_adapter, _load, json.loads, cost=0.1, weight=4),
-        Reader("base's config, loaded", "base/config.json", _adapter, _load, json.loads, cost=0.1, weight=4),
+        Reader("base's config, loaded", "base/config.json", _adapter, _load, json.loads, cost=0.1, weight=4, more=FIELDS),
         Reader("adapter's tokenizer, loaded", "adapter/tokenizer.json", _adapter, _load, json.loads, cost=0.1, weight=2),
         Reader("train config", "train.yaml", _train_config, _read_train, yaml.safe_load, _yaml, cost=0.01),
         Reader("compare config", "compare.yaml", _compare_config, _read_compare, yaml.safe_load, _yaml, cost=0.01),
@@ -441,5 +536,9 @@ READERS = {
         Reader("trainer state", "checkpoint-4/trainer_state.json", _resumable, _resume, json.loads),
         Reader("optimizer state", "checkpoint-4/optimizer.pt", _resumable, _resume),
         Reader("checkpoint's weights", "checkpoint-4/model.safetensors", _resumable, _resume, header_of, with_header),
+        *(Reader(f"tokenizer, {file}", f"base/{file}", _tokenized, _tokenize, json.loads, cost=0.06, more=FIELDS) for file in _TOKENIZER),  # noqa: E501
+        Reader("chat template", "base/chat_template.jinja", _tokenized, _tokenize, cost=0.06, more=TEMPLATES),
+        *(Reader(f"written with, {file}", f"base/{file}", _tokenized, _write, json.loads, cost=0.1, more=FIELDS) for file in _WRITTEN_WITH),  # noqa: E501
+        Reader("tokenizer, merged", "adapter/tokenizer.json", _tokenized, _copy_beside, json.loads, cost=0.02, more=FIELDS),
     )
 }  # fmt: skip

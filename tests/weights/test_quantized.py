@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from spectrum_peft import SpectrumConfig
-from spectrum_peft.errors import CheckpointError
-from spectrum_peft.weights import open_weights, settle_quantized
-from spectrum_peft.weights.quantized import unpacked_4bit
+from spectrum_peft.errors import CheckpointError, InstallError
+from spectrum_peft.weights import open_weights, quantized, settle_quantized
+from spectrum_peft.weights.quantized import unpacked_4bit, values_of_4bit
 
 pytestmark = LIBRARIES
 
@@ -79,6 +79,47 @@ def test_packed_values_come_back_but_for_the_rounding_of_their_maxima(
     assert bool(((values(layer) - before).abs() <= 2.0**-8 * before.abs()).all())
     assert layer.quant_state is layer.weight.quant_state
     assert layer.weight.quant_state.dtype == torch.float32
+
+
+# The 16 values of a code: QLoRA (arXiv:2305.14314), appendix E, for nf4; 1 sign bit, 2 of exponent, 1 of mantissa for fp4.
+_NF4 = (
+    -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123,
+    0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+)  # fmt: skip
+_FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+CODES = {"nf4": torch.tensor(_NF4), "fp4": torch.tensor([*_FP4, *(-v for v in _FP4)])}
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (5, 80), (33, 128), (7, 3), (32, 64)])
+@pytest.mark.parametrize("blocksize", [64, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_values_of_any_shape_and_block_size(kind: str, blocksize: int, shape: tuple[int, int]) -> None:
+    """A value is its code times the largest value of its block, blocks being of the matrix as one long row: rows need not be of
+    whole blocks, which bitsandbytes' own kernel for CPUs takes them to be."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    for double in (False, True):
+        packed, state = functional.quantize_4bit(
+            matrix, blocksize=blocksize, compress_statistics=double, quant_type=kind
+        )
+        maxima = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset if double else state.absmax
+        codes = torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], 1).reshape(-1)[: matrix.numel()].long()
+        wanted = CODES[kind][codes] * maxima.float().repeat_interleave(blocksize)[: matrix.numel()]
+        # The published codes have seven digits.
+        assert (values_of_4bit(packed, state) - wanted.reshape(shape)).abs().max() < 1e-6 * maxima.max()
+
+
+def test_rows_that_blocks_do_not_divide_are_refused_on_a_cpu_that_reads_them_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, x = linear((64, 96)), torch.eye(96)
+    right = torch.equal(layer(x).T, values_of_4bit(layer.weight.data, layer.weight.quant_state))
+    assert quantized.rows_of_4bit_are_exact() == right
+    monkeypatch.setattr(quantized, "rows_of_4bit_are_exact", lambda: False)
+    with pytest.raises(
+        InstallError, match=r"^0\.weight: is in 4 bit in blocks of 64, which do not divide its rows of 96"
+    ):
+        settle_quantized(nn.Sequential(layer))
+    settle_quantized(nn.Sequential(linear((5, 64))))
 
 
 @pytest.mark.parametrize("blocksize", [64, 128, 256])
