@@ -536,9 +536,9 @@ READERS = {
         Reader("trainer state", "checkpoint-4/trainer_state.json", _resumable, _resume, json.loads),
         Reader("optimizer state", "checkpoint-4/optimizer.pt", _resumable, _resume),
         Reader("checkpoint's weights", "checkpoint-4/model.safetensors", _resumable, _resume, header_of, with_header),
-        *(Reader(f"tokenizer, {file}", f"base/{file}", _tokenized, _tokenize, json.loads, cost=0.06, more=FIELDS) for file in _TOKENIZER),  # noqa: E501
-        Reader("chat template", "base/chat_template.jinja", _tokenized, _tokenize, cost=0.06, more=TEMPLATES),
+        *(Reader(f"tokenizer, {file}", f"base/{file}", _tokenized, _tokenize, json.loads, cost=0.04 if file == "tokenizer.json" else 0.06, more=FIELDS) for file in _TOKENIZER),  # noqa: E501
+        Reader("chat template", "base/chat_template.jinja", _tokenized, _tokenize, cost=0.04, more=TEMPLATES),
         *(Reader(f"written with, {file}", f"base/{file}", _tokenized, _write, json.loads, cost=0.1, more=FIELDS) for file in _WRITTEN_WITH),  # noqa: E501
-        Reader("tokenizer, merged", "adapter/tokenizer.json", _tokenized, _copy_beside, json.loads, cost=0.02, more=FIELDS),
+        Reader("tokenizer, merged", "adapter/tokenizer.json", _tokenized, _copy_beside, json.loads, cost=0.05, more=FIELDS),
     )
 }  # fmt: skip
