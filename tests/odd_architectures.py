@@ -163,11 +163,17 @@ def mamba() -> Built:
     return t.MambaForCausalLM, config, _language()
 
 
-def saved(name: str, folder: Path, seed: int = 0) -> Any:
-    """A family's model with random weights, saved to a folder as the hub would have it; returns its class."""
+def saved(name: str, folder: Path, seed: int = 0, **fields: Any) -> Any:
+    """A family's model with random weights, saved to a folder as the hub would have it; returns its class.
+
+    Args:
+        fields: of its config that are other than usual.
+    """
     import torch
 
     kind, config, _ = ODD_ARCHITECTURES[name]()
+    for field, value in fields.items():
+        setattr(config, field, value)
     torch.manual_seed(seed)
     model = kind(config).float()
     with torch.no_grad():

@@ -18,6 +18,13 @@ from spectrum_peft.errors import InstallError, OptionError
 PACKAGE = Path(spectrum_peft.__file__).parent
 
 
+def test_without_proc_a_cpu_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS and Windows do not say which instructions a processor has; float32 is fast on all of them."""
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda self: not self.as_posix().startswith("/proc") and exists(self))
+    assert devices.fast_dtype("cpu") == torch.float32
+
+
 def test_torch_is_asked_about_accelerators_in_one_place() -> None:
     asked = re.compile(r"torch\.(cuda|xpu|mps|accelerator)\.\w+\(")
     found = {

@@ -87,6 +87,8 @@ def read_dataset(source: str, split: str = "train") -> Dataset:
                 check_json(path)
             how = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
             dataset = datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split=split, **how)
+            if _READERS[path.suffix] == "parquet":
+                dataset.data.validate(full=True)  # text that is no UTF-8, too
         elif is_file(path / "config.json") and any(path.glob("*.safetensors")):
             raise DataError(f"{source}: is the folder of a model, wanted rows.")
         elif not mode_of(path) and not may_be_id(source):

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -98,13 +98,18 @@ def move_over(new: Path, path: Path) -> None:
     Raises:
         PermissionError: it stays open for two seconds.
     """
+    _patiently(lambda: new.replace(path))
+
+
+def _patiently(rename: Callable[[], object]) -> None:
+    """A renaming, tried again for two seconds where somebody has the file, or one in the folder, open (Windows)."""
     for pause in (0.05, 0.25, 0.7, 1.0):
         try:
-            new.replace(path)
+            rename()
             return
         except PermissionError:
             time.sleep(pause)
-    new.replace(path)
+    rename()
 
 
 @contextmanager
@@ -132,7 +137,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         mark.unlink()
         if out.is_dir():
             out.rmdir()  # empty, as was checked; a folder that was filled meanwhile is not replaced
-        temporary.rename(out)
+        _patiently(lambda: temporary.rename(out))
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error}).") from error

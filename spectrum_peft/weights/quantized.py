@@ -96,29 +96,42 @@ def unpacked_4bit(parameter: Any, name: str = "weight") -> tuple[Tensor, Any]:
 def settle_quantized(model: nn.Module) -> None:
     """Let quantized layers compute as they should; call it before anything reads, trains or evaluates them.
 
-    4-bit weights lose bitsandbytes' layout for inference, 8-bit ones are refused where their products are wrong.
+    4-bit weights lose bitsandbytes' layout for inference, and get blocks that CPUs read right (`_within_rows`); 8-bit ones are
+    refused where their products are wrong.
 
     Raises:
         CheckpointError: a weight is packed in a form that cannot be undone.
-        InstallError: 8-bit weights on a CPU whose products of whole numbers saturate; 4-bit weights on a CPU in blocks that do
-            not divide their rows, of which bitsandbytes (0.50.2) reads wrong values there.
+        InstallError: 8-bit weights on a CPU whose products of whole numbers saturate; 4-bit weights on a CPU whose rows are no
+            multiple of 32 values.
     """
     _keep_4bit_differentiable(model)
+    divided: list[str] = []
     for name, module in model.named_modules():
         weight: Any = module._parameters.get("weight")
         state = getattr(weight, "quant_state", None)
         if state is not None and weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
-            if not rows_of_4bit_are_exact():
-                raise InstallError(
-                    f"{name}.weight: is in 4 bit in blocks of {state.blocksize}, which do not divide its rows of "
-                    f"{state.shape[-1]} values, and bitsandbytes computes with other values then on a CPU; use a GPU, leave "
-                    "the module unquantized (llm_int8_skip_modules), or take the float base."
-                )
+            # Rows of an odd number of values take another way there, which is right.
+            if state.shape[-1] % 2 == 0 and not rows_of_4bit_are_exact():
+                if state.shape[-1] % 32:  # the smallest blocks that bitsandbytes has
+                    raise InstallError(
+                        f"{name}.weight: is in 4 bit in blocks of {state.blocksize}, which do not divide its rows of "
+                        f"{state.shape[-1]} values, wanted a multiple of 32: bitsandbytes computes with other values on a CPU. "
+                        "Use a GPU, leave the module unquantized (llm_int8_skip_modules), or take the float base."
+                    )
+                weight.quant_state = module.quant_state = _within_rows(state)  # type: ignore[assignment]
+                divided.append(name)
         if type(weight).__name__ == "Int8Params" and weight.device.type == "cpu" and not int8_products_are_exact():
             raise InstallError(
                 f"{name}.weight: is in 8 bit, and products of 8-bit numbers are wrong on this processor (AVX512 without VNNI; "
                 "oneDNN saturates); set ATEN_CPU_CAPABILITY=avx2, with which they are taken in float32, or use nf4."
             )
+    if divided:
+        logger.warning(
+            "blocks do not divide the rows of %d 4-bit weights (%s ...), and bitsandbytes would compute with other values "
+            "than were stored; they have smaller blocks of the same values now",
+            len(divided),
+            divided[0],
+        )
 
 
 @cache
@@ -129,6 +142,25 @@ def rows_of_4bit_are_exact() -> bool:
     values = torch.arange(1.0, 5 * 96 + 1).reshape(5, 96)
     packed, state = bnb.quantize_4bit(values, blocksize=64, quant_type="nf4")
     return torch.equal(bnb.dequantize_4bit(packed, state), values_of_4bit(packed, state))
+
+
+def _within_rows(state: Any) -> Any:
+    """The state of the same values in blocks that divide the rows, each with the maximum of the block that it was part of."""
+    import bitsandbytes.functional as bnb
+
+    maxima = state.absmax
+    if state.nested:
+        maxima = bnb.dequantize_blockwise(maxima, state.state2) + state.offset
+    size = math.gcd(state.blocksize, state.shape[-1])
+    count = math.prod(state.shape) // size
+    return bnb.QuantState(
+        absmax=maxima.float().repeat_interleave(state.blocksize // size)[:count].contiguous(),
+        shape=state.shape,
+        code=state.code,
+        blocksize=size,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+    )
 
 
 @cache

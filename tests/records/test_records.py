@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -23,6 +27,8 @@ from spectrum_peft.records import (
     Similarity,
     SnrReport,
     read_mapping,
+    whole,
+    whole_folder,
     write_text,
 )
 from spectrum_peft.records.files import SCHEMA_VERSION
@@ -303,6 +309,40 @@ def test_a_file_that_is_open_elsewhere_is_replaced_when_its_reader_ends(
     assert path.read_text() == "new"
     assert len(calls) == refusals + 1
     assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize("refusals", [1, 3])
+def test_a_folder_is_named_when_nobody_has_a_file_of_it_open(
+    refusals: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same of folders, which a virus scanner looks through."""
+    rename, calls = Path.rename, []
+
+    def busy(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) <= refusals:
+            raise PermissionError(13, "Access is denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "x").write_text("1")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "x").read_text() == "1"
+    assert len(calls) == refusals + 1
+
+
+def test_on_windows_a_run_that_is_no_more_is_told_without_signals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There `os.kill` with 0 would end the process that is asked for."""
+    ended = subprocess.Popen([sys.executable, "-c", "pass"])
+    ended.wait()
+    for process in (ended.pid, os.getpid()):
+        (tmp_path / f".x.json.{process}-{whole._node()}.abc.part").write_text("half")
+    windows = SimpleNamespace(name="nt", scandir=os.scandir, kill=lambda *_: pytest.fail("a signal was sent"))
+    monkeypatch.setattr(whole, "os", windows)
+    whole.clear_parts(tmp_path / "x.json")
+    assert [p.name.split(".")[3].partition("-")[0] for p in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 def test_a_file_that_stays_open_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

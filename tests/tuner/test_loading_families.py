@@ -119,6 +119,7 @@ def test_real_weights_on_a_4bit_base_of_another_class(planned: bool, kind: str, 
     """The modules that stay unquantized are named as in the class that is loaded, not as in the one of config.json."""
     torch.manual_seed(0)
     _, config, inputs = ODD_ARCHITECTURES["qwen3_5"]()
+    config.text_config.intermediate_size = 64  # rows of 4 bit are of whole blocks of 32
     whole = transformers.Qwen3_5ForConditionalGeneration(config)
     folder = saved(whole, tmp_path / "whole")
     spectrum = SpectrumConfig(mode="spectrum", spectrum_ratio=0.5)
@@ -142,7 +143,7 @@ def test_real_weights_on_a_4bit_base_of_another_class(planned: bool, kind: str, 
 
 def test_parts_of_one_stored_tensor_are_quantized_together_or_not_at_all(tmp_path: Path) -> None:
     """Query, key and value lie in the file as one; a plan that trains one of them leaves all three unquantized."""
-    kind = saved_odd("nomic_bert", tmp_path)
+    kind = saved_odd("nomic_bert", tmp_path, intermediate_size=64)  # rows of 4 bit are of whole blocks of 32
     report = scan_weights(tmp_path)
     plan = make_plan(report, mode="spectrum", spectrum_ratio=0.5)
     entries = [
