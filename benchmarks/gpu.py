@@ -52,6 +52,7 @@ from spectrum_peft.records import write_text
 REHEARSAL = os.environ.get("SPECTRUM_GPU_REHEARSAL") == "1"
 OUT = common.ROOT / "gpu_rehearsal" if REHEARSAL else common.RESULTS / "gpu"
 LIMIT = 8 * 60.0  # seconds that a chunk may take
+LONG = 5.0  # seconds of a run that is not repeated
 SHORTEST = 20.0  # a chunk is not begun with less: a process has to start, and a model to be made
 ENDING = 12.0  # until all that a chunk has started is gone
 BATCH, LENGTH, STEPS = (1, 32, 1) if REHEARSAL else (1, 2048, 8)
@@ -69,7 +70,7 @@ _TINY = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
 }  # fmt: skip
-MODELS = ("smollm2", *SHAPES)
+MODELS = ("smollm2", "1b", "8b", "3b")  # in this order
 # {contestant: options of SpectrumConfig; None: PEFT's own LoRA}. Scores are random: which matrices train costs the same.
 CONTESTANTS: dict[str, dict[str, Any] | None] = {
     "full": {"mode": "full"},
@@ -147,21 +148,24 @@ def whole_scan() -> dict[str, Any]:
 
 
 def timed(run: Callable[[], Any], repeats: int = 3) -> float:
-    """Median seconds of a few runs, after one that is not counted; the device has finished when the clock is read."""
+    """Median seconds of a few runs, after one that is not counted; the device has finished when the clock is read.
+
+    Where one takes long it is the figure: what the first has beside it is little then, and a card's minutes are few.
+    """
     import statistics
 
     from spectrum_peft.devices import synchronize
 
-    if repeats > 1:
-        run()
-    found = []
-    for _ in range(repeats):
+    found: list[float] = []
+    while len(found) < repeats + (repeats > 1):
         synchronize()
         began = time.perf_counter()
         run()
         synchronize()
         found.append(time.perf_counter() - began)
-    return statistics.median(found)
+        if found[0] > LONG:
+            return found[0]
+    return statistics.median(found[repeats > 1 :])
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -437,6 +441,15 @@ def _cell_of(test: str, cells: Mapping[str, Any]) -> str | None:
 
 def run_suites(jobs: int, data: Path | None, names: Sequence[str], end: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """Go on with suites, `jobs` of them at a time; what their cells found is kept in the work folder."""
+    from quality import DATA, SUITES, TOPICS
+
+    folder = data or DATA
+    absent = {n for n in names if SUITES[n].data != TOPICS and not (folder / SUITES[n].data / "train.jsonl").is_file()}
+    for name in sorted(absent):
+        yield name, {"stopped": f"no dataset {SUITES[name].data} in {folder}; --data names the folder"}
+    names = [name for name in names if name not in absent]
+    if not names:
+        return
     words = [sys.executable, str(common.ROOT / "benchmarks" / "quality.py"), *names, "-o", str(OUT)]
     words += ["--work", str(common.ROOT / "quality_runs_gpu"), "--jobs", str(jobs)]
     words += [] if data is None else ["--data", str(data)]
@@ -498,21 +511,28 @@ def _chunks(jobs: int = 1, data: Path | None = None) -> dict[str, Chunk]:
 
     found: dict[str, Chunk] = {"tests": Chunk(test_cells, together=run_tests)}
 
-    def steps(checkpointing: bool) -> None:
-        for base in ("bf16", "nf4"):
-            for model in MODELS:
-                found[f"steps-{model}-{base}{'-checkpointing' if checkpointing else ''}"] = Chunk(
-                    lambda model=model, base=base: _contestants(model, base),
-                    lambda cell, at=(model, base, checkpointing): step_cell(*at, cell),
-                )
-
-    steps(True)
-    for model in MODELS:
-        found[f"scan-{model}"] = Chunk(
-            lambda model=model: scan_cells(model),
-            lambda cell, model=model: whole_scan() if cell == "whole" else scan_cell(model, cell),
+    def steps(model: str, base: str, checkpointing: bool) -> None:
+        found[f"steps-{model}-{base}{'-checkpointing' if checkpointing else ''}"] = Chunk(
+            lambda: _contestants(model, base), lambda cell: step_cell(model, base, checkpointing, cell)
         )
-    steps(False)
+
+    def scan(model: str) -> None:
+        found[f"scan-{model}"] = Chunk(
+            lambda: scan_cells(model), lambda cell: whole_scan() if cell == "whole" else scan_cell(model, cell)
+        )
+
+    for (
+        model
+    ) in MODELS:  # so that every table has figures early; the scan of the larger ones is slow where torch's own is
+        for base in ("bf16", "nf4"):
+            steps(model, base, True)
+        if model in ("smollm2", "1b"):
+            scan(model)
+    for model in MODELS[2:]:
+        scan(model)
+    for model in MODELS:
+        for base in ("bf16", "nf4"):
+            steps(model, base, False)
     found["suites"] = Chunk(lambda: list(SUITES), together=partial(run_suites, jobs, data))
     return found
 
@@ -556,7 +576,8 @@ def _served(name: str, cells: Sequence[str], end: float) -> Iterator[tuple[str, 
                 yield cell, dict(_STOPPED)
                 return
             if line is None:
-                child.wait()
+                if child.wait() == 0:  # it gave up after the cell before; the others are for the next one
+                    return
                 said.seek(0)
                 text = said.read().strip().splitlines()
                 yield cell, {"failed": text[-1][:300] if text else f"exit {child.returncode}"}
@@ -570,10 +591,12 @@ def _serve(chunk: Chunk, cells: Sequence[str]) -> None:
         try:
             row = chunk.run(cell)
         except Exception as error:
-            full = type(error).__name__ == "OutOfMemoryError"
-            row = {
-                "failed": "out of memory" if full else f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-            }
+            kind = type(error).__name__
+            full = kind == "OutOfMemoryError"
+            row = {"failed": "out of memory" if full else f"{kind}: {' '.join(str(error).split())}"[:300]}
+            if kind == "AcceleratorError":  # after which a process can do nothing more on its card
+                print(_MARK + json.dumps(row, allow_nan=False), flush=True)
+                return
         print(_MARK + json.dumps(row, allow_nan=False), flush=True)
         free_memory()
 

@@ -185,6 +185,7 @@ def measure(cell: Cell, device: str) -> dict[str, Any]:
     import torch
 
     from spectrum_peft import load_model_with_spectrum
+    from spectrum_peft.devices import peak_memory, reset_peak_memory
     from spectrum_peft.memory import measure_memory
 
     torch.set_num_threads(1)
@@ -209,7 +210,7 @@ def measure(cell: Cell, device: str) -> dict[str, Any]:
     loaded = common.resident() or 0
     common.reset_peak()
     if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak_memory()
     report = measure_memory(model, **step)
     found = _brief(report) | {
         "baseline_bytes": baseline,
@@ -218,8 +219,7 @@ def measure(cell: Cell, device: str) -> dict[str, Any]:
         "resident_bytes": (common.peak_resident() or 0) - baseline,
     }
     if device != "cpu":
-        found["allocated_bytes"] = torch.cuda.max_memory_allocated()
-        found["reserved_bytes"] = torch.cuda.max_memory_reserved()
+        found["allocated_bytes"] = peak_memory()
     return found
 
 
@@ -342,9 +342,9 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
 
 def _on_cuda(cell: Cell) -> dict[str, Any] | str:
-    import torch
+    from spectrum_peft.devices import default_device
 
-    if not torch.cuda.is_available():
+    if default_device().type != "cuda":
         return "not run: no CUDA device on this machine"
     predicted, measured = _in_child("predict", asdict(cell), "cuda"), _in_child("measure", asdict(cell), "cuda")
     return {

@@ -45,6 +45,7 @@ from spectrum_peft.compare.matrix import file_digest
 from spectrum_peft.compare.settings import METRICS
 from spectrum_peft.plan import MODES
 
+DATA = common.ROOT.parent / "shared" / "data"
 SEARCH_SHARE = 10  # % of the training rows that the search is judged on
 # How often the search goes on beyond its edge. What is there still is said to stand at the edge.
 WIDENINGS = 3
@@ -587,9 +588,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--pages", type=Path, metavar="FOLDER", help="write the report of each kept result; run nothing"
     )
     parser.add_argument("--list", action="store_true", help="say what there is and how long it takes; run nothing")
-    parser.add_argument(
-        "--data", type=Path, default=common.ROOT.parent / "shared" / "data", help="folder of the datasets"
-    )
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the datasets")
     parser.add_argument("--work", type=Path, default=common.ROOT / "quality_runs", help="folder of the cells")
     parser.add_argument("-o", "--output", type=Path, default=common.RESULTS, help="folder of the results")
     parser.add_argument("--pictures", type=Path, default=common.ROOT / "docs" / "images", help="folder of the pictures")

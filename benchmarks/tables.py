@@ -954,15 +954,18 @@ def scaling() -> str:
 
 
 def scaling_long() -> str:
-    """Whether a step of many tokens fits on cards of two sizes."""
+    """Memory of a step of many tokens, and how many fit on cards of two sizes."""
     data = result("scaling")
     rows = []
-    for name, cell in data["cells"].items():
-        words = name.split()
-        if words[-1] == str(data["long"]):
-            fits = ["yes" if cell["peak_bytes"] < most * 2**30 * 0.97 else "no" for most in (24, 80)]
-            rows.append([" ".join(words[1:-1]), f"{_gib(cell['peak_bytes'])} GiB", *fits])
-    return table(["", "peak", "fits 24 GiB", "fits 80 GiB"], rows) + _computed()
+    for way, by in data["most_tokens"].items():
+        if len(by) < len(data["gib"]):
+            continue
+        peak = data["cells"][f"8B {way} {data['long']}"]["peak_bytes"]
+        rows.append(
+            [way, f"{_gib(peak)} GiB", *(f"{one['tokens']:,}" if one["tokens"] else "none" for one in by.values())]
+        )
+    heads = ["", f"peak at {data['long']:,} tokens", *(f"most tokens on {gib} GiB" for gib in data["gib"])]
+    return table(heads, rows) + _computed()
 
 
 def _gib(size: float) -> str:

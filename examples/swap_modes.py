@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> None:
     model, tokenizer = load_model_with_spectrum(options.model, config, **how)
     args = SFTConfig(
         output_dir=str(out / "runs"), max_steps=options.steps, learning_rate=rate, per_device_train_batch_size=2,
-        max_length=256, report_to=[], bf16=model.dtype == torch.bfloat16, use_cpu=not torch.cuda.is_available(),
+        max_length=256, report_to=[], bf16=model.dtype == torch.bfloat16, use_cpu=not torch.accelerator.is_available(),
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, args=args, processing_class=tokenizer, callbacks=[SpectrumCallback()],

@@ -31,6 +31,10 @@ def test_torch_is_asked_about_accelerators_in_one_place() -> None:
         p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if asked.search(p.read_text(encoding="utf-8"))
     }
     assert found == {"devices.py"}
+    root = PACKAGE.parent
+    outside = [p for folder in ("benchmarks", "examples") for p in (root / folder).glob("*.py")]
+    # What every accelerator has may be asked there; of one maker's nothing.
+    assert not [p.name for p in outside if re.search(r"torch\.(cuda|xpu|mps)\.\w+\(", p.read_text(encoding="utf-8"))]
 
 
 def test_auto_is_the_accelerator_or_the_cpu() -> None:

@@ -296,7 +296,7 @@ def _remarks(plan: Plan, step: Step) -> Iterator[str]:
     elif sixteen and MODES[plan.mode].plain_model and step.quantization is None and not step.peft:
         yield f"without autocast a plain model trains in {step.dtype}, where most steps round to nothing"
     if step.quantization is not None and sixteen:
-        yield "PEFT's preparation of quantized bases keeps norms, embeddings and the output head in float32"
+        yield "PEFT's preparation of quantized bases keeps norms, embeddings, fused experts and the output head in float32"
     if step.device == "cuda" and step.optimizer in ("adamw_torch", "sgd"):
         yield f"{step.optimizer} works on lists of all tensors at once (foreach); adamw_torch_fused needs no such lists"
     if step.optimizer == "paged_adamw_8bit":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from running import LIBRARIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +91,11 @@ def test_every_chunk_has_cells_and_a_file_of_its_own(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(gpu, "REHEARSAL", True)
     chunks = gpu._chunks()
     assert (*chunks,)[:: len(chunks) - 1] == ("tests", "suites")  # what is worth most first
+    assert {name.partition("-")[0] for name in list(chunks)[:4]} == {
+        "tests",
+        "steps",
+        "scan",
+    }  # every kind is begun early
     assert all(chunk.cells() for chunk in chunks.values())
     assert {f"scan-{model}" for model in tables._GPU_MODELS} < set(chunks)
     assert {f"steps-{m}-{b}-checkpointing" for m in tables._GPU_MODELS for b in ("bf16", "nf4")} < set(chunks)
@@ -169,6 +175,51 @@ def test_no_chunk_begins_that_cannot_end(
     monkeypatch.setattr(gpu, "REHEARSAL", True)
     assert gpu.main(["--minutes", "0.5", "scan-1b", "scan-3b"]) == 0
     assert "0 of 2 chunks are done; to go on with: scan-1b, scan-3b" in capsys.readouterr().out
+
+
+def test_a_process_that_lost_its_card_ends_and_another_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After an illegal access every call on the card fails: what that process would say of the cells to come is no figure."""
+
+    def run(cell: str) -> dict[str, Any]:
+        if cell == "b":
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+        return {"figure": 1}
+
+    gpu._serve(gpu.Chunk(lambda: ["a", "b", "c"], run), ["a", "b", "c"])
+    rows = [json.loads(line.removeprefix("cell: ")) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [{"figure": 1}, {"failed": "AcceleratorError: an illegal memory access was encountered"}]
+    monkeypatch.setattr(gpu, "OUT", tmp_path)
+    monkeypatch.setattr(gpu.sys, "executable", str(tmp_path / "once"))
+    (tmp_path / "once").write_text("#!/bin/sh\necho x >> $0.starts\necho 'cell: {\"figure\": 1}'\n")
+    (tmp_path / "once").chmod(0o755)
+    assert gpu.run_chunk("chunk", gpu.Chunk(lambda: ["a", "b", "c"]), limit=60)
+    assert gpu.kept("chunk") == {cell: {"figure": 1} for cell in "abc"}
+    assert (tmp_path / "once.starts").read_text().count("x") == 3
+
+
+def test_what_takes_long_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[float] = []
+    clock = iter([0.0, 9.0] + [100.0 + i for i in range(20)])
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(clock))
+    assert gpu.timed(lambda: runs.append(0.0)) == 9.0
+    assert len(runs) == 1
+    assert gpu.timed(lambda: runs.append(0.0), repeats=3) == 1.0
+    assert len(runs) == 1 + 4
+
+
+@pytest.mark.slow
+def test_a_suite_without_its_data_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quality import SUITES, TOPICS
+
+    monkeypatch.setattr(gpu, "REHEARSAL", True)
+    monkeypatch.setattr(gpu, "OUT", tmp_path)
+    here = next(name for name, suite in SUITES.items() if suite.data == TOPICS)
+    gone = next(name for name, suite in SUITES.items() if suite.data != TOPICS)
+    rows = dict(gpu.run_suites(1, tmp_path, [gone, here], time.monotonic() + 200))
+    assert rows[gone] == {"stopped": f"no dataset {SUITES[gone].data} in {tmp_path}; --data names the folder"}
+    assert here in rows[here].get("listed", ""), rows[here]
 
 
 @pytest.mark.slow

@@ -193,17 +193,6 @@ def test_the_peak_is_the_predicted_one(folder: Path, mode: str, length: int, dev
     assert predicted.peak_bytes == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.slow
-# torch's compiler does itself what torch warns of.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch._prims_common:FutureWarning")
-@pytest.mark.parametrize("mode", MODES)
-def test_compiled(folder: Path, mode: str, device: torch.device) -> None:
-    model, ids = made(folder, mode, device).eval(), IDS.to(device)
-    wanted = logits(model, ids)
-    # Fused sums are of another order; logits here are of order 1.
-    assert (logits(torch.compile(model), ids) - wanted).abs().max() < 1e-4
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit", "adamw_torch_fused"])
 @pytest.mark.parametrize("mode", MODES)
@@ -226,3 +215,14 @@ def test_flash_attention(folder: Path, mode: str) -> None:
     model = made(folder, mode, device, torch.bfloat16, load={"attn_implementation": "flash_attention_2"})
     losses = stepped(model, device, torch.bfloat16)
     assert losses[1] < losses[0]
+
+
+@pytest.mark.slow
+# torch's compiler does itself what torch warns of.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch._prims_common:FutureWarning")
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled(folder: Path, mode: str, device: torch.device) -> None:
+    model, ids = made(folder, mode, device).eval(), IDS.to(device)
+    wanted = logits(model, ids)
+    # Fused sums are of another order; logits here are of order 1.
+    assert (logits(torch.compile(model), ids) - wanted).abs().max() < 1e-4

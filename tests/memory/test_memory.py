@@ -172,6 +172,8 @@ def _families() -> dict[str, tuple[Any, Any]]:
         BertForSequenceClassification,
         MixtralConfig,
         MixtralForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
         T5Config,
         T5ForConditionalGeneration,
     )
@@ -183,6 +185,13 @@ def _families() -> dict[str, tuple[Any, Any]]:
             MixtralConfig(
                 **small, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
                 pad_token_id=256, bos_token_id=257, eos_token_id=258,
+            ),
+        ),
+        "qwen3_moe": (  # more experts than a token takes, of another width, and a head's width that is no quotient
+            Qwen3MoeForCausalLM,
+            Qwen3MoeConfig(
+                **small, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=16, num_experts_per_tok=4,
+                moe_intermediate_size=48, pad_token_id=256, bos_token_id=257, eos_token_id=258,
             ),
         ),
         "bert": (BertForSequenceClassification, BertConfig(**small, num_attention_heads=4)),
@@ -198,13 +207,26 @@ def _families() -> dict[str, tuple[Any, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("family", ["mixtral", "bert", "t5"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "bert", "t5"])
 def test_the_dry_run_is_the_real_step_in_other_families(tmp_path: Path, family: str, mode: str) -> None:
     model_class, config = _families()[family]
     model_class(config).save_pretrained(tmp_path)
     plan = make_plan(report_of_config(tmp_path), mode=mode)
     for step in ({}, {"gradient_checkpointing": True}):
         agree(predicted(tmp_path, plan, **step), measured(tmp_path, plan, **step))
+
+
+def test_fused_experts_are_no_smaller_on_a_quantized_base(caplog: pytest.LogCaptureFixture) -> None:
+    """bitsandbytes has no layer for them, and PEFT's preparation casts them; the dry run says so, and why."""
+    _, config = _families()["qwen3_moe"]
+    plan = make_plan(report_of_config(config), mode="lora", r=4)
+    how = {**ON_CPU, "dtype": "bfloat16", "mixed_precision": "bf16"}
+    experts = 2 * 16 * 3 * 64 * 48  # of two layers: gate, up and down
+    plain = predicted(config, plan, **how)
+    assert not caplog.text
+    quantized = predicted(config, plan, **how, quantization="nf4")
+    assert "fused experts" in caplog.text
+    assert plain.by_category["weights"] < 4 * experts < quantized.by_category["weights"]
 
 
 def test_the_parts_are_what_arithmetic_says(tiny_llama_folder: Path, report: SnrReport) -> None:

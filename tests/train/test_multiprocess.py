@@ -39,7 +39,7 @@ CASES = [
 ]
 REFUSALS = (
     "different plans", "different sizes", "different rows", "fewer rows", "moving ranks", "buffers of lorsa",
-    "buffers of columns", "no FSDP",
+    "buffers of columns", "no FSDP", "FSDP of version 1",
 )  # fmt: skip
 
 

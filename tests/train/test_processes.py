@@ -223,6 +223,7 @@ def test_the_first_process_speaks_for_all(tmp_path: Path) -> None:
         ("rows", "the processes have different training data"),
         ("plan", "the processes have 2 different plans"),
         ("missing", "another of the processes has ended"),
+        ("FSDP1", "FSDP is of version 1"),
     ],
 )
 def test_processes_that_mean_different_runs_all_end(
@@ -239,6 +240,8 @@ def test_processes_that_mean_different_runs_all_end(
         port = str(free.getsockname()[1])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": "2"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if what == "FSDP1":  # as accelerate launch sets it, for which 1 is the default
+        env |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
     # A later process waits for the first to speak; here there is no launcher that would end it.
     script = "import sys; from spectrum_peft.cli import main; main._PATIENCE = 1.0; sys.exit(main.main(sys.argv[1:]))"
     running = []

@@ -251,6 +251,8 @@ def refusals(folder: Path, out: Path) -> None:
     refused("fewer rows", attempt("lora", token_rows(32 - dist.get_rank())), "different training data: [32, 31] rows")
     moving = {"rescore_every": 1, "scope": "global", "criterion": "mp"}
     refused("moving ranks", attempt("alors", sharded=True, **moving), "rescore_every=1 under FSDP2")
+    first = {**FSDP2["fsdp_config"], "version": 1, "sync_module_states": False}  # which a CPU refuses
+    refused("FSDP of version 1", attempt("lora", sharded=True, fsdp=first), "trains whole or not at all")
     once = {**FSDP2["fsdp_config"], "cpu_ram_efficient_loading": True}
     for mode in ("lorsa", "columns"):
         refused(f"buffers of {mode}", attempt(mode, sharded=True, fsdp=once), "cannot share out the buffer")
