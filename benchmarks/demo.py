@@ -33,7 +33,8 @@ def main() -> None:
         found = run(Path(folder), options.steps)
         shutil.copy(Path(folder) / "curves.png", picture)
     for one in found["runs"]:
-        one["model"] = Path(one["model"]).name  # the folder is this machine's
+        for name in ("model", "dataset"):
+            one[name] = Path(one[name]).name  # the folder is this machine's
     keep = ("steps", "ratio", "scan_seconds", "seconds", "runs", "closing")
     print(common.save(options.output, "demo", {"machine": facts, **{key: found[key] for key in keep}}))
 
