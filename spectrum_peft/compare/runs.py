@@ -197,12 +197,15 @@ def _checked(comparison: Comparison, check: Callable[[Cell], None]) -> tuple[lis
 
 
 def list_cells(comparison: Comparison, *, check: Callable[[Cell], None]) -> str:
-    """One line for each cell: finished or not, its name, its folder; refuses what a run would refuse."""
+    """One line for each cell: finished or not, its name, its folder; then those that have another's settings, and no run of
+    their own. Refuses what a run would refuse."""
     lines = []
-    for cell in _checked(comparison, check)[1]:
+    contestants, cells = _checked(comparison, check)
+    for cell in cells:
         done = finished_results(comparison.output, cell, comparison.asked["keep_models"]) is not None
         seed = "" if cell.seed is None else f"seed {cell.seed}"
         lines.append(f"{'finished' if done else 'to do':<9} {cell.label:<40} {seed:<8} {cell.folder}")
+    lines += [f"{'as':<9} {c.label}: {', '.join(c.also)}, which has the same settings" for c in contestants if c.also]
     return "\n".join(lines)
 
 

@@ -184,6 +184,8 @@ def select_columns(dataset: Dataset, task: str, source: str, renamed: Mapping[st
         _check_column(dataset, standard, source, task, name)
         if standard in _LEARNED and len(dataset) and not any(map(_says_something, dataset[standard])):
             raise DataError(f"{source}: column {name!r} holds no text in any of {len(dataset)} rows.")
+        if standard == "messages" and len(dataset) and not any(map(_answers_something, dataset[standard])):
+            raise DataError(f"{source}: no answer in column {name!r} holds text, in any of {len(dataset)} rows.")
     return dataset
 
 
@@ -231,6 +233,12 @@ def _says_something(value: str | list[Any]) -> bool:
     """Whether a text, one of the messages of a chat, or one of several words has more than white space."""
     parts = [value] if isinstance(value, str) else [m.get("content") if isinstance(m, Mapping) else m for m in value]
     return any(part.strip() if isinstance(part, str) else part for part in parts)
+
+
+def _answers_something(chat: list[Any]) -> bool:
+    """Whether there is something to learn in a chat: an answer with text, or with what is no text; or no turns of roles."""
+    answers = [m for m in chat if not isinstance(m, Mapping) or m.get("role") in (None, "assistant")]
+    return not answers or any(not isinstance(m, Mapping) or m.get("tool_calls") or _says_something([m]) for m in answers)
 
 
 def _nulls(dataset: Dataset, name: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from .. import names
-from ..errors import OptionError, near_matches
+from ..errors import CheckpointError, OptionError, near_matches
 from ..plan import MODES
 from ..records import MemoryReport, Plan
 from ..tuner import SpectrumLayer, SpectrumModel
@@ -473,6 +474,10 @@ _NOT_ON_FAKE_TENSORS = (
     UnsupportedOperatorException,
     NotImplementedError,
     RuntimeError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
 )
 
 
@@ -489,6 +494,11 @@ def _what_failed(error: Exception, tracker: StorageTracker) -> str:
         | NotImplementedError,
     )
     if not expected and not re.search(r"fake|meta tensor|data pointer|data.dependent", text, re.IGNORECASE):
+        modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if any(name.startswith("transformers.models.") for name in modules):  # a config's value that the model's code cannot take
+            raise CheckpointError(
+                f"{tracker.where or 'the model'}: cannot be run: {text[:200]}. Do the fields of its config.json fit each other?"
+            ) from error
         raise error
     named = str(operation) if operation is not None else text[:200]
     return (

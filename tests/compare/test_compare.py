@@ -649,6 +649,9 @@ def test_a_comparison_from_the_config_to_the_report(
     assert launched == ["lora-seed1"]
     launched.clear()
     assert compare(config, "--seeds", "0", "1", "2", "--list")[0] == 0
+    again = {"contestants": [{"name": name, "mode": "lora", "r": 3} for name in ("mine", "yours")]}
+    code, listed = compare(config | again, "--list")
+    assert code == 0 and "as        mine: yours, which has the same settings" in listed
     for wrong, said in (
         ({"nonsense": 3}, "unknown key"), ({"rotation_rank": 2, "modes": ["lora", "lorsa"]}, "stands in `contestants`"),
     ):  # fmt: skip

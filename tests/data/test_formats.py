@@ -166,6 +166,8 @@ def test_turns_of_sharegpt_may_stand_in_any_column_of_messages(tmp_path: Path) -
          r"row 2 has \['text'\]"),
         ([{"prompt": "p", "completion": "c", "n": 1}, {"completion": "c", "n": 2}], "causal_lm", "in 1 of 2 rows, first in 2"),
         ([{"conversations": [{"from": "gpt", "value": ""}]}], "causal_lm", "column 'conversations' holds no text"),
+        ([{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}], "causal_lm",
+         "no answer in column 'messages' holds text"),
         ([{"instruction": "i", "output": " "}], "causal_lm", "column 'output' holds no text"),
     ],
 )  # fmt: skip

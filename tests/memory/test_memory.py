@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spectrum_peft import SpectrumConfig, estimate_memory, fit_to_memory, load_model_with_spectrum, make_plan
-from spectrum_peft.errors import CheckpointError, MismatchError, OptionError
+from spectrum_peft.errors import CheckpointError, MismatchError, OptionError, SpectrumError
 from spectrum_peft.memory import (
     RATIOS,
     Step,
@@ -76,6 +76,17 @@ def agree(one: MemoryReport, other: MemoryReport, tolerance: float = 0.001) -> N
 
 
 # --- the tracker -----------------------------------------------------------------------------------------------------
+
+
+def test_a_config_that_the_models_code_cannot_take_is_one_line() -> None:
+    """Of a type that the config's class lets through, and the forward, or the constructor, does not."""
+    for field, value in (("attention_dropout", None), ("rope_parameters", {"rope_type": "no", "rope_theta": 1.0})):
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = LlamaConfig(vocab_size=32, **sizes)
+        plan = make_plan(report_of_config(config, "first"), mode="lora", r=2)
+        setattr(config, field, value)
+        with pytest.raises(SpectrumError, match=r"cannot be (run|built)"):
+            estimate_memory(config, plan, batch_size=1, max_length=8, dtype="float32")
 
 
 def test_a_storage_counts_once_from_its_making_to_its_end() -> None:

@@ -251,6 +251,33 @@ def _copied(mode: str, folder: Path) -> None:
         assert torch.equal(logits(twin), logits(model))
 
 
+@row("`torch.compile` without graph breaks")
+def _compiled(mode: str, folder: Path) -> None:
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(one(mode).get_base_model())(input_ids=IDS)
+    assert found.graph_break_count == 0, found.break_reasons
+
+
+@row("`safe_merge=True` refuses NaN")
+def _not_merged(mode: str, folder: Path) -> None:
+    model = one(mode)
+    next(p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter one seems to be broken"):
+        model.merge_and_unload(safe_merge=True)
+
+
+@row("`.to(torch.bfloat16)`, before or after wrapping")
+def _cast(mode: str, folder: Path) -> None:
+    wanted = logits(llama().to(torch.bfloat16))
+    after = one(mode).to(torch.bfloat16)
+    before = trained(get_peft_model(llama().to(torch.bfloat16), config_of(mode), "one"), "one", 1)
+    for model in (before, after):
+        moved = logits(model)
+        assert moved.dtype == torch.bfloat16 and (moved - wanted).abs().max() > 0.01
+        with model.disable_adapter():
+            assert torch.equal(logits(model), wanted)
+
+
 def cells() -> dict[tuple[str, str], str]:
     """{(row, mode): what the page says}."""
     lines = (DOCS / "peft_methods.md").read_text(encoding="utf-8").splitlines()
@@ -265,6 +292,8 @@ def cells() -> dict[tuple[str, str], str]:
     return found
 
 
+# Said by torch's own tracer of any autograd function that it meets.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("title", ROWS)
 def test_a_method_does_what_the_page_says(title: str, mode: str, tmp_path: Path) -> None:

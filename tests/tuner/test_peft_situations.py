@@ -294,16 +294,6 @@ def test_transformers_own_loader_gives_the_adapter_that_was_saved(mode: str, tmp
     assert {n: p.requires_grad for n, p in plain.named_parameters()} == wanted
 
 
-# Said by torch's own tracer of any autograd function that it meets.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("mode", MODES)
-def test_a_compiled_model_has_no_graph_breaks(mode: str) -> None:
-    torch._dynamo.reset()
-    model = trained(get_peft_model(llama(), config_of(mode)))
-    found = torch._dynamo.explain(model.get_base_model())(input_ids=IDS)
-    assert found.graph_break_count == 0, found.break_reasons
-
-
 # --- the base's own state --------------------------------------------------------------------------------------------
 
 
@@ -488,16 +478,6 @@ def test_casting_of_inputs_can_be_switched_off(mode: str) -> None:
     model = get_peft_model(llama(), config_of(mode))
     with disable_input_dtype_casting(model):
         assert logits(model).dtype == torch.float32
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_safe_merge_refuses_an_adapter_with_nan(mode: str) -> None:
-    model = get_peft_model(llama(), config_of(mode))
-    next(p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n).data.fill_(torch.nan)
-    with pytest.raises(
-        ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
-    ):
-        model.merge_and_unload(safe_merge=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"rescore_every": 5, "lr_ratio": (1, 1)}])
