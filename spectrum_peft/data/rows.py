@@ -238,7 +238,9 @@ def _says_something(value: str | list[Any]) -> bool:
 def _answers_something(chat: list[Any]) -> bool:
     """Whether there is something to learn in a chat: an answer with text, or with what is no text; or no turns of roles."""
     answers = [m for m in chat if not isinstance(m, Mapping) or m.get("role") in (None, "assistant")]
-    return not answers or any(not isinstance(m, Mapping) or m.get("tool_calls") or _says_something([m]) for m in answers)
+    return not answers or any(
+        not isinstance(m, Mapping) or m.get("tool_calls") or _says_something([m]) for m in answers
+    )
 
 
 def _nulls(dataset: Dataset, name: str) -> int:

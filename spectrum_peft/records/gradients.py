@@ -13,7 +13,7 @@ from msgspec import Meta
 from ..errors import CheckpointError
 from .files import SCHEMA_VERSION, Record, as_plain
 from .report import Fingerprint
-from .schema import Count, Finite, Likeness, Name, NotNegative, Place, Shape, refuse_unknown
+from .schema import Count, Finite, Likeness, MatrixShape, Name, NotNegative, Place, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GradientStat:
 
     name: Name
     kind: Annotated[str, Meta(max_length=500)]
-    shape: Shape
+    shape: MatrixShape
     fisher: NotNegative | None = None
     singular_values: tuple[NotNegative, ...] = ()
     importance: tuple[NotNegative, ...] = ()
@@ -59,7 +59,7 @@ class Similarity:
     """
 
     kind: Annotated[str, Meta(max_length=500)]
-    shape: Shape
+    shape: MatrixShape
     side: Literal["in", "out"]
     width: Count
     names: tuple[Name, ...]

@@ -31,6 +31,7 @@ Place = Annotated[str, Meta(max_length=4096)]
 # 2^48 elements are 1 PB in float32; a sum of 2^16 of them is below 2^64.
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
 Shape = Annotated[tuple[Count, ...], Meta(max_length=8)]
+MatrixShape = Annotated[tuple[Count, ...], Meta(min_length=2, max_length=8)]
 # The largest side of a matrix of any open model is 2^18 or so; a rank above a quarter of it is no low rank.
 MOST_RANK = 1 << 16
 Rank = Annotated[int, Meta(ge=0, le=MOST_RANK)]

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig
 
-from ..errors import CheckpointError, OptionError, loading
+from ..errors import CheckpointError, OptionError, loading, quoted
 from ..records import check_files_beside, is_file, mode_of
 from ..weights import (
     FileWeights,
@@ -61,11 +61,20 @@ def class_for(model_name: str, **kwargs: Any) -> Any:
 
 
 def class_of(config: Any) -> Any:
-    """The transformers class that a config names in `architectures`, else `AutoModelForCausalLM`."""
+    """The transformers class that a config names in `architectures`, else `AutoModelForCausalLM`.
+
+    Raises:
+        CheckpointError: transformers calls something else by that name.
+    """
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
-        if found is not None:  # a body, too: what its head would compute is in no file
-            return found
+        if found is None:
+            continue
+        lacking = type(found).__name__ == "DummyObject"  # says itself which package it needs
+        model = isinstance(found, type) and (issubclass(found, nn.Module) or hasattr(found, "_model_mapping"))
+        if not model and not lacking:
+            raise CheckpointError(f"config.json: architectures names {quoted(name)}, which is no class of a model.")
+        return found  # a body, too: what its head would compute is in no file
     return transformers.AutoModelForCausalLM
 
 

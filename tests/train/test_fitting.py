@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import byte_tokenizer
 from running import LIBRARIES
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spectrum_peft.cli.main import main
-from spectrum_peft.errors import CheckpointError
+from spectrum_peft.data import tokenizing
+from spectrum_peft.errors import CheckpointError, DataError, loading
+from spectrum_peft.tuner.classes import class_of
 from spectrum_peft.tuner.loading import load_tokenizer
 
 pytestmark = LIBRARIES
@@ -50,4 +55,51 @@ def test_a_tokenizer_whose_length_is_no_number_is_refused(tmp_path: Path) -> Non
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": "x"}))
     with pytest.raises(CheckpointError, match=r"model_max_length 'x', wanted a number"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t["model"]["vocab"].update({"a": 2**32 - 1}),  # tokenizers would count up to it whenever it writes the table
+    lambda t: t.update(post_processor={"type": "BertProcessing", "sep": ["x", 2**24], "cls": ["y", 1]}),
+    lambda t: t.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"}),
+])  # fmt: skip
+def test_a_tokenizer_is_tried_when_it_is_loaded(change: Callable[[Any], None], tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError):
+        load_tokenizer(str(tmp_path))
+
+
+def test_panics_of_rust_are_errors_of_the_input() -> None:
+    class PanicException(BaseException):  # as pyo3 makes it
+        pass
+
+    with pytest.raises(CheckpointError, match="cannot be loaded"), loading("x"):
+        raise PanicException("index out of bounds")
+    with pytest.raises(DataError, match="index out of bounds"), tokenizing():
+        raise PanicException("index out of bounds")
+    with pytest.raises(KeyboardInterrupt), loading("x"), tokenizing():
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["models", "T5Tokenizer", "pipeline"])
+def test_architectures_that_are_no_models_are_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"architectures names '{name}', which is no class of a model"):
+        class_of(LlamaConfig(architectures=[name]))
+
+
+@pytest.mark.parametrize(
+    "put", [lambda p: p.mkdir(), lambda p: p.symlink_to("/dev/zero"), lambda p: os.truncate(p, 1 << 40)]
+)
+def test_what_is_no_small_file_is_not_read_whole(put: Callable[[Path], None], tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "special_tokens_map.json"
+    path.write_text("{}")
+    if "truncate" not in put.__code__.co_names:
+        path.unlink()
+    put(path)
+    with pytest.raises(CheckpointError, match=r"special_tokens_map\.json: is (a folder|a device|larger than 256 MiB)"):
         load_tokenizer(str(tmp_path))
