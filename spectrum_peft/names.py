@@ -58,7 +58,7 @@ def lies_in(name: str, modules: Iterable[str] | None) -> bool:
     return any(part.endswith(wanted) for part in parents(name) for wanted in modules or ())
 
 
-def _is_number(part: str) -> bool:
+def is_number(part: str) -> bool:
     """Whether a part of a name counts blocks or experts. Other scripts' digits do not, nor do numbers of ten digits or more."""
     return part.isascii() and part.isdecimal() and len(part) < 10
 
@@ -68,7 +68,7 @@ def _block_part(parts: Sequence[str]) -> int | None:
     for i, part in enumerate(parts):
         if part in HEADS:
             return None
-        if _is_number(part):
+        if is_number(part):
             return i
     return None
 
@@ -125,7 +125,7 @@ def kinds(names: Iterable[str]) -> dict[str, str]:
         kept = [
             part
             for i, part in enumerate(tail)
-            if not _is_number(part) and not (part in _STACK_WORDS and i + 1 < len(tail) and _is_number(tail[i + 1]))
+            if not is_number(part) and not (part in _STACK_WORDS and i + 1 < len(tail) and is_number(tail[i + 1]))
         ]
         result[name] = ".".join([label, *kept] if (label := labels[where]) else kept)
     return result

@@ -141,7 +141,7 @@ def patiently(call: Callable[[], _T]) -> _T:
                 raise
             said = error.response.headers.get("Retry-After", "")
             window = parse_ratelimit_headers(error.response.headers)
-            wait = float(said) + 0.5 if said.isdigit() else 0.5 * 2**attempt
+            wait = float(said) + 0.5 if said.isascii() and said.isdecimal() else 0.5 * 2**attempt
             if window is not None and window.remaining == 0:
                 wait = window.reset_in_seconds + 0.5
         except transport_error():

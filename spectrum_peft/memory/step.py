@@ -369,7 +369,7 @@ def _largest_block(model: nn.Module, tracker: StorageTracker) -> tuple[int, int]
     blocks: dict[str, list[tuple[nn.Module, Tensor]]] = {}
     for name, module in base_module(model).named_modules():
         parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        at = next((i for i, part in enumerate(parts) if names.is_number(part)), None)
         if at is not None:
             rows = blocks.setdefault(".".join(parts[: at + 1]), [])
             rows += [(module, p) for p in module._parameters.values() if p is not None]

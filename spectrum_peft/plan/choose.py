@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .. import names
 from ..errors import OptionError
 from ..records import GradientReport, PlanEntry
 from .modes import get_mode
@@ -68,7 +69,7 @@ Policy = Callable[[Sequence[Candidate], Mapping[str, Any], GradientReport | None
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key with numbers in names as numbers: block 2 before block 10."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"[.\[\]]", name))
+    return tuple((0, int(part), "") if names.is_number(part) else (1, 0, part) for part in re.split(r"[.\[\]]", name))
 
 
 def score_of(candidate: Candidate) -> float:

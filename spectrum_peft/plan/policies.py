@@ -349,7 +349,7 @@ def columns(
 def _place(name: str) -> tuple[str, bool]:
     """Where a matrix' hidden features belong: (its attention, or its block or expert; whether it is an attention)."""
     parts = names.module_name(name).split(".")
-    number = max((i for i, part in enumerate(parts) if part.isdecimal()), default=-1)
+    number = max((i for i, part in enumerate(parts) if names.is_number(part)), default=-1)
     attention = next((i for i in range(number + 1, len(parts)) if "att" in parts[i].lower()), None)
     return ".".join(parts[: (number if attention is None else attention) + 1]), attention is not None
 
