@@ -62,6 +62,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
     "dinov3_convnext": {"layer_scale_init_value": 0.5},
     "dots1": {
@@ -134,6 +135,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "roc_bert": {
         "shape_vocab_size": 128, "shape_embed_dim": 32, "pronunciation_vocab_size": 128, "pronunciation_embed_dim": 32,
     },
+    "sam": {"vision_config": {"output_channels": WIDTH, "num_pos_feats": WIDTH // 2}},
+    "sam_hq": {"vision_config": {"output_channels": WIDTH, "num_pos_feats": WIDTH // 2}},
     "segformer": {
         **_BLOCKS, "num_attention_heads": [1, 2, 2, 4], "num_encoder_blocks": 4, "sr_ratios": [8, 4, 2, 1],
         "patch_sizes": [7, 3, 3, 3], "strides": [4, 2, 2, 2], "mlp_ratios": [2, 2, 2, 2], "decoder_hidden_size": 32,
@@ -240,6 +243,13 @@ INPUTS: dict[str, Callable[[Any], Mapping[str, Any]]] = {
     "timesfm2_5": lambda config: {"past_values": _noise(2, 64)},
     "udop": lambda config: {"bbox": torch.zeros(2, 12, 4)},
     "molmo2": lambda config: {"mm_token_type_ids": torch.zeros(2, 12, dtype=torch.long)},
+    "aimv2": _pictures,
+    "groupvit": _pictures,
+    "vilt": _pictures,
+    "diffusion_gemma": lambda config: {"self_conditioning_logits": _noise(2, 12, 128)},
+    "patchtsmixer": lambda config: {"past_values": _noise(2, config.context_length, config.num_input_channels)},
+    "patchtst": lambda config: {"past_values": _noise(2, config.context_length, config.num_input_channels)},
+    "timesfm": lambda config: {"past_values": _noise(2, 64)},
 }  # fmt: skip
 
 # Types that this list leaves out -> why.
@@ -296,6 +306,17 @@ HEADS = {
     "CAUSAL_LM": ("qwen3_5", "qwen3_5_moe", "llama4", "qwen4_exp", "dots3_note"),
 }  # fmt: skip
 
+
+# Types that none of the tasks above names, as bodies or with the head of another task.
+OTHERS = (
+    "aimv2", "aimv2_vision_model", "clip_text_model", "dpr", "embedding_gemma2", "embedding_gemma2_text", "eomt",
+    "eomt_dinov3", "glpn", "groupvit", "higgs_audio_v2", "maskformer-swin", "mgp-str", "mlcd_vision_model",
+    "molmo2_text", "nemotron3_5_asr", "nemotron3_diarization_audio", "nemotron_asr_streaming",
+    "nemotron_asr_streaming_encoder", "owlv2", "owlvit", "parakeet_rnnt", "parakeet_tdt", "patchtsmixer", "patchtst",
+    "pixtral", "sam", "sam3_vision_model", "sam3_vit_model", "sam_hq",
+    "sam_hq_vision_model", "sam_vision_model", "siglip_vision_model", "slanext", "superpoint", "swin2sr", "timesfm",
+    "tipsv2_text_model", "tipsv2_vision_model", "univnet", "vilt", "vitdet",
+)  # fmt: skip
 
 # Tasks of types that are here for their stored names only, and classes that transformers converts by their own name.
 CONVERTED_TASKS = (
@@ -355,6 +376,25 @@ def _variants() -> dict[str, Family]:
     return found
 
 
+def _others() -> dict[str, Family]:
+    found: dict[str, Family] = {}
+    tables = sorted(n for n in vars(modeling_auto) if n.startswith("MODEL_FOR_") and n.endswith("_MAPPING_NAMES"))
+    for table in (*tables, "MODEL_MAPPING_NAMES"):
+        for model_type, named in getattr(modeling_auto, table).items():
+            if model_type in OTHERS and model_type not in found:
+                task = (
+                    table.removeprefix("MODEL_")
+                    .removeprefix("FOR_")
+                    .removesuffix("_MAPPING_NAMES")
+                    .removesuffix("MAPPING_NAMES")
+                )
+                found[model_type] = Family(
+                    model_type, model_type, task or "BODY", named if isinstance(named, str) else named[0]
+                )
+    return found
+
+
 LISTED = _listed()
 LISTED |= _variants()
+LISTED |= _others()
 LISTED |= _converted(LISTED)

@@ -7,7 +7,9 @@ from pathlib import Path
 import listing
 import pytest
 import torch
+import transformers
 import trial
+from packaging.version import Version
 
 SLICE = (
     "llama", "gpt2", "qwen3_moe", "mamba", "zamba2", "deepseek_v3", "t5", "bert/sequence_classification", "modernbert", "whisper",
@@ -18,8 +20,9 @@ SLICE = (
 def test_the_list_is_long_and_its_exceptions_are_of_it() -> None:
     assert len(listing.LISTED) >= 190
     types = {family.model_type for family in listing.LISTED.values()}
-    assert set(listing.FIELDS) <= types
-    assert set(listing.INPUTS) <= set(listing.LISTED)
+    if Version(transformers.__version__) >= Version("5.24"):  # older ones lack a few of the types
+        assert set(listing.FIELDS) <= types
+        assert set(listing.INPUTS) <= set(listing.LISTED)
     assert set(SLICE) <= set(listing.LISTED)
 
 

@@ -13,6 +13,7 @@ from odd_architectures import saved as saved_odd
 
 from spectrum_peft import SpectrumConfig, load_model_with_spectrum, make_plan, quantization_config_for, scan_weights
 from spectrum_peft.errors import OptionError
+from spectrum_peft.tuner.loading import task_type_of
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -173,3 +174,12 @@ def test_what_4_bit_would_break_stays_unquantized() -> None:
     classifier = transformers.ModernBertForSequenceClassification(bert)
     skipped = quantization_config_for(None, classifier).llm_int8_skip_modules
     assert {"head.dense", "classifier"} <= set(skipped) and "model.layers.0.mlp.Wi" not in skipped
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"), [("BertForQuestionAnswering", "QUESTION_ANS"), ("ViltForQuestionAnswering", None)]
+)
+def test_question_answering_is_of_spans(kind: str, task: str | None) -> None:
+    found = getattr(transformers, kind)
+    with torch.device("meta"):
+        assert task_type_of(found(found.config_class(vocab_size=96, **SIZES))) == task
