@@ -57,6 +57,7 @@ def test_an_architecture_without_a_task_asks_for_one(architecture: str) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*csv:pytest.PytestUnraisableExceptionWarning")  # datasets 4.7
 def test_jsonl_csv_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
     rows = [{"text": "one", "label": "a"}, {"text": "two, with a comma", "label": "b"}]
     jsonl = read_dataset(write_rows(tmp_path / "d.jsonl", rows))
@@ -67,6 +68,7 @@ def test_jsonl_csv_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
     assert read_dataset(str(tmp_path / "d.parquet")).to_list() == rows
 
 
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*csv:pytest.PytestUnraisableExceptionWarning")  # datasets 4.7
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
