@@ -119,9 +119,8 @@ def problem_of(folder: Path) -> str | None:
             with zipfile.ZipFile(path) as parts:
                 for part in parts.infolist():
                     if part.filename.endswith("/data.pkl") and part.file_size <= _MOST_PICKLE:
-                        parts.read(
-                            part
-                        )  # whose checksum is compared; that of the values would take as long as loading them
+                        # Its checksum is compared; that of the values would take as long as loading them.
+                        parts.read(part)
         except Exception as error:  # zipfile has one of many classes for what is damaged
             return f"{path.name} is damaged ({one_line(error)})"
     return None

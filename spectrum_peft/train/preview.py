@@ -14,7 +14,7 @@ from ..arguments import Rest
 from ..data import Cut, Piece, RowCounts, count_rows, doubts_of, pieces_of, show_rows, sources_of, without_silent
 from ..errors import CheckpointError, DataError
 from ..records import read_text
-from ..tuner.loading import load_tokenizer
+from ..tuner.tokenizer import load_tokenizer
 from .arguments import quiet_progress, remote_options
 from .encoding import UNCUT, encoded_rows
 from .settle import Run, settle

@@ -26,7 +26,8 @@ from ..records import RESULTS_FILE, SnrReport, finite_only, with_usual_modes, wr
 from ..scan import report_named
 from ..tuner.classes import weightless
 from ..tuner.config import SpectrumConfig, refuse_unknown_targets
-from ..tuner.loading import load_model_with_peft, load_model_with_spectrum, load_tokenizer
+from ..tuner.loading import load_model_with_peft, load_model_with_spectrum
+from ..tuner.tokenizer import load_tokenizer
 from .arguments import quiet_progress, remote_options
 from .calibration import calibration_rows
 from .callback import SpectrumCallback, slower_by

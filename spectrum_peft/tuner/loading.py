@@ -16,14 +16,14 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model, prepare_model_for_kbit_training
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig
 from transformers.integrations import deepspeed as ds
 
 from .. import names
 from ..devices import default_device, fast_dtype, refuse_quantization
-from ..errors import CheckpointError, OptionError, loading, near_matches, one_line, quoted
+from ..errors import CheckpointError, OptionError, loading, near_matches, one_line
 from ..plan import MODES, OPTIONS, Mode, make_plan, needs_gradients
-from ..records import Plan, check_files_beside
+from ..records import Plan
 from ..scan import scan_weights
 from ..weights import loaded_together, read_header, settle_quantized, unquantized_modules
 from ..weights.adapter_config import read_adapter_config
@@ -35,6 +35,7 @@ from .config import PEFT_TYPE, SpectrumConfig, candidates_of
 from .model_names import plan_for, report_for
 from .pushing import give_push
 from .stored_bases import loading_of
+from .tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -422,62 +423,3 @@ def task_type_of(model: Any) -> str | None:
     found = next((task for ending, task in known.items() if name.endswith(ending)), None)
     # PEFT's question answering is of spans; ViLT chooses from answers, with a head of another name.
     return None if found == "QUESTION_ANS" and "start_positions" not in taken else found
-
-
-def load_tokenizer(model_name: str, **kwargs: Any) -> Any:
-    """The tokenizer of a checkpoint; None, with a logged line, where a local folder has none."""
-    folder = Path(model_name)
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
-    if folder.is_dir() and not any((folder / name).exists() for name in files):
-        logger.info("%s has no tokenizer files; the tokenizer is None", model_name)
-        return None
-    if folder.is_dir():
-        check_files_beside(folder)
-    with loading(f"{model_name}: the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(model_name, **{"trust_remote_code": False, **kwargs})
-        _try_tokenizer(tokenizer, model_name)
-    return tokenizer
-
-
-# The largest table of an open model has 262,144 rows.
-_MOST_TOKENS = 1 << 24
-# Of every kind of character that a table of tokens may lack.
-_TRIED = "A text, 1 of 2:\n\t\u00e9\u4e2d\U0001f642"
-
-
-def _try_tokenizer(tokenizer: Any, source: str) -> None:
-    """Encode, pad and decode a text now: what is wrong in its files would show in the middle of the work.
-
-    Raises:
-        CheckpointError: a field of its files is of another kind, or it makes no ids. Whatever the library raises is the caller's.
-    """
-    most = tokenizer.model_max_length
-    if isinstance(most, bool) or not isinstance(most, int | float) or not most >= 1:
-        raise CheckpointError(
-            f"{source}: tokenizer_config.json has model_max_length {quoted(most)}, wanted a number of at least 1."
-        )
-    if isinstance(most, float):
-        tokenizer.model_max_length = int(min(most, 1e30))
-    template = tokenizer.chat_template
-    if not isinstance(template, str | None):
-        named = template if isinstance(template, dict) else {"": None}
-        if not all(isinstance(part, str) for pair in named.items() for part in pair):
-            raise CheckpointError(f"{source}: its chat template is {quoted(template)}, wanted text, or texts by name.")
-    if (
-        type(tokenizer).__call__ is not PreTrainedTokenizerBase.__call__
-    ):  # takes tables, or words with boxes (Tapas, LayoutLM)
-        return
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= _MOST_TOKENS:  # tokenizers counts up to it whenever it writes or hashes the table: minutes, and GiBs
-        raise CheckpointError(f"{source}: a token has the id {largest:,}, wanted ids below {_MOST_TOKENS:,}.")
-    encoded = tokenizer([_TRIED, "b"], padding=tokenizer.pad_token is not None)
-    for ids in encoded["input_ids"]:
-        if not all(type(i) is int and 0 <= i < _MOST_TOKENS for i in ids):
-            raise CheckpointError(
-                f"{source}: tokenizer.json makes the ids {quoted(ids)}, wanted numbers below {_MOST_TOKENS:,}."
-            )
-        tokenizer.decode(ids, skip_special_tokens=True)
-    for kind in ("eos", "pad", "bos"):
-        token = getattr(tokenizer, f"{kind}_token_id")
-        if token is not None and not (type(token) is int and 0 <= token < _MOST_TOKENS):
-            raise CheckpointError(f"{source}: its {kind}_token is {quoted(token)} as an id, wanted one number.")

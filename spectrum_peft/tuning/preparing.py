@@ -125,7 +125,7 @@ def _pricing(asked: Asked, run: Any) -> Pricing:
     import transformers
 
     from ..devices import default_device, free_memory
-    from ..tuner.loading import load_tokenizer
+    from ..tuner.tokenizer import load_tokenizer
 
     device = default_device()
     memory = asked.values["memory"]

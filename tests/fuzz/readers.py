@@ -396,7 +396,7 @@ def _tokenize(folder: Path) -> None:
     from spectrum_peft.train.preview import Cut
     from spectrum_peft.train.talk import prompt_for
     from spectrum_peft.train.tasks import TASKS, limit_of
-    from spectrum_peft.tuner.loading import load_tokenizer
+    from spectrum_peft.tuner.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder / "base"))
     if tokenizer is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from spectrum_peft.cli.main import main
 from spectrum_peft.data import tokenizing
 from spectrum_peft.errors import CheckpointError, DataError, loading
 from spectrum_peft.tuner.classes import class_of
-from spectrum_peft.tuner.loading import load_tokenizer
+from spectrum_peft.tuner.tokenizer import load_tokenizer
 
 pytestmark = LIBRARIES
 SAID = "a token or a position lies outside of its embedding of 40 rows"
@@ -102,4 +104,18 @@ def test_what_is_no_small_file_is_not_read_whole(put: Callable[[Path], None], tm
         path.unlink()
     put(path)
     with pytest.raises(CheckpointError, match=r"special_tokens_map\.json: is (a folder|a device|larger than 256 MiB)"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(("says", "refused"), [(8 << 30, True), (1025, True), (1024, False)])
+def test_a_table_of_spellings_that_claims_more_than_it_holds_is_refused(
+    says: int, refused: bool, tmp_path: Path
+) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    table = base64.b64encode(min(says, 2**32 - 1).to_bytes(4, "little") + bytes(1024)).decode()
+    whole = {**json.loads(path.read_text()), "normalizer": {"type": "Precompiled", "precompiled_charsmap": table}}
+    path.write_text(json.dumps(whole))
+    message = "precompiled_charsmap says that it holds .* bytes, and 1,024 are there" if refused else None
+    with pytest.raises(CheckpointError, match=message) if refused else nullcontext():
         load_tokenizer(str(tmp_path))
