@@ -168,7 +168,7 @@ def fetch(model_id: str, revision: str | None, patterns: Sequence[str] = ("*.saf
     Raises:
         HubError: no such repository, no access, or it is not in the cache and the hub cannot be reached.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     with hub.asked(model_id, revision):
         return Path(
@@ -178,6 +178,8 @@ def fetch(model_id: str, revision: str | None, patterns: Sequence[str] = ("*.saf
                     revision=revision,
                     allow_patterns=list(patterns),
                     ignore_patterns=["*/*", "consolidated*.safetensors"],
+                    # Offline, huggingface_hub 2.0 would ask for the files of a commit that it has.
+                    local_files_only=constants.is_offline_mode(),
                 )
             )
         )
