@@ -156,6 +156,7 @@ class StandIn:
         self.troubles = Troubles()
         self.requests: deque[Request] = deque()
         self.lock = threading.Lock()
+        self.answering = 0
         self._free_at = 0.0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
@@ -184,7 +185,10 @@ class StandIn:
         return repo
 
     def files_read(self) -> int:
-        """Bytes of files that were sent, by this address or the other one."""
+        """Bytes of files that were sent, by this address or the other one; answers on their way are waited for."""
+        deadline = time.monotonic() + 5
+        while self.answering and time.monotonic() < deadline:
+            time.sleep(0.001)
         return sum(r.sent for r in self.requests if r.method == "GET" and ("/resolve/" in r.path or "/cdn/" in r.path))
 
     def throttle(self, size: int) -> None:
@@ -246,6 +250,17 @@ class _Handler(BaseHTTPRequestHandler):
     # -- what is asked
 
     def do_GET(self) -> None:
+        with self.hub.lock:
+            self.hub.answering += 1
+        try:
+            self._look_for()
+        finally:
+            with self.hub.lock:
+                self.hub.answering -= 1
+
+    do_HEAD = do_GET
+
+    def _look_for(self) -> None:
         time.sleep(self.hub.troubles.delay)
         path = urlsplit(self.path).path
         if self._turned_away(path):
@@ -272,8 +287,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(kind, "/".join(parts[at - 2 : at]), parts[at + 1], "/".join(parts[at + 2 :]))
         else:
             self._refuse(404, None, "Not found")
-
-    do_HEAD = do_GET
 
     def _turned_away(self, path: str) -> bool:
         """Whether the request is answered before anybody looks for what it asks for."""
