@@ -21,6 +21,7 @@ from .. import names
 from ..errors import CheckpointError, MismatchError, near_matches, no_such, quoted
 from ..records import Plan, PlanEntry, checked
 from ..records.schema import Count
+from . import model_types
 from .adapter_config import ByPattern, read_adapter_config
 from .headers import read_config, read_header
 from .rotations import core_matrix, digest_of, rotation_bases
@@ -41,8 +42,6 @@ _NOT_A_SUM = (
 )
 
 
-# Models whose fused experts are stored as (experts, in, out): `is_transposed` in transformers' modeling code.
-_TURNED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:"
     r"(?P<part>lora_[AB]\.(?:weight|shared|gain)|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?"
@@ -476,7 +475,7 @@ class AdapterState:
         if info.shape[-1] != info.shape[-2]:
             return info.shape[-2:] != made
         if info.experts:
-            return model_type in _TURNED_EXPERTS
+            return model_type in model_types.TURNED_EXPERTS
         return table or info.transposed or bool(self.config.get("fan_in_fan_out"))
 
     def _experts_in(self, owner: str, key: str, infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import names
 from ..errors import CheckpointError
+from . import model_types
 from .layouts import Layout, Recipe
 from .source import TensorInfo
 from .towers import tower_in
@@ -18,8 +19,7 @@ from .towers import tower_in
 if TYPE_CHECKING:
     from .forms import Form
 
-# Model types whose blocks are built of transformers' Conv1D, which stores (in, out).
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder"})
+# Modules of those models that are built of Conv1D.
 _CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 # Buffers that old files carry among the weights.
 _BUFFERS = re.compile(
@@ -91,7 +91,7 @@ def by_names(forms: Mapping[str, Form], config: Mapping[str, Any]) -> Iterator[L
     """The tensors of a file as parameters of the live model, in checkpoint order, as far as names say it."""
     fused: dict[str, dict[int, dict[str, str]]] = {}
     renamed_moe = any(".block_sparse_moe.experts." in name for name in forms)
-    conv1d = config.get("model_type") in _CONV1D_MODELS
+    conv1d = config.get("model_type") in model_types.CONV1D
     for name in forms:
         match = _EXPERT.match(name)
         if match:
