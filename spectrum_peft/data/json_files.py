@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ from ..records.files import MOST_DEPTH
 _KINDS = {
     str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a mapping",
 }  # fmt: skip
+
+
+# What editors for Windows put before a file in UTF-8; pyarrow reads over it.
+_BOM = codecs.BOM_UTF8
 
 
 def check_json(path: Path) -> None:
@@ -29,6 +34,7 @@ def check_json(path: Path) -> None:
         return
     with path.open("rb") as file:
         for i, line in enumerate(map(bytes.strip, file), 1):
+            line = line.removeprefix(_BOM) if i == 1 else line
             if line and not line.startswith(b"{"):
                 shown = quoted(line.decode("utf-8", "replace"))
                 raise DataError(f"{path}: line {i} is {shown}, wanted a mapping of columns.")
@@ -60,7 +66,7 @@ _MOST_TOGETHER = 1 << 28
 def _by_line(path: Path) -> bool:
     """Whether each line is to hold a row; else the file is one list, or one mapping."""
     with path.open("rb") as file:
-        first = file.readline(_MOST_TOGETHER).strip()
+        first = file.readline(_MOST_TOGETHER).removeprefix(_BOM).strip()
     return first.startswith(b"{") and (first.endswith(b"}") or (path.suffix == ".jsonl" and first != b"{"))
 
 

@@ -12,12 +12,13 @@ from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import names
 from ..card import write_card
-from ..errors import OptionError
+from ..errors import CheckpointError, OptionError
 from ..records import whole_folder, write_text
 from ..weights.adapters import PEFT_PREFIX, AdapterState
 from ..weights.updates import LowRank, Value
@@ -62,6 +63,9 @@ def export_lora(
         tensors = {key: stored.whole() for key, stored in state.tensors.items()}
     else:
         config, tensors = _as_lora(state, source.base_config, uniform_rank)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{state.where}: {key} holds NaN or Inf, so the run that made it came to nothing.")
     with whole_folder(target) as folder:
         order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
         header = header_bytes({k: (tensors[k].dtype, tuple(tensors[k].shape)) for k in order}, {"format": "pt"}, order)

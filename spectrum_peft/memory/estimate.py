@@ -109,7 +109,7 @@ def estimate_memory(
     gradient_checkpointing: bool = Step.gradient_checkpointing,
     gradient_accumulation_steps: int = Step.gradient_accumulation_steps,
     quantization: str | None = Step.quantization,
-    attn_implementation: str = Step.attn_implementation,
+    attn_implementation: str | None = Step.attn_implementation,
     sharding: str = "none",
     devices: int = 1,
     model_class: Any = None,

@@ -79,10 +79,12 @@ def model_class_of(model: Any, config: Any, model_class: Any, trust_remote_code:
 
 
 def skeleton_of(
-    model_class: Any, config: Any, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool
+    model_class: Any, config: Any, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool
 ) -> Any:
     """The model on the meta device: every module, shape and tie, no values."""
     config = copy.deepcopy(config)
+    if attn_implementation is None and config._attn_implementation not in (None, "sdpa", "eager"):
+        config._attn_implementation = None  # of a live model: kernels that fake tensors do not have
     config._name_or_path = ""  # nothing about this model may be read from a folder
     if not isinstance(model_class, type):
         raise CheckpointError(f"config.json: architectures names {model_class.__name__}, which is no class of a model.")

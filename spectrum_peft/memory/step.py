@@ -50,7 +50,7 @@ class Step:
         gradient_checkpointing: as transformers enables it, with `use_reentrant=False`.
         gradient_accumulation_steps: micro-batches before the optimizer's step.
         quantization: of the base: `nf4`, `fp4`, `int8` or None.
-        attn_implementation: `sdpa` or `eager`.
+        attn_implementation: `sdpa` or `eager`; None for what transformers takes for the model: `sdpa` where it has that.
         device: whose kernels and allocator to model, `cuda` or `cpu`.
         trainer: `transformers` (the model computes logits and loss) or `sft` (TRL's head computes the loss in chunks).
         mixed_precision: the trainer's autocast, `bf16`, `fp16` or `no`; `auto` for that of a 16-bit dtype, as
@@ -71,7 +71,7 @@ class Step:
     gradient_checkpointing: bool = False
     gradient_accumulation_steps: int = 1
     quantization: str | None = None
-    attn_implementation: str = "sdpa"
+    attn_implementation: str | None = None
     device: str = "cuda"
     trainer: str = "transformers"
     mixed_precision: str = "auto"
@@ -91,7 +91,7 @@ class Step:
         for name, choices in (
             ("dtype", ("auto", *DTYPES)), ("optimizer", OPTIMIZERS), ("device", DEVICES), ("trainer", TRAINERS),
             ("quantization", (None, *QUANTIZATIONS)), ("mixed_precision", ("auto", "no", "bf16", "fp16")),
-            ("attn_implementation", ("sdpa", "eager")),
+            ("attn_implementation", (None, "sdpa", "eager")),
         ):  # fmt: skip
             value = getattr(self, name)
             if value not in choices:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import html
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from .files import PLAN_FILE, SCHEMA_VERSION, as_plain
 from .report import Fingerprint, SnrReport
 from .schema import MOST_RANK, Count, Name, Place, Text, refuse_unknown
 from .shared import SharedRecord
+
+logger = logging.getLogger(__name__)
 
 Action = Literal["train", "lora", "shared", "lorsa", "columns", "save", "freeze"]
 ACTIONS: tuple[str, ...] = ("train", "lora", "shared", "lorsa", "columns", "save", "freeze")
@@ -302,4 +305,9 @@ class Plan(SharedRecord):
     def from_dict(cls, data: Mapping[str, Any], source: str = "plan") -> Plan:
         found: Plan = cls._checked(data, source, also=("unfrozen_parameters",))
         refuse_unknown(PlanEntry, data["entries"], f"{source}: entries[{{}}]")
+        listed = data.get("unfrozen_parameters")
+        if listed is not None and listed != found.unfrozen_parameters:
+            logger.warning(
+                "%s: unfrozen_parameters, a list for other tools, is not what its entries train; they count", source
+            )
         return found

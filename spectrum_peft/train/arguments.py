@@ -288,7 +288,9 @@ def remote_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    """The first line of what a library says; the next one, too, where it ends in a colon."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [""]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def task_for(options: argparse.Namespace) -> str:

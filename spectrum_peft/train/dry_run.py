@@ -127,7 +127,7 @@ def _memory_of(run: Run, options: argparse.Namespace, plan: Plan, counts: RowCou
     if optimizer not in OPTIMIZERS:
         notes.append(f"the optimizer is counted as adamw_torch_fused, for {optimizer} is not modelled")
         optimizer = "adamw_torch_fused"
-    attention = options.attn_implementation if options.attn_implementation in ("sdpa", "eager") else "sdpa"
+    attention = options.attn_implementation if options.attn_implementation in ("sdpa", "eager") else None
     trl = run.task.arguments[0] == "trl" and run.task.head is None
     reference = run.task.relative and not args.precompute_ref_log_probs
     found = estimate_memory(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -54,6 +54,8 @@ def report_with_model_names(report: SnrReport, model: nn.Module, present: dict[s
             name = found[base]
             if name is None:
                 continue
+            if not bracket:
+                _check_shape(f"the report says that {base}", stat.shape, name, present)
             role = stat.role
             if role == "linear" and not bracket:
                 role = role_of(name, stat.shape, present[name][0], head)
@@ -77,12 +79,30 @@ def plan_with_model_names(plan: Plan, model: nn.Module, present: dict[str, Any])
     for entry in plan.entries:
         name = found.get(entry.name)
         if name is not None:
+            if entry.trains:
+                _check_shape(f"the plan says that {entry.name}", entry.shape, name, present)
             entries.append(dataclasses.replace(entry, name=name))
         elif entry.trains:
             raise MismatchError(
                 f"the plan trains {entry.name}, which the model lacks." + near_matches(entry.name, present)
             )
     return plan.replace(entries=tuple(entries))
+
+
+def _check_shape(said: str, shape: tuple[int, ...] | None, name: str, present: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        MismatchError: a matrix of a block has other sides in the model. Tables and heads may have got rows; what is packed or
+            shared out has the shape of its storage, and is not looked at.
+    """
+    if shape is None or len(shape) != 2 or name not in present or names.block_index(name) is None:
+        return
+    owner, leaf = present[name]
+    parameter = owner._parameters.get(leaf)
+    if parameter is None or parameter.ndim != 2 or not parameter.is_floating_point() or not parameter.numel():
+        return
+    if sorted(parameter.shape) != sorted(shape):
+        raise MismatchError(f"{said} is {' x '.join(map(str, shape))}, the model's is {tuple(parameter.shape)}.")
 
 
 def without(report: SnrReport, new: Iterable[str]) -> SnrReport:

@@ -36,3 +36,11 @@ def test_a_chat_of_another_shape_is_named_by_its_row(tmp_path: Path, chat: list[
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=said):
         select_columns(read_dataset(str(tmp_path / "x.jsonl")), "causal_lm", "x.jsonl")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_a_byte_order_mark_before_the_rows_is_read_over(tmp_path: Path, name: str) -> None:
+    rows = [{"text": "one"}, {"text": "two"}]
+    lines = "\n".join(map(json.dumps, rows)) if name.endswith("l") else json.dumps(rows)
+    (tmp_path / name).write_text(lines, encoding="utf-8-sig")
+    assert list(read_dataset(str(tmp_path / name))) == rows

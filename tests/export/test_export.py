@@ -678,6 +678,8 @@ def test_a_merge_that_fails_leaves_nothing(
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"layers\.1.*not finite in float32"):
         merge_into_base(folder, out=tmp_path / "merged")
+    with pytest.raises(CheckpointError, match=r"layers\.1.*lora_B.*holds NaN or Inf"):
+        export_lora(folder, tmp_path / "lora")
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 

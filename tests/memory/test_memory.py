@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, LlamaConfig
 
 from spectrum_peft import SpectrumConfig, estimate_memory, fit_to_memory, load_model_with_spectrum, make_plan
 from spectrum_peft.errors import CheckpointError, MismatchError, OptionError, SpectrumError
@@ -767,6 +767,20 @@ def test_a_fit_without_activations_says_so(caplog: pytest.LogCaptureFixture) -> 
     assert not fit.memory.complete
     assert "WITHOUT ACTIVATIONS, so that it may not fit" in fit.plan.notes[-1]
     assert "activations are missing: aten.nonzero" in caplog.text
+
+
+def test_a_family_without_fused_attention_is_run_with_what_transformers_takes_for_it() -> None:
+    config = GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
+        num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"],
+    )  # fmt: skip
+    plan = make_plan(report_of_config(config, "last", model_class=GptOssForCausalLM), mode="lora", r=2)
+    asked = [
+        estimate_memory(config, plan, model_class=kind, attn_implementation=attention, **ON_CPU).peak_bytes
+        for kind in (AutoModelForCausalLM, GptOssForCausalLM)
+        for attention in (None, "eager")
+    ]
+    assert len(set(asked)) == 1
 
 
 def test_errors_of_a_model_are_not_taken_for_missing_values(tiny_llama: Any, report: SnrReport) -> None:

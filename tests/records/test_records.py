@@ -104,6 +104,16 @@ def test_the_yaml_of_a_plan_lists_what_axolotl_reads(tmp_path, llama_report):
     assert sorted(data["unfrozen_parameters"]) == [f"^{name}$" for name in plan.trainable_names]
 
 
+def test_a_list_for_axolotl_that_was_changed_is_said_not_to_count(tmp_path, llama_report, caplog):
+    plan = make_plan(llama_report(2))
+    path = plan.save(tmp_path / "plan.yaml")
+    assert Plan.load(path) == plan
+    assert not caplog.records
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "unfrozen_parameters": [".*"]}))
+    assert Plan.load(path).trainable_names == plan.trainable_names
+    assert "plan.yaml: unfrozen_parameters, a list for other tools, is not what its entries train" in caplog.text
+
+
 # --- files that cannot be used ---------------------------------------------------------------------------------------
 
 
