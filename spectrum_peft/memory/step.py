@@ -425,6 +425,10 @@ def step_report(
             try:
                 _run_step(model, task, maker, tracker, step, device, micro=1)
             except _NOT_ON_FAKE_TENSORS as error:
+                reads = getattr(base_module(model), "main_input_name", "input_ids")
+                if reads != "input_ids":
+                    kind = type(base_module(model)).__name__
+                    raise OptionError(f"{kind} reads {reads}, and a dry run makes rows of text only.") from error
                 complete = False
                 notes.append(_what_failed(error, tracker))
         else:
@@ -495,9 +499,8 @@ def _what_failed(error: Exception, tracker: StorageTracker) -> str:
     )
     if not expected and not re.search(r"fake|meta tensor|data pointer|data.dependent", text, re.IGNORECASE):
         modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if any(
-            name.startswith("transformers.models.") for name in modules
-        ):  # a config's value that the model's code cannot take
+        # A config's value that the model's code cannot take.
+        if any(name.startswith("transformers.models.") for name in modules):
             raise CheckpointError(
                 f"{tracker.where or 'the model'}: cannot be run: {text[:200]}. Do the fields of its config.json fit each other?"
             ) from error

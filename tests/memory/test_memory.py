@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from spectrum_peft import SpectrumConfig, estimate_memory, fit_to_memory, load_model_with_spectrum, make_plan
 from spectrum_peft.errors import CheckpointError, MismatchError, OptionError, SpectrumError
@@ -781,6 +788,20 @@ def test_a_family_without_fused_attention_is_run_with_what_transformers_takes_fo
         for attention in (None, "eager")
     ]
     assert len(set(asked)) == 1
+
+
+def test_a_model_that_hears_is_no_fault_of_its_config() -> None:
+    config = WhisperConfig(
+        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, max_source_positions=64, max_target_positions=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    kind = WhisperForConditionalGeneration
+    plan = make_plan(report_of_config(config, "last", model_class=kind), mode="lora", r=2)
+    with pytest.raises(
+        OptionError, match="WhisperForConditionalGeneration reads input_features, and a dry run makes rows of"
+    ):
+        estimate_memory(config, plan, model_class=kind, **ON_CPU)
 
 
 def test_errors_of_a_model_are_not_taken_for_missing_values(tiny_llama: Any, report: SnrReport) -> None:
