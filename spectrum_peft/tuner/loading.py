@@ -25,7 +25,7 @@ from ..errors import CheckpointError, OptionError, loading, near_matches, one_li
 from ..plan import MODES, OPTIONS, Mode, make_plan, needs_gradients
 from ..records import Plan
 from ..scan import scan_weights
-from ..weights import loaded_together, read_header, settle_quantized, unquantized_modules
+from ..weights import loaded_together, misread_in_4bit, read_header, settle_quantized, unquantized_modules
 from ..weights.adapter_config import read_adapter_config
 from ..weights.adapters import AdapterState
 from . import freeze_to_plan, settle_plan
@@ -65,6 +65,8 @@ def quantization_config_for(
     skipped += sorted(names.HEADS)
     skeleton = model if isinstance(model, nn.Module) else weightless(model)
     if skeleton is not None:
+        if quant_type != "int8" and default_device().type == "cpu":
+            skipped += misread_in_4bit(skeleton)
         skipped = loaded_together(skeleton, [*skipped, *unquantized_modules(skeleton)])
     skipped = list(dict.fromkeys(skipped))
     if quant_type == "int8":

@@ -18,6 +18,7 @@ from .opening import fetch, holds_adapter, locate, open_weights, refuse_missing
 from .quantized import (
     give_storage_without_values,
     int8_products_as_on,
+    misread_in_4bit,
     quantized_product_works,
     settle_quantized,
     through_quantization,
@@ -53,6 +54,7 @@ __all__ = [
     "loaded_together",
     "locate",
     "matrix_of",
+    "misread_in_4bit",
     "new_parameters",
     "open_weights",
     "output_embeddings",

@@ -47,9 +47,11 @@ _MEANINGS: tuple[tuple[float, str], ...] = (
     (
         16,
         "head_dim attention_head_dim global_head_dim kv_channels d_kv d_head attention_head_size qk_head_dim head_width "
-        "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim o_lora_rank linear_key_head_dim "
-        "linear_value_head_dim mamba_d_head mamba_headdim mamba_head_dim",
+        "qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head mamba_headdim "
+        "mamba_head_dim",
     ),
+    # as wide as rows of a matrix: 4-bit rows of other than 32 values are refused on CPUs
+    (32, "q_lora_rank kv_lora_rank o_lora_rank"),
     # experts
     (
         2,
