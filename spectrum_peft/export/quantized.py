@@ -11,7 +11,7 @@ from torch import nn
 from .. import names
 from ..errors import CheckpointError, OptionError, loading, near_matches
 from ..records import REAL_WEIGHT_ACTIONS, Plan
-from ..weights import FileWeights, unquantized_modules
+from ..weights import FileWeights, undivided_rows, unquantized_modules
 
 
 def quantization_settings(given: Any, plan: Plan | None) -> dict[str, Any]:
@@ -71,5 +71,11 @@ def quantized_names(files: FileWeights, settings: Mapping[str, Any]) -> list[str
         for name, module in model.named_modules()
         if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skipped)
     ]
+    unsure = [name for name in undivided_rows(model) if f"{name}.weight" in chosen]
+    if unsure and settings.get("by_word") and settings["load_in_4bit"]:
+        raise OptionError(
+            f"onto='dequantized': whether {len(unsure)} matrices such as {unsure[0]}.weight were in 4 bit goes by the device "
+            "that trained: their rows are no multiple of 32 values. Merge the model in memory, or give the BitsAndBytesConfig."
+        )
     infos = {t.name for t in files.tensors()}
     return sorted(names.align(chosen, infos).values())

@@ -22,6 +22,7 @@ from .quantized import (
     quantized_product_works,
     settle_quantized,
     through_quantization,
+    undivided_rows,
 )
 from .roles import output_embeddings, output_head, role_of
 from .shards import read_bytes
@@ -78,6 +79,7 @@ __all__ = [
     "through_quantization",
     "tower_in",
     "towers_of",
+    "undivided_rows",
     "unquantized_modules",
     "without_adapters",
 ]

@@ -144,18 +144,22 @@ def rows_of_4bit_are_exact() -> bool:
     return torch.equal(bnb.dequantize_4bit(packed, state), values_of_4bit(packed, state))
 
 
-def misread_in_4bit(model: nn.Module) -> list[str]:
-    """Linears whose rows no block of bitsandbytes divides, which a CPU would compute with other values in 4 bit; none where its
-    kernel reads them right.
+def undivided_rows(model: nn.Module) -> list[str]:
+    """Linears whose rows no block of bitsandbytes divides.
 
     Args:
         model: unquantized; its weights may lie on the meta device.
     """
-    found = [
+    return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module.in_features % 32 and module.in_features % 2 == 0
     ]
+
+
+def misread_in_4bit(model: nn.Module) -> list[str]:
+    """Those of `undivided_rows`, which a CPU would compute with other values in 4 bit; none where its kernel reads them right."""
+    found = undivided_rows(model)
     return [] if not found or rows_of_4bit_are_exact() else found
 
 

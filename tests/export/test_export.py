@@ -24,15 +24,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from running import options_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from spectrum_peft import SpectrumConfig, load_model_with_spectrum
 from spectrum_peft.cli.main import main
 from spectrum_peft.errors import CheckpointError, MismatchError, OptionError
 from spectrum_peft.export import export_axolotl, export_lora, merge_into_base
+from spectrum_peft.export.quantized import quantization_settings, quantized_names
 from spectrum_peft.records import Plan
 from spectrum_peft.tuner.factors import factors
 from spectrum_peft.tuner.ranks import live_rank
-from spectrum_peft.weights import settle_quantized
+from spectrum_peft.weights import open_weights, settle_quantized
 from spectrum_peft.weights.adapters import AdapterState
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -1003,6 +1005,25 @@ def test_a_base_that_is_only_there_in_four_bit(base_of: Callable[..., Path], tmp
         assert config["dtype"] == "float32"
         assert set(tensors_of(tmp_path / folder)) == set(tensors_of(base_of("llama")))
         assert (logits(loaded("llama", tmp_path / folder), architecture) - wanted).abs().max() < ROUNDING
+
+
+def test_what_the_device_of_training_decides_is_not_guessed(tmp_path: Path) -> None:
+    """Rows of 48 values stay unquantized where a model is loaded for a CPU, and only there."""
+    odd = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(odd).save_pretrained(tmp_path / "odd")
+    files = open_weights(tmp_path / "odd")
+    with pytest.raises(
+        OptionError, match=r"whether 1 matrices such as model\.layers\.0\.mlp\.down_proj\.weight were in 4 bit"
+    ):
+        quantized_names(files, quantization_settings("nf4", None))
+    assert "model.layers.0.mlp.down_proj.weight" in quantized_names(files, quantization_settings("int8", None))
 
 
 def test_onto_dequantized_needs_to_know_how(adapter_of: Callable[..., Any], tmp_path: Path) -> None:
