@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import names
 from ..errors import CheckpointError, MismatchError, OptionError, near_matches
-from ..records import Plan, SnrReport
+from ..records import MatrixStat, Plan, SnrReport
 from ..weights import (
     FileWeights,
     checkpoint_folder,
@@ -55,7 +55,7 @@ def report_with_model_names(report: SnrReport, model: nn.Module, present: dict[s
             if name is None:
                 continue
             if not bracket:
-                _check_shape(f"the report says that {base}", stat.shape, name, present)
+                _check_shape(stat, name, present)
             role = stat.role
             if role == "linear" and not bracket:
                 role = role_of(name, stat.shape, present[name][0], head)
@@ -79,8 +79,6 @@ def plan_with_model_names(plan: Plan, model: nn.Module, present: dict[str, Any])
     for entry in plan.entries:
         name = found.get(entry.name)
         if name is not None:
-            if entry.trains:
-                _check_shape(f"the plan says that {entry.name}", entry.shape, name, present)
             entries.append(dataclasses.replace(entry, name=name))
         elif entry.trains:
             raise MismatchError(
@@ -89,12 +87,14 @@ def plan_with_model_names(plan: Plan, model: nn.Module, present: dict[str, Any])
     return plan.replace(entries=tuple(entries))
 
 
-def _check_shape(said: str, shape: tuple[int, ...] | None, name: str, present: Mapping[str, Any]) -> None:
-    """
+def _check_shape(stat: MatrixStat, name: str, present: Mapping[str, Any]) -> None:
+    """A plan counts and shares out by the sides that its report has; a plan itself, forced, may be of a model of another width.
+
     Raises:
         MismatchError: a matrix of a block has other sides in the model. Tables and heads may have got rows; what is packed or
             shared out has the shape of its storage, and is not looked at.
     """
+    shape = stat.shape
     if shape is None or len(shape) != 2 or name not in present or names.block_index(name) is None:
         return
     owner, leaf = present[name]
@@ -102,7 +102,8 @@ def _check_shape(said: str, shape: tuple[int, ...] | None, name: str, present: M
     if parameter is None or parameter.ndim != 2 or not parameter.is_floating_point() or not parameter.numel():
         return
     if sorted(parameter.shape) != sorted(shape):
-        raise MismatchError(f"{said} is {' x '.join(map(str, shape))}, the model's is {tuple(parameter.shape)}.")
+        sides = " x ".join(map(str, shape))
+        raise MismatchError(f"the report says that {stat.name} is {sides}, the model's is {tuple(parameter.shape)}.")
 
 
 def without(report: SnrReport, new: Iterable[str]) -> SnrReport:
