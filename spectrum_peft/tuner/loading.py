@@ -182,12 +182,8 @@ def load_model_with_peft(
         model = _prepared(model)
     try:
         model = get_peft_model(model, config)
-    except (
-        AttributeError,
-        TypeError,
-        KeyError,
-        IndexError,
-    ) as error:  # of a value that the method's own class does not check
+    # Of a value that the method's own class does not check.
+    except (AttributeError, TypeError, KeyError, IndexError) as error:
         raise OptionError(
             f"PEFT refuses the {config.peft_type.value} config: {type(error).__name__}: {one_line(error)}"
         ) from error
