@@ -15,8 +15,8 @@ import ast
 import functools
 import inspect
 import sys
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -30,28 +30,57 @@ _MODELS = ("transformers.models.", "transformers_modules.")
 _QUESTIONS = frozenset({"isinstance", "hasattr", "getattr", "id", "type", "len"})
 
 
-@functools.cache
-def read_by(kind: type[nn.Module]) -> frozenset[str]:
-    """Children whose weight the methods of a class, and of those it inherits from, use as a tensor: `self.child.weight` as an
-    operand or an argument; a look at its dtype, and a tie (`self.a.weight = self.b.weight`), are no use."""
-    return frozenset(name for tree in _sources(kind) for name in _reads(tree))
+@dataclass(frozen=True)
+class _Code:
+    """What is read in the source of one class.
+
+    Attributes:
+        reads: children whose weight its methods use as a tensor: `self.child.weight` as an operand or an argument; a look
+            at its dtype, and a tie (`self.a.weight = self.b.weight`), are no use.
+        changes: paths below it whose weight, or whose output, its methods change in place.
+        calls_backward: whether it calls `backward` of something.
+    """
+
+    reads: frozenset[str]
+    changes: frozenset[str]
+    calls_backward: bool
 
 
-def _sources(kind: type[nn.Module]) -> Iterator[ast.AST]:
+def _codes(kind: type[nn.Module]) -> Iterator[_Code]:
     """The code of a class and of those it inherits from, torch's own left out."""
     for base in kind.__mro__:
         if base.__module__.startswith("torch.") or not issubclass(base, nn.Module) or base is nn.Module:
             continue
-        tree = _source(base)
-        if tree is not None:
-            yield tree
+        code = _code_in(base.__module__).get(base.__qualname__)
+        if code is not None:
+            yield code
 
 
-def _source(kind: type) -> ast.AST | None:
+@functools.cache
+def _code_in(module: str) -> Mapping[str, _Code]:
+    """{qualified name of a class: its code} of a module, which is parsed once for all of its classes; what was made at run
+    time has no source, and is not there."""
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError, SyntaxError):  # made at run time: nobody knows its source
-        return None
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError, SyntaxError, KeyError):
+        return {}
+    return {
+        name: _Code(frozenset(_reads(node)), frozenset(_changes(node)), _calls_backward(node))
+        for name, node in _classes(tree, ())
+    }
+
+
+def _classes(node: ast.AST, path: tuple[str, ...]) -> Iterator[tuple[str, ast.ClassDef]]:
+    """(`__qualname__`, node) of every class below a node."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            inside = (*path, child.name)
+            yield ".".join(inside), child
+            yield from _classes(child, inside)
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _classes(child, (*path, child.name, "<locals>"))
+        elif isinstance(child, ast.stmt | ast.ExceptHandler):
+            yield from _classes(child, path)
 
 
 def _reads(tree: ast.AST) -> Iterator[str]:
@@ -109,15 +138,22 @@ def without_adapters(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for name, module in model.named_modules():
+        read = _read_by(type(module))
         for child, layer in module.named_children():
             full = f"{name}.{child}.weight" if name else f"{child}.weight"
-            if isinstance(layer, nn.Linear) and child in read_by(type(module)):
+            if isinstance(layer, nn.Linear) and child in read:
                 found[full] = f"{type(module).__name__} reads the weight without calling the layer"
             elif isinstance(layer, nn.Linear) and not _takes_rows(layer):
                 found[full] = f"a {type(layer).__name__} computes something else than x W^T"
             elif _of_its_own(layer):
                 found[full] = f"a {type(layer).__name__} is no Linear, and PEFT has no layer for it"
     return found
+
+
+@functools.cache
+def _read_by(kind: type[nn.Module]) -> frozenset[str]:
+    """Children whose weight a class reads; see `_Code.reads`."""
+    return frozenset(child for code in _codes(kind) for child in code.reads)
 
 
 # Methods that set values before anything is computed.
@@ -129,7 +165,7 @@ def changed_in_place(model: nn.Module) -> Iterator[str]:
     `prediction_coefs`, RWKV divides the weights of later blocks, Longformer divides its queries. Packed weights are no numbers
     to be clamped, and the output of a quantized product is a view that autograd lets nobody change."""
     for name, module in model.named_modules():
-        for path in _changed(type(module)):
+        for path in _changed_by(type(module)):
             for full, layer in module.named_modules(prefix=name):
                 inside = full[len(name) + 1 if name else 0 :]
                 if isinstance(layer, nn.Linear) and f".{inside}".endswith(f".{path}"):
@@ -137,15 +173,16 @@ def changed_in_place(model: nn.Module) -> Iterator[str]:
 
 
 @functools.cache
-def _changed(kind: type[nn.Module]) -> frozenset[str]:
-    """Paths, below a module of a class, that its methods change in place; see `changed_in_place`."""
-    found: set[str] = set()
-    for tree in _sources(kind):
-        for method in ast.walk(tree):
-            if isinstance(method, ast.FunctionDef) and not method.name.startswith(_FIRST):
-                found.update(_written(method))
-                found.update(_outputs_changed(method.body, {}))
-    return frozenset(found)
+def _changed_by(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(path for code in _codes(kind) for path in code.changes)
+
+
+def _changes(tree: ast.AST) -> Iterator[str]:
+    """See `changed_in_place`."""
+    for method in ast.walk(tree):
+        if isinstance(method, ast.FunctionDef) and not method.name.startswith(_FIRST):
+            yield from _written(method)
+            yield from _outputs_changed(method.body, {})
 
 
 def _written(method: ast.AST) -> Iterator[str]:
@@ -191,16 +228,17 @@ def computes_gradients_itself(model: nn.Module) -> bool:
     """Whether a model runs parts of itself inside an `autograd.Function` that calls `backward` (Reformer's reversible blocks):
     autograd then sees the input of those parts and none of their weights, so that input must ask for a gradient."""
     modules = {type(module).__module__ for module in model.modules()}
-    return any(_calls_backward(name) for name in modules if name.startswith(_MODELS))
+    return any(_has_backward(name) for name in modules if name.startswith(_MODELS))
 
 
-@functools.cache
-def _calls_backward(module: str) -> bool:
-    for value in vars(sys.modules[module]).values():
-        if isinstance(value, type) and issubclass(value, torch.autograd.Function) and value.__module__ == module:
-            for node in ast.walk(_source(value) or ast.Module([], [])):
-                # `backward` of what it was given: `layer.backward_pass(...)`, `output.backward(...)`
-                called = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
-                if called.startswith("backward"):
-                    return True
-    return False
+def _has_backward(module: str) -> bool:
+    own = (kind for kind in vars(sys.modules[module]).values() if isinstance(kind, type) and kind.__module__ == module)
+    functions = [kind.__qualname__ for kind in own if issubclass(kind, torch.autograd.Function)]
+    codes = _code_in(module) if functions else {}
+    return any(name in codes and codes[name].calls_backward for name in functions)
+
+
+def _calls_backward(tree: ast.AST) -> bool:
+    """`backward` of what was given: `layer.backward_pass(...)`, `output.backward(...)`."""
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return any(isinstance(called, ast.Attribute) and called.attr.startswith("backward") for called in calls)
