@@ -32,6 +32,11 @@ _INDEXED = {
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
     "hc_lowrank": 16,
 }  # fmt: skip
+_SLIDING = {
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32,
+    "swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_qk_rope_head_dim": 16, "swa_v_head_dim": 16,
+}  # fmt: skip
+_SPEECH = {"num_filters": 32, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
 _MAMBA_OR_ATTENTION = ["mamba", "attention"]
 
 # Sizes that the names of the fields do not tell.
@@ -70,9 +75,11 @@ FIELDS: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1, "num_experts_per_tok": 2,
     },
     "dots3_note": {
+        "text_config": _SLIDING,
         "audio_config": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
         "vision_config": {"adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
     },
+    "dots3_note_text": _SLIDING,
     "dpt": {
         "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [32] * 4, "fusion_hidden_size": 32,
         "use_auxiliary_head": False,
@@ -104,6 +111,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "inkling2_text": {"vocab_size": 128, "unpadded_vocab_size": 128},
     "instructblip": {"image_token_index": 100},
+    "janus": {"vq_config": {"base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1}},
     "jamba": {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
         "use_mamba_kernels": False,
@@ -144,10 +152,16 @@ FIELDS: dict[str, dict[str, Any]] = {
     "step3p7": {"text_config": {"sliding_window": 16}},
     "swinv2": {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 2]},
     "textnet": {"image_size": [64, 64]},
+    "timesfm2_5": {"output_quantile_len": 64},
+    "vibevoice": {"semantic_model_config": _SPEECH, "audio_config": _SPEECH},
+    "vibevoice_asr": {
+        "semantic_tokenizer_encoder_config": _SPEECH, "acoustic_tokenizer_encoder_config": _SPEECH,
+    },
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
     "xlstm": {"head_dim": DROP, "qk_dim_factor": 1.0, "v_dim_factor": 1.0, "chunk_size": 4},
     "xmod": {"default_language": "en_XX"},
+    "yolos": {"image_size": [IMAGE, IMAGE]},
     "zamba": {
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32,
         "attention_hidden_size": 128, "num_key_value_heads": 4,
