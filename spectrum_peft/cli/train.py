@@ -104,7 +104,8 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         return
     for name in ("memory", "output"):
         if getattr(options, name) is not None:
-            raise OptionError(f"--{name} is for --init{' and --from-axolotl' if name == 'output' else ''}.")
+            also = " and --from-axolotl; a run writes to --output-dir" if name == "output" else ""
+            raise OptionError(f"--{name} is for --init{also}.")
     refuse_missing(options, rest, ("model", "dataset", "output_dir"))
     if options.time_steps is not None and not options.dry_run:
         raise OptionError("--time-steps is for --dry-run, which is missing.")

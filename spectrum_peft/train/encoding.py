@@ -7,6 +7,7 @@ An encoder is a function (rows in standard columns, tokenizer, longest row in to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,13 @@ def encode_several(rows: Dataset, tokenizer: Any, limit: int, labels: Sequence[s
 
 
 def encode_number(rows: Dataset, tokenizer: Any, limit: int, labels: Sequence[str], data: DataChoices) -> Dataset:
+    """
+    Raises:
+        DataError: a label is NaN or infinite.
+    """
+    for i, value in enumerate(rows["label"], 1):
+        if not math.isfinite(float(value)):
+            raise DataError(f"row {i}: label is {value}, wanted a finite number.")
     return _labelled(rows, tokenizer, limit, float)
 
 

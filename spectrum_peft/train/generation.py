@@ -138,8 +138,12 @@ def complete(
 
     Args:
         chat: the prompts come from a chat template, which has written the special tokens.
+    Raises:
+        CheckpointError: the model gives no numbers.
     """
     import torch
+
+    from .finite import Numbers
 
     side, pad = tokenizer.padding_side, tokenizer.pad_token
     tokenizer.padding_side = "left"
@@ -153,7 +157,9 @@ def complete(
             own = order[at : at + batch_size]
             inputs = _encoded(model, tokenizer, [prompts[i] for i in own], chat)
             with torch.no_grad(), writing(model):
-                output = model.generate(**inputs, **_greedy(tokenizer), max_new_tokens=max_new_tokens)
+                output = model.generate(
+                    **inputs, **_greedy(tokenizer), max_new_tokens=max_new_tokens, logits_processor=[Numbers(model)]
+                )
             if not model.config.is_encoder_decoder:
                 output = output[:, inputs["input_ids"].shape[1] :]
             with tokenizing("the tokenizer cannot read what was written"):

@@ -41,9 +41,11 @@ def _judge_tokens(model: Any, batches: Iterable[Mapping[str, Any]], shift: int) 
         batches: with `labels` (batch, length), `IGNORED` where nothing is to be predicted.
         shift: 1 for models whose logits at a position speak of the next token, 0 for decoders with shifted inputs.
     Raises:
-        DataError: no batch has a token to predict.
+        DataError: no batch has a token to predict. CheckpointError: the loss is no finite number.
     """
     import torch
+
+    from .finite import refuse_not_finite
 
     loss = correct = tokens = 0.0
     for batch in batches:
@@ -60,6 +62,7 @@ def _judge_tokens(model: Any, batches: Iterable[Mapping[str, Any]], shift: int) 
     if not tokens:
         raise DataError("the dataset has no token to predict: every label is masked.")
     mean = loss / tokens
+    refuse_not_finite(mean, model)
     return {
         "loss": mean,
         "perplexity": math.exp(mean) if mean < 700 else math.inf,  # float64 ends at exp(709)
@@ -122,11 +125,13 @@ def judge_head(head: str, model: Any, batches: Iterable[Mapping[str, Any]]) -> d
     cross-entropies divided by how many labels there are; the squared error of numbers.
 
     Raises:
-        DataError: there is no label in any batch.
+        DataError: there is no label in any batch. CheckpointError: the loss is no finite number.
     """
     import numpy as np
     import torch
     from torch.nn import functional
+
+    from .finite import refuse_not_finite
 
     losses: dict[str, Callable[[Any, Any], Any]] = {
         "classes": lambda z, y: functional.cross_entropy(z, y, reduction="sum"),
@@ -149,5 +154,6 @@ def judge_head(head: str, model: Any, batches: Iterable[Mapping[str, Any]]) -> d
     examples = sum(map(len, wanted))
     if not examples:
         raise DataError("the dataset has no label to judge by.")
+    refuse_not_finite(loss / examples, model)
     scores = SCORES[head](np.concatenate(found), np.concatenate(wanted))
     return {"loss": loss / examples, **scores, "tags" if head == "tokens" else "examples": examples}

@@ -14,6 +14,7 @@ from transformers import TextStreamer, set_seed
 from ..data import render, tokenizing
 from ..errors import CheckpointError, DataError, OptionError
 from ..records import RESULTS_FILE, read_mapping
+from .finite import Numbers
 from .fitting import writing
 from .saved import Saved
 
@@ -92,10 +93,13 @@ def write(
         top_p: tokens are drawn from the smallest set with this probability. seed: of the drawing.
     Raises:
         OptionError: temperature below 0, top_p outside (0, 1], max_new_tokens below 1.
-        DataError: the prompt holds no token, or leaves no room for an answer.
+        DataError: the prompt is no UTF-8, holds no token, or leaves no room for an answer.
+        CheckpointError: the model gives no numbers.
     """
     check_writing(max_new_tokens, temperature, top_p)
     model, tokenizer = saved.model, saved.tokenizer
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # what the shell gave that was no UTF-8
+        raise DataError("the prompt holds bytes that are no UTF-8.")
     with tokenizing():
         inputs = tokenizer([prompt], return_tensors="pt", add_special_tokens=not templated)
         length = inputs["input_ids"].shape[1]
@@ -120,7 +124,7 @@ def write(
     with torch.no_grad(), writing(model):
         output = model.generate(
             **{k: inputs[k].to(model.device) for k in ("input_ids", "attention_mask") if k in inputs},
-            **drawing, pad_token_id=pad, max_new_tokens=room,
+            **drawing, pad_token_id=pad, max_new_tokens=room, logits_processor=[Numbers(model)],
             streamer=_Pieces(tokenizer, keep, skip_prompt=not model.config.is_encoder_decoder),
         )  # fmt: skip
     begun = 1 if model.config.is_encoder_decoder else length

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from ..devices import synchronize
 from ..errors import DataError
 from ..records import with_usual_modes
+from .finite import first_not_finite
 
 
 class StepClock(TrainerCallback):
@@ -33,21 +34,27 @@ class StepClock(TrainerCallback):
 class FiniteLoss(TrainerCallback):
     """Ends a run whose loss or weights have become NaN: what follows would be NaN, too, and nothing would say so."""
 
+    def __init__(self) -> None:
+        self._before: str | None = None  # what held such values before anything was trained
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._before = first_not_finite(model)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(float(loss)):
-            raise DataError(f"the loss is {float(loss)} at step {state.global_step}; nothing was saved. " + _NOT_FINITE)
+            raise DataError(f"the loss is {float(loss)} at step {state.global_step}; nothing was saved. {self._why()}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step in (1, state.max_steps):
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-                    raise DataError(f"{name} holds NaN or Inf after step {state.global_step}. " + _NOT_FINITE)
+                    raise DataError(f"{name} holds NaN or Inf after step {state.global_step}. {self._why()}")
 
-
-_NOT_FINITE = (
-    "A lower learning rate may help; `spectrum-peft scan` tells whether the checkpoint itself holds such values."
-)
+    def _why(self) -> str:
+        if self._before is not None:
+            return f"{self._before} held such values before the first step: the checkpoint has them."
+        return "A lower learning rate may help; the checkpoint's own values were finite."
 
 
 class UsualModes(TrainerCallback):

@@ -6,11 +6,13 @@ The table tells everybody to train what begins at random, also where an adapter 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import first_of
+from ..errors import CheckpointError, first_of
+from ..names import block_index
+from ..names import kinds as kinds_of
 from ..weights import read_header
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ def say_keys(keys: Mapping[str, Any], model: Any, name: str, adapter: Path | Non
 
     Args:
         adapter: folder of one that comes on top; what its file holds is not lacking.
+    Raises:
+        CheckpointError: a block lacks what other blocks of its kind have.
     """
     brought: list[str] = []
     if adapter is not None and (adapter / "adapter_model.safetensors").is_file():
@@ -66,6 +70,7 @@ def say_keys(keys: Mapping[str, Any], model: Any, name: str, adapter: Path | Non
     body = f"{getattr(model, 'base_model_prefix', '')}."
     heads = [key for key in lacking if not key.startswith(body)]
     inner = [key for key in lacking if key.startswith(body)]
+    _refuse_torn(inner, model, name)
     if heads:
         logger.info("%s has no such tensor, so that it begins at random: %s", name, first_of(heads, 4))
     if inner:
@@ -76,6 +81,22 @@ def say_keys(keys: Mapping[str, Any], model: Any, name: str, adapter: Path | Non
     beyond = sorted(keys.get("unexpected_keys", ()))
     if beyond:
         logger.info("%s: %s has no place for %s, left out", name, type(model).__name__, first_of(beyond, 4))
+
+
+def _refuse_torn(lacking: Sequence[str], model: Any, name: str) -> None:
+    """
+    Raises:
+        CheckpointError: some blocks have a tensor that one of them lacks: its values would be random, and that is no model.
+    """
+    kinds = kinds_of(model.state_dict())
+    there = {kinds[key]: key for key in kinds if key not in lacking and block_index(key) is not None}
+    torn = [key for key in lacking if block_index(key) is not None and kinds.get(key) in there]
+    if torn:
+        more = f" and {len(torn) - 1} more" if len(torn) > 1 else ""
+        raise CheckpointError(
+            f"{name}: lacks {torn[0]}{more}, and has {there[kinds[torn[0]]]}. The checkpoint is not whole, or its config counts "
+            "more blocks than it has."
+        )
 
 
 def _is(key: str, stored: str) -> bool:

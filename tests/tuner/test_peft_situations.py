@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -530,12 +531,24 @@ class Renamed(nn.Module):
         self.model = nn.ModuleDict({"language_model": body}) if new else body
         if new:
             self._checkpoint_conversion_mapping = {r"^model(?!\.language_model)": "model.language_model"}
+        self.layers = [layer["attn"] for layer in body["layers"]]
+
+    def forward(self, rows: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        for layer in self.layers:
+            rows = layer(rows)
+        return SimpleNamespace(logits=rows)
 
 
-@pytest.mark.parametrize("mode", [name for name in MODES if not MODES[name].needs_data])
+@pytest.mark.parametrize("mode", MODES)
 def test_an_adapter_of_an_older_class_finds_the_renamed_modules(mode: str, tmp_path: Path) -> None:
-    model = trained(get_peft_model(Renamed(new=False), SpectrumConfig(mode=mode)))
+    data = [{"rows": torch.randn(8, 10), "labels": torch.arange(8)}] if MODES[mode].needs_data else None
+    config = SpectrumConfig(mode=mode, r=4, **(options_of(mode) | {"calibration_data": data}))
+    model = trained(get_peft_model(Renamed(new=False), config))
     model.save_pretrained(tmp_path)
+    if mode == "lorsa":  # its directions are drawn from a module's name
+        with pytest.raises(SpectrumError, match=r"or the module's name was changed"):
+            PeftModel.from_pretrained(Renamed(new=True), tmp_path)
+        return
     loaded = PeftModel.from_pretrained(Renamed(new=True), tmp_path)
     old = {n.replace("model.layers", "model.language_model.layers"): p for n, p in model.named_parameters()}
     found = {n: p for n, p in loaded.named_parameters() if "lora_" in n}
