@@ -149,13 +149,13 @@ def _what_a_library_said(error: Exception) -> str | None:
 
     A `ValueError`, an `ImportError` or an `OSError` that was raised in the code of a library is how that library says what it
     was given wrong. Other errors, and those raised in a frame of this package, are bugs until shown otherwise. What the system
-    says of a file by its name, gone, full or locked, comes from outside wherever it is raised.
+    says of a file, gone, full or locked, comes from outside wherever it is raised.
     """
     name, text = type(error).__name__, one_line(error)[:500]
     if name in ("OutOfMemoryError", "AcceleratorError") and "out of memory" in text:
         return f"the device's memory is full ({text[:160]}). `spectrum-peft memory` says beforehand what a step needs."
-    if isinstance(error, OSError) and error.errno and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno:
+        return f"{error.filename or 'the system refuses'}: {error.strerror}"
     if not isinstance(error, ValueError | ImportError | OSError):
         return None
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)

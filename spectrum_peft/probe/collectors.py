@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..devices import exact, summed
+from ..errors import DataError
 from ..scan import SingularTriplets
 
 # Singular values of a sketch's core below this many units of rounding of the largest are no directions.
@@ -126,10 +127,15 @@ class MeanGradients:
         """(U, s, V) of the sum of the gradients that were seen: U (out, rank), V (in, rank), float64 on the CPU.
 
         Of rank 0 where all of it was zero.
+
+        Raises:
+            DataError: it holds NaN or Inf.
         """
         x, y = (t.cpu().double() for t in self._kept[name])
         kept = self._kept[name][0]
         q = self._matrices(y.shape[0], x.shape[0], kept)[1].cpu().double()
+        if not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
+            raise DataError(f"calibration: the sum of the gradients of {name} is no finite matrix on these samples.")
         u, s, vh = torch.linalg.svd(q.T @ x, full_matrices=False)
         rank = int((s > _NEGLIGIBLE * torch.finfo(kept.dtype).eps * s[0]).sum())
         left, right = x @ (vh[:rank].T / s[:rank]), y @ u[:, :rank]

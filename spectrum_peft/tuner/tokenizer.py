@@ -53,11 +53,15 @@ def _refuse_charsmap(path: Path) -> None:
     `DecodePrecompiledCharsMap`.
 
     Raises:
-        CheckpointError: a table says that it is longer than it is.
+        CheckpointError: the file cannot be read, or a table says that it is longer than it is.
     """
     if not is_file(path):
         return
-    for found in _CHARSMAP.finditer(path.read_bytes()):
+    try:
+        held = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    for found in _CHARSMAP.finditer(held):
         try:
             table = base64.b64decode(found[1])
         except binascii.Error:

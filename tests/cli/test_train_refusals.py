@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -182,6 +184,17 @@ def test_a_value_error_of_our_own_code_is_a_failure_of_ours(monkeypatch: pytest.
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def test_what_the_system_says_of_a_file_that_it_does_not_name_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))  # as a read raises it, which knows no name
+
+    monkeypatch.setattr("spectrum_peft.cli.plan.required", fails)
+    assert main(["plan", "report.json"]) == 2
+    assert capsys.readouterr().err.startswith(f"spectrum-peft: error: the system refuses: {os.strerror(errno.EIO)}")
 
 
 # --- what is said once -----------------------------------------------------------------------------------------------

@@ -666,3 +666,11 @@ def test_bad_calibration_data_is_refused(tiny_tokenizer: Any) -> None:
         calibration_batches([{"body": "a"}] * 9, tiny_tokenizer)
     with pytest.raises(OptionError, match="n is 0"):
         calibration_batches([{"text": "a"}] * 9, tiny_tokenizer, n=0)
+
+
+def test_gradients_that_overflow_are_refused_where_their_likeness_is_asked() -> None:
+    seen = MeanGradients(sketch=4)
+    huge = torch.full((1, 2, 6), 1e30)
+    seen.see("layer", huge, huge)
+    with pytest.raises(DataError, match=r"the sum of the gradients of layer is no finite matrix"):
+        seen.svd("layer")
