@@ -38,11 +38,13 @@ class _Code:
         reads: children whose weight its methods use as a tensor: `self.child.weight` as an operand or an argument; a look
             at its dtype, and a tie (`self.a.weight = self.b.weight`), are no use.
         changes: paths below it whose weight, or whose output, its methods change in place.
+        returns: children whose output its `forward` returns as it is.
         calls_backward: whether it calls `backward` of something.
     """
 
     reads: frozenset[str]
     changes: frozenset[str]
+    returns: frozenset[str]
     calls_backward: bool
 
 
@@ -65,7 +67,7 @@ def _code_in(module: str) -> Mapping[str, _Code]:
     except (OSError, TypeError, SyntaxError, KeyError):
         return {}
     return {
-        name: _Code(frozenset(_reads(node)), frozenset(_changes(node)), _calls_backward(node))
+        name: _Code(*(frozenset(find(node)) for find in (_reads, _changes, _returned)), _calls_backward(node))
         for name, node in _classes(tree, ())
     }
 
@@ -163,13 +165,25 @@ _FIRST = ("__init__", "_init", "init_", "reset_")
 def changed_in_place(model: nn.Module) -> Iterator[str]:
     """Modules below a model whose weight, or whose output, the model's code changes in place: Gemma 3n clamps its
     `prediction_coefs`, RWKV divides the weights of later blocks, Longformer divides its queries. Packed weights are no numbers
-    to be clamped, and the output of a quantized product is a view that autograd lets nobody change."""
+    to be clamped, and the output of a quantized product with a bias is a view that autograd lets nobody change (torch's linear
+    adds the bias to rows in two dimensions; without one there is no view)."""
     for name, module in model.named_modules():
         for path in _changed_by(type(module)):
             for full, layer in module.named_modules(prefix=name):
                 inside = full[len(name) + 1 if name else 0 :]
-                if isinstance(layer, nn.Linear) and f".{inside}".endswith(f".{path}"):
-                    yield full
+                if f".{inside}".endswith(f".{path}"):
+                    yield from _handing_out(full, layer)
+
+
+def _handing_out(name: str, module: nn.Module) -> Iterator[str]:
+    """The Linear whose output is a module's: itself, or what is inside of it and last; there only with a bias."""
+    if isinstance(module, nn.Linear):
+        yield name
+        return
+    for path in {path for code in _codes(type(module)) for path in code.returns}:
+        child = getattr(module, path, None)
+        if isinstance(child, nn.Module) and not (isinstance(child, nn.Linear) and child.bias is None):
+            yield from _handing_out(f"{name}.{path}", child)
 
 
 @functools.cache
@@ -182,7 +196,7 @@ def _changes(tree: ast.AST) -> Iterator[str]:
     for method in ast.walk(tree):
         if isinstance(method, ast.FunctionDef) and not method.name.startswith(_FIRST):
             yield from _written(method)
-            yield from _outputs_changed(method.body, {})
+            yield from _outputs_changed(method)
 
 
 def _written(method: ast.AST) -> Iterator[str]:
@@ -208,20 +222,48 @@ def _attributes(node: ast.AST) -> list[str]:
     return found if isinstance(node, ast.Name) else []
 
 
-def _outputs_changed(body: list[ast.stmt], made_by: dict[str, str]) -> Iterator[str]:
+def _outputs_changed(method: ast.FunctionDef) -> Iterator[str]:
     """Children whose output, as it is, is the target of `x += ...`, `x /= ...`."""
-    for statement in body:
-        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-            value, target = statement.value, statement.targets[0].id
-            made_by.pop(target, None)
-            if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
-                if isinstance(value.func.value, ast.Name) and value.func.value.id == "self":
-                    made_by[target] = value.func.attr
-        elif isinstance(statement, ast.AugAssign) and isinstance(statement.target, ast.Name):
+    for statement, made_by in _followed(method.body, {}):
+        if isinstance(statement, ast.AugAssign) and isinstance(statement.target, ast.Name):
             if statement.target.id in made_by:
                 yield made_by[statement.target.id]
+
+
+def _returned(tree: ast.AST) -> Iterator[str]:
+    """Children whose output, as it is, a class's `forward` returns, alone or among others."""
+    for method in ast.iter_child_nodes(tree):
+        if isinstance(method, ast.FunctionDef) and method.name == "forward":
+            for statement, made_by in _followed(method.body, {}):
+                if isinstance(statement, ast.Return):
+                    value = statement.value
+                    for one in value.elts if isinstance(value, ast.Tuple) else [value]:
+                        child = made_by.get(one.id) if isinstance(one, ast.Name) else _child_called(one)
+                        if child is not None:
+                            yield child
+
+
+def _followed(body: list[ast.stmt], made_by: dict[str, str]) -> Iterator[tuple[ast.stmt, dict[str, str]]]:
+    """(statement, {name: the child whose output it is, as it was put out} before it), line by line."""
+    for statement in body:
+        yield statement, made_by
+        if isinstance(statement, ast.Assign):
+            target, child = statement.targets[0], _child_called(statement.value)
+            for name in target.elts if isinstance(target, ast.Tuple) else [target]:
+                if isinstance(name, ast.Name):
+                    made_by.pop(name.id, None)
+                    if child is not None:
+                        made_by[name.id] = child
         for inner in ("body", "orelse"):
-            yield from _outputs_changed(getattr(statement, inner, []), made_by)
+            yield from _followed(getattr(statement, inner, []), made_by)
+
+
+def _child_called(value: ast.AST | None) -> str | None:
+    """`child` of `self.child(...)`."""
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+        if isinstance(value.func.value, ast.Name) and value.func.value.id == "self":
+            return value.func.attr
+    return None
 
 
 def computes_gradients_itself(model: nn.Module) -> bool:
