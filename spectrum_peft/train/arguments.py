@@ -103,6 +103,8 @@ def _key_value(parser: _TrainerParser, key: str, value: Any, source: str, known:
         raise OptionError(f"{source}: unknown key {key!r}." + near_matches(key, choices))
     (arguments_class,) = parser.dataclass_types
     hint = typing.get_type_hints(arguments_class)[key]
+    if value is None and type(None) not in typing.get_args(hint):  # an empty key is one that was not given
+        return parser.get_default(key)
     if isinstance(value, dict | list) and type(value).__name__ in str(hint):
         _check_collection(f"{source}: {key}", value, hint)
         return value

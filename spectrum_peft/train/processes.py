@@ -90,7 +90,7 @@ def problem_of(sharing: Sharing, plan: Plan, model: nn.Module) -> str | None:
     if sharing.asked is not None:
         return (
             f"{sharing.asked} was asked for, and accelerate runs {sharing.runs} instead: it shards on accelerators only. "
-            "Leave it out, or --use-cpu where there is one"
+            "Leave it out; where there is an accelerator, leave --use-cpu out"
         )
     if kind == "fsdp1":
         return (

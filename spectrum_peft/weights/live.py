@@ -142,6 +142,9 @@ class LiveWeights:
             group.append(item.info.name)
             if len(group) == 1:
                 self._live[item.info.name] = item
+            elif item.info.role == "embedding":  # a table is one, wherever it lies first, as in the file
+                first = self._live[group[0]]
+                self._live[group[0]] = replace(first, info=replace(first.info, role="embedding"))
         self.tied = tuple(tuple(group) for group in groups.values() if len(group) > 1)
         if not self._live:
             raise CheckpointError(f"{type(model).__name__}: has no floating-point parameters.")

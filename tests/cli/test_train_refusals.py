@@ -156,6 +156,18 @@ def test_what_is_missing_is_said_before_the_model_is_loaded(
     assert not Path("out").exists()
 
 
+def test_an_empty_key_of_a_config_file_is_one_that_was_not_given(tmp_path: Path) -> None:
+    from spectrum_peft.arguments import Rest
+    from spectrum_peft.train.arguments import trainer_arguments
+
+    keys = {"max_steps": None, "num_train_epochs": None, "weight_decay": None, "max_length": None}
+    args = trainer_arguments(
+        "causal_lm", Rest(config=keys, source="c.yaml"), {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    )
+    assert (args.max_steps, args.num_train_epochs, args.weight_decay) == (-1, 3.0, 0.0)
+    assert args.max_length is None  # which may be none: rows are not cut
+
+
 # --- known only later ------------------------------------------------------------------------------------------------
 
 

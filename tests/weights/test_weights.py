@@ -9,12 +9,14 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from architectures import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -234,6 +236,17 @@ def test_a_head_that_is_not_stored_is_tied(
 ) -> None:
     tensors = llama_tensors(1) | ({"lm_head.weight": torch.ones(20, 8)} if head else {})
     assert open_weights(written(tmp_path, tensors, config)).tied == tied
+
+
+def test_a_table_is_an_embedding_also_where_the_model_names_the_tied_head_first(tmp_path: Path) -> None:
+    config = transformers.XLMRobertaConfig(
+        vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.XLMRobertaForMaskedLM(config).save_pretrained(tmp_path)
+    model = transformers.XLMRobertaForMaskedLM.from_pretrained(tmp_path)
+    assert next(iter(dict(model.named_parameters()))).startswith("lm_head")
+    roles = [Counter(t.role for t in open_weights(source).tensors()) for source in (tmp_path, model)]
+    assert roles[0] == roles[1]
 
 
 @pytest.mark.parametrize("method", ["hqq", "aqlm"])
