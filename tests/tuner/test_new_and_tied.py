@@ -187,6 +187,12 @@ def test_what_a_checkpoint_lacks_is_said_in_a_line_and_a_wrong_shape_is_shown(
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     save_file({n: t for n, t in tensors.items() if n != name}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=rf"cut: lacks {re.escape(name)}, and has model\.layers\.\d\.mlp\.up_proj\.weight"
+    ):
+        load_trained(str(folder), dtype="float32")
+    everywhere = {n: t for n, t in tensors.items() if ".up_proj." not in n}  # as a class with more in each block has it
+    save_file(everywhere, folder / "model.safetensors", {"format": "pt"})
     load_trained(str(folder), dtype="float32")
     said = [r for r in caplog.records if name in r.getMessage()]
     assert len(said) == 1 and said[0].levelname == "WARNING" and "begins at random" in said[0].getMessage()
