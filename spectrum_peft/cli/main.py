@@ -154,6 +154,9 @@ def _what_a_library_said(error: Exception) -> str | None:
     name, text = type(error).__name__, one_line(error)[:500]
     if name in ("OutOfMemoryError", "AcceleratorError") and "out of memory" in text:
         return f"the device's memory is full ({text[:160]}). `spectrum-peft memory` says beforehand what a step needs."
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in text:
+        asked = f" ({text[:160]})" if text else ""
+        return f"this machine's memory is full{asked}. `spectrum-peft memory` says beforehand what a step needs."
     if isinstance(error, OSError) and error.errno:
         return f"{error.filename or 'the system refuses'}: {error.strerror}"
     if not isinstance(error, ValueError | ImportError | OSError):

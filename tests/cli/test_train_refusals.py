@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 from spectrum_peft import Plan
@@ -198,15 +199,21 @@ def test_a_value_error_of_our_own_code_is_a_failure_of_ours(monkeypatch: pytest.
     assert "Traceback" in done.stderr
 
 
-def test_what_the_system_says_of_a_file_that_it_does_not_name_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fails(*_: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))  # as a read raises it, which knows no name
+def _out_of_the_system() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))  # as a read raises it, which knows no name
 
-    monkeypatch.setattr("spectrum_peft.cli.plan.required", fails)
+
+@pytest.mark.parametrize(("fails", "said"), [
+    (_out_of_the_system, f"the system refuses: {os.strerror(errno.EIO)}"),
+    (lambda: bytearray(2**62), "this machine's memory is full. `spectrum-peft memory` says"),
+    (lambda: torch.empty(2**60, dtype=torch.uint8), "this machine's memory is full ("),
+])  # fmt: skip
+def test_what_the_system_refuses_without_the_name_of_a_file_is_one_line(
+    fails: Callable[[], object], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("spectrum_peft.cli.plan.required", lambda *_: fails())
     assert main(["plan", "report.json"]) == 2
-    assert capsys.readouterr().err.startswith(f"spectrum-peft: error: the system refuses: {os.strerror(errno.EIO)}")
+    assert capsys.readouterr().err.startswith(f"spectrum-peft: error: {said}")
 
 
 # --- what is said once -----------------------------------------------------------------------------------------------
