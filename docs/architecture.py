@@ -7,6 +7,7 @@ imports to its table by the same reading.
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
@@ -32,14 +33,22 @@ def module_of(path: Path, package: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports_of(path: Path, package: Path) -> set[str]:
+def imports_of(path: Path, package: Path) -> frozenset[str]:
     """Dotted names of all that a file may import when it runs: ours as `spectrum_peft.x`, others as `torch.nn`.
 
     Imports inside functions count; those under `if TYPE_CHECKING:` do not, they never run.
     """
+    return _imports_in(path.read_text(encoding="utf-8"), path, package)
+
+
+@functools.cache
+def _imports_in(text: str, path: Path, package: Path) -> frozenset[str]:
     inside = [package.name, *path.relative_to(package).with_suffix("").parts[:-1]]  # the package that the file lies in
-    modules = {module_of(other, package) for other in files(package)}
     found: set[str] = set()
+
+    def is_module(name: str) -> bool:
+        place = package.parent.joinpath(*name.split("."))
+        return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -53,7 +62,8 @@ def imports_of(path: Path, package: Path) -> set[str]:
             name = ".".join([*base, *(node.module.split(".") if node.module else [])])
             for alias in node.names:  # `from . import scan` names a module, `from .scan import x` does not
                 whole = f"{name}.{alias.name}"
-                found.add(whole if whole in modules or name == package.name else name)
+                ours = name == package.name or (name.startswith(f"{package.name}.") and is_module(whole))
+                found.add(whole if ours else name)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
             if called in {"import_module", "__import__"}:
@@ -61,8 +71,8 @@ def imports_of(path: Path, package: Path) -> set[str]:
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(ast.parse(path.read_text(encoding="utf-8")))
-    return found
+    visit(ast.parse(text))
+    return frozenset(found)
 
 
 def between_files(package: Path) -> dict[str, set[str]]:
