@@ -9,16 +9,17 @@ import torch
 from transformers import LogitsProcessor
 
 from ..errors import CheckpointError
+from .fitting import name_of
 
 
 def first_not_finite(model: Any) -> str | None:
     """Name of the first parameter or buffer that holds NaN or Inf, without PEFT's wrappers; buffers, which may be masks, may
     hold -Inf."""
     for name, parameter in model.named_parameters():
-        if _plain(parameter) and not bool(torch.isfinite(parameter).all()):
+        if _is_plain(parameter) and not bool(torch.isfinite(parameter).all()):
             return _plain_name(name)
     for name, buffer in model.named_buffers():
-        if _plain(buffer) and bool((buffer.isnan() | buffer.isposinf()).any()):
+        if _is_plain(buffer) and bool((buffer.isnan() | buffer.isposinf()).any()):
             return _plain_name(name)
     return None
 
@@ -27,7 +28,7 @@ def _plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def _plain(value: torch.Tensor) -> bool:
+def _is_plain(value: torch.Tensor) -> bool:
     """Numbers that can be asked: neither packed ones nor float8."""
     return value.is_floating_point() and not value.is_meta and value.element_size() > 1
 
@@ -38,7 +39,7 @@ def refuse_not_finite(loss: float, model: Any) -> None:
         CheckpointError: the loss of a model on rows is NaN or infinite; a parameter or buffer is named where it is the cause.
     """
     if not math.isfinite(loss):
-        raise CheckpointError(f"{_name(model)}: the loss is {loss}; {_cause(model)}.")
+        raise CheckpointError(f"{name_of(model)}: the loss is {loss}; {_cause(model)}.")
 
 
 class Numbers(LogitsProcessor):
@@ -55,7 +56,7 @@ class Numbers(LogitsProcessor):
             CheckpointError: one of them is NaN.
         """
         if bool(scores.isnan().any()):
-            raise CheckpointError(f"{_name(self.model)}: the scores of the next token are NaN; {_cause(self.model)}.")
+            raise CheckpointError(f"{name_of(self.model)}: the scores of the next token are NaN; {_cause(self.model)}.")
         return scores
 
 
@@ -65,7 +66,3 @@ def _cause(model: Any) -> str:
         return f"its {name} holds NaN or Inf"
     kind = str(getattr(model, "dtype", "")).removeprefix("torch.")
     return f"its weights are finite, so what it computes leaves the range of {kind or 'its dtype'}"
-
-
-def _name(model: Any) -> str:
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or "the model"

@@ -24,7 +24,7 @@ def known_tokens(model: Any) -> Iterator[None]:
         embedding = model.get_input_embeddings()
         rows = "" if embedding is None else f" of {embedding.weight.shape[0]:,} rows"
         raise CheckpointError(
-            f"{_name(model)}: a token or a position lies outside of its embedding{rows}. Is the tokenizer this model's, and is "
+            f"{name_of(model)}: a token or a position lies outside of its embedding{rows}. Is the tokenizer this model's, and is "
             "the text no longer than the model takes?"
         ) from error
 
@@ -45,7 +45,7 @@ def fitting(model: Any) -> Iterator[None]:
             raise
         said = one_line(error)[:200]
         raise CheckpointError(
-            f"{_name(model)}: cannot be run: {said}. Does its config.json fit its weights?"
+            f"{name_of(model)}: cannot be run: {said}. Does its config.json fit its weights?"
         ) from error
 
 
@@ -66,9 +66,10 @@ def writing(model: Any) -> Iterator[None]:
             raise
         said = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise CheckpointError(
-            f"{_name(model)}: cannot write ({said}). Do its generation_config.json and its tokenizer fit it?"
+            f"{name_of(model)}: cannot write ({said}). Do its generation_config.json and its tokenizer fit it?"
         ) from error
 
 
-def _name(model: Any) -> str:
+def name_of(model: Any) -> str:
+    """What a model was loaded by, for a message about it."""
     return getattr(getattr(model, "config", None), "_name_or_path", "") or "the model"
