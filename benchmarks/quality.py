@@ -68,7 +68,8 @@ class Suite:
         config: keys of `compare` for both runs.
         quick: keys that are other in the small grid; None: the suite is not part of it.
         step_seconds: what a step takes on 2 cores, about: for the hours that are stated before anything is run.
-        evaluation: rows of the evaluation data.
+        evaluation: rows of the evaluation data; `quick_evaluation` in the small grid.
+        search_rows: rows that the search is judged on, at most.
         reference: the contestant that the others are held against, seed by seed.
         equal: in the search all try as many rates.
     """
@@ -82,6 +83,7 @@ class Suite:
     step_seconds: float = 1.0
     evaluation: int = 1000
     quick_evaluation: int = 1000
+    search_rows: int = 1000
     category: str | None = None
     equal: bool = False
 
@@ -171,7 +173,7 @@ def _controls(question: str, data: str, evaluation: int) -> Suite:
     few = {"controls": ["random", "spaced"], "contestants": [_EVERY_MATRIX, _lora(1), _lora(16)]}
     return Suite(
         question, "smollm2", data, "spectrum 0.25 by random", {**_WRITE, **_CONTROLS, **ranks}, {**_QUICK_WRITE, **few},
-        step_seconds=2.0, evaluation=evaluation, quick_evaluation=40, equal=True,
+        step_seconds=2.0, evaluation=evaluation, quick_evaluation=100, search_rows=40, equal=True,
     )  # fmt: skip
 
 
@@ -188,7 +190,7 @@ SUITES: dict[str, Suite] = {
         "The same, in a language model on problems with worked solutions.", "smollm2", "gsm8k", "spectrum 0.25",
         {**_WRITE, **_CHOICE, "ratios": [0.25], "generate": ["exact_match"], "generate_rows": 200},
         {**_QUICK_WRITE, "criteria": ["spectrum"], "controls": ["random", "last"]}, step_seconds=2.0,
-        evaluation=300, quick_evaluation=40,
+        evaluation=300, quick_evaluation=40, search_rows=40,
     ),
     "choice-dolly": Suite(
         "The same, on instructions.", "smollm2", "dolly", "spectrum 0.25", {**_WRITE, **_CHOICE, "ratios": [0.25]},
@@ -205,7 +207,7 @@ SUITES: dict[str, Suite] = {
     "modes-dolly": Suite(
         "All modes at their defaults, instructions, and what they forget of general text.", "smollm2", "dolly", "lora",
         {**_WRITE, **_MODES, "general": "wikitext2_small"}, {**_QUICK_WRITE, "max_length": 128, "controls": []},
-        step_seconds=2.0, evaluation=300, quick_evaluation=40,
+        step_seconds=2.0, evaluation=300, quick_evaluation=40, search_rows=40,
     ),
     "modes-wikitext": Suite(
         "All modes at their defaults, plain text.", "smollm2", "wikitext2_small", "lora", {**_WRITE, **_MODES},
@@ -239,7 +241,7 @@ SUITES: dict[str, Suite] = {
     "adapters-gsm8k": Suite(
         "The same, in a language model.", "smollm2", "gsm8k", "LoRA r4",
         {**_WRITE, **_adapters(150), "seeds": [0]},
-        {**_QUICK_WRITE, **_adapters(25, _FEW_ADAPTERS)}, step_seconds=2.0, evaluation=300, quick_evaluation=40,
+        {**_QUICK_WRITE, **_adapters(25, _FEW_ADAPTERS)}, step_seconds=2.0, evaluation=300, quick_evaluation=40, search_rows=40,
     ),
 }  # fmt: skip
 
@@ -321,7 +323,7 @@ def search_config(suite: Suite, config: Mapping[str, Any], train: Path, folder: 
     skipped = ("generate", "generate_rows", "max_new_tokens", "general_text", "generation_speed")
     kept = {k: v for k, v in config.items() if k not in skipped} | {"metric": "loss"}
     rows = len(lines_of(train))
-    held = max(1, min(rows * share // 100, suite.quick_evaluation))
+    held = max(1, min(rows * share // 100, suite.search_rows))
     return {
         **kept, "seeds": [1000], "dataset": str(train), "dataset_split": f"train[{held}:]", "eval_split": f"train[:{held}]",
         "output_dir": str(folder / "search"),

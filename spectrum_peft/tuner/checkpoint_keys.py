@@ -70,7 +70,7 @@ def say_keys(keys: Mapping[str, Any], model: Any, name: str, adapter: Path | Non
     body = f"{getattr(model, 'base_model_prefix', '')}."
     heads = [key for key in lacking if not key.startswith(body)]
     inner = [key for key in lacking if key.startswith(body)]
-    _refuse_torn(inner, model, name)
+    _refuse_torn(lacking, model, name)
     if heads:
         logger.info("%s has no such tensor, so that it begins at random: %s", name, first_of(heads, 4))
     if inner:

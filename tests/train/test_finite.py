@@ -11,10 +11,12 @@ import torch
 from running import LIBRARIES
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModel, BertConfig, BertModel
 
 from spectrum_peft.cli.main import main
 from spectrum_peft.errors import CheckpointError
 from spectrum_peft.train.finite import first_not_finite, refuse_not_finite
+from spectrum_peft.tuner.loading import load_trained
 
 pytestmark = LIBRARIES
 SPOILED = "model.layers.1.mlp.up_proj.weight"
@@ -60,6 +62,24 @@ def test_a_block_that_lacks_what_the_others_have_is_refused(
     assert main(line.split()) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"base: lacks {SPOILED}, and has model.layers." in last and "The checkpoint is not whole" in last
+
+
+def test_a_body_without_a_head_is_no_exception(tmp_path: Path) -> None:
+    """Its keys have no prefix: `encoder.layer.0`, where the class with a head has `bert.encoder.layer.0`."""
+    config = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=40)
+    body = BertModel(config)
+    body.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["encoder.layer.1.output.dense.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"lacks encoder\.layer\.1\.output\.dense\.weight, and has encoder\.layer\.0"
+    ):
+        load_trained(str(tmp_path), model_class=AutoModel)
+    del tensors["pooler.dense.weight"], tensors["pooler.dense.bias"]
+    tensors["encoder.layer.1.output.dense.weight"] = body.state_dict()["encoder.layer.1.output.dense.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_trained(str(tmp_path), model_class=AutoModel)  # a part that no block has may be new
 
 
 def test_a_finite_model_whose_outputs_overflow_is_said_to_leave_its_range() -> None:
