@@ -7,9 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..arguments import Rest, flags_of, switch
 from ..errors import OptionError
+from ..plan.modes import MODES, USUAL_MODE
+from ..plan.options import owners_of
 from ..records import EXPORTED, write_text
 from .options import (
     PLAN_HELP,
@@ -22,6 +25,9 @@ from .options import (
     required,
 )
 from .verb import Verb
+
+# What chooses among matrices, of which the usual mode takes all.
+_CHOOSE = ("report", "gradients", "criterion", "scope", "measure", "preset")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,13 +120,13 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
     if options.dry_run:
         from ..train.dry_run import dry_run
 
-        dry_run(options, rest, given_plan_options(options), flags_of(VERB.parser()))
+        dry_run(options, rest, _plan_options(options), flags_of(VERB.parser()))
         return
     if options.show_rows is not None:
-        print(shown_rows(options, rest, given_plan_options(options), flags_of(VERB.parser())))
+        print(shown_rows(options, rest, _plan_options(options), flags_of(VERB.parser())))
         return
     check_writable(Path(options.output_dir) / "model.safetensors")
-    results = train(options, rest, given_plan_options(options), flags_of(VERB.parser()))
+    results = train(options, rest, _plan_options(options), flags_of(VERB.parser()))
     print(describe_training(results))
     if options.export and not int(os.environ.get("RANK") or 0):
         from ..export import export_lora, merge_into_base
@@ -131,6 +137,26 @@ def run(options: argparse.Namespace, rest: Rest) -> None:
         else:
             merge_into_base(options.output_dir, out=written)
         print(f"wrote {written}")
+
+
+def _plan_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given, and the usual mode where neither --mode nor a plan nor a method of PEFT's own says another.
+
+    Raises:
+        OptionError: --mode is missing, and something else is of a mode that is not the usual one.
+    """
+    given = given_plan_options(options)
+    if "mode" in given or options.plan or options.peft_config:
+        return given
+    choosing = {name: getattr(options, name) for name in _CHOOSE if getattr(options, name, None) is not None}
+    for name, value in {**choosing, **given}.items():
+        if name in _CHOOSE or USUAL_MODE not in owners_of(name):
+            others = ", ".join(mode for mode in MODES if mode != USUAL_MODE)
+            raise OptionError(
+                f"--mode is missing: without it the mode is {USUAL_MODE}, in which --{name.replace('_', '-')} {value} means "
+                f"nothing. The others are {others}."
+            )
+    return {"mode": USUAL_MODE, **given}
 
 
 def refuse_missing(options: argparse.Namespace, rest: Rest, names: Sequence[str]) -> None:

@@ -17,6 +17,8 @@ from ..records import REAL_WEIGHT_ACTIONS
 # factor of two of the best in 41, the usual rate itself in none. It is also the theory's order where the number of steps is fixed
 # beforehand: Nemirovski, Juditsky, Lan and Shapiro, Robust stochastic approximation, SIAM J. Optim. 19 (2009), section 2.
 LONG_RUN = 4000
+# Where nobody chose, in `train`: nothing that was measured does better with as little memory (docs/results.md).
+USUAL_MODE = "lora"
 SHORTEST_SEARCHED = 25
 
 

@@ -46,7 +46,7 @@ def dry_run(options: argparse.Namespace, rest: Rest, plan_options: dict[str, Any
     check_output(
         Path(run.args.output_dir or ""), overwrite=bool(options.overwrite_output_dir), resumed=run.resume is not None
     )
-    print(introduction(run, plan_options))
+    print(introduction(run, options.mode is not None))
     counts = counted(run, options)
     for line in lines_of(counts):
         print(line)

@@ -77,7 +77,7 @@ def train(
         )
     check_output(output, overwrite=bool(options.overwrite_output_dir), resumed=run.resume is not None)
     clear_killed(output)
-    print(introduction(run, plan_options))
+    print(introduction(run, options.mode is not None))
     check_rows_agree(run.train_rows)
     run, counts = told_run(run, options)
     print(settle_rate(run, 0 if run.rate_given else steps_of(run, options, len(run.train_rows))))
@@ -199,11 +199,11 @@ def too_long(task: Task) -> str:
     return "an answer is longer than" if task.drops == "long" else "the prompt alone fills"
 
 
-def introduction(run: Run, plan_options: Mapping[str, Any]) -> str:
+def introduction(run: Run, chosen: bool) -> str:
     """One line: mode, task and dtype; another where nobody chose the mode."""
     method = f"PEFT's {run.name}" if run.mode is None else f"mode {run.name}"
     line = f"{method}, task {run.task.name}, {run.why}"
-    if run.mode is not None and run.plan is None and plan_options.get("mode") is None:
+    if run.mode is not None and run.plan is None and not chosen:
         line += "\nno --mode was given, and none was shown to be the best one: `spectrum-peft tune` finds yours on your data"
     return line
 

@@ -203,7 +203,7 @@ def test_probe_and_plan_by_its_gradients(
         "--mode sgm --n-groups 2",
         "--mode lorsa --svd-rank 16 --n-components 8",
         "--mode lora --criterion fisher",
-        "--ratio 0.5 --criterion fisher",
+        "--mode spectrum --ratio 0.5 --criterion fisher",
     ],
 )
 def test_training_probes_the_first_training_rows_where_it_needs_to(
@@ -215,6 +215,16 @@ def test_training_probes_the_first_training_rows_where_it_needs_to(
     results = json.loads(Path("out/train_results.json").read_text())
     assert results["trainable_parameters"] == plan.trainable_parameters > 0
     assert plan.criterion == ("fisher" if "fisher" in how else "spectrum")
+
+
+def test_without_a_mode_lora_is_trained_on_every_matrix(
+    run: Callable[..., str], tiny_llama_folder: Path, texts: str
+) -> None:
+    said = run(f"train --model {tiny_llama_folder} --dataset {texts} --output-dir out {TRAIN_FLAGS}")
+    assert "mode lora" in said and "no --mode was given, and none was shown to be the best one" in said
+    plan = Plan.load("out/spectrum_plan.yaml")
+    assert plan.mode == "lora" and all(e.action == "lora" for e in plan.entries)
+    assert Path("out/adapter_model.safetensors").is_file()
 
 
 def test_plan_says_how_two_plans_differ(run: Callable[..., str], tiny_report: Path) -> None:
@@ -379,7 +389,7 @@ def test_real_weights_are_saved_as_a_plain_checkpoint(
     from transformers import AutoModelForCausalLM
 
     run(
-        f"train --model {tiny_llama_folder} --dataset {texts} --ratio 0.25 --output-dir out {TRAIN_FLAGS} "
+        f"train --model {tiny_llama_folder} --dataset {texts} --mode spectrum --ratio 0.25 --output-dir out {TRAIN_FLAGS} "
         "--learning-rate 1e-2"
     )
     model, info = AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)
@@ -396,7 +406,8 @@ def test_real_weights_step_in_float32_and_are_stored_in_the_dtype_they_were_load
 ) -> None:
     """Twelve steps that bfloat16 would mostly round away, one by one, add up to a change that it can hold."""
     line = (
-        f"train --model {tiny_llama_folder} --dataset {texts} --ratio 0.25 {TRAIN_FLAGS} --lr-scheduler-type constant "
+        f"train --model {tiny_llama_folder} --dataset {texts} --mode spectrum --ratio 0.25 {TRAIN_FLAGS} "
+        "--lr-scheduler-type constant "
     )
     line = line.replace("--dtype float32", "--dtype bfloat16").replace("--max-steps 3", "--max-steps 12")
     run(f"{line} --learning-rate 2e-5 --output-dir master")
@@ -454,8 +465,8 @@ def test_a_plan_and_a_report_are_carried_out(
     run(f"train --model {tiny_llama_folder} --dataset {texts} --plan plan.yaml --output-dir out {TRAIN_FLAGS}")
     assert Plan.load("out/spectrum_plan.yaml").trainable_names == Plan.load("plan.yaml").trainable_names
     run(
-        f"train --model {tiny_llama_folder} --dataset {texts} --report {tiny_report} --ratio 0.25 --output-dir two "
-        f"{TRAIN_FLAGS}"
+        f"train --model {tiny_llama_folder} --dataset {texts} --report {tiny_report} --mode spectrum --ratio 0.25 "
+        f"--output-dir two {TRAIN_FLAGS}"
     )
     assert Plan.load("two/spectrum_plan.yaml").trainable_names == Plan.load("plan.yaml").trainable_names
 
@@ -624,7 +635,12 @@ def test_a_config_file_that_cannot_be_used_is_named(
         ("--dataset DATA --text-column body", "no column 'body' (--text-column)"),
         ("--dataset DATA --task classification", "no usable column for task 'classification': it has ['text']"),
         ("--dataset DATA --task translation", "task is 'translation'."),
-        ("--dataset DATA --ratio 0", "--spectrum-ratio is 0.0"),
+        ("--dataset DATA --mode spectrum --ratio 0", "--spectrum-ratio is 0.0"),
+        (
+            "--dataset DATA --ratio 0.5",
+            "--mode is missing: without it the mode is lora, in which --spectrum-ratio 0.5 means nothing",
+        ),
+        ("--dataset DATA --criterion random", "--mode is missing"),
         ("--dataset DATA --mode spectrom", "mode is 'spectrom'"),
         ("--dataset DATA --quantization nf5", "quantization is 'nf5'. Did you mean 'nf4'"),
         ("--dataset DATA --dtype float8", "dtype is 'float8'"),
@@ -633,7 +649,7 @@ def test_a_config_file_that_cannot_be_used_is_named(
         ("--dataset DATA --eval-strategy often", "--eval-strategy is 'often'."),
         ("--dataset DATA --eval-strategy steps", "eval_strategy is 'steps', but there is no --eval-dataset"),
         ("--dataset DATA --load-best-model-at-end", "training arguments: "),
-        ("--dataset DATA --report OTHER", "the report does not belong to this model: fingerprint"),
+        ("--dataset DATA --mode spectrum --report OTHER", "the report does not belong to this model: fingerprint"),
         ("--dataset DATA --plan ELSEWHERE", "model.layers.9.mlp.up_proj.weight, which the model lacks"),
         ("--dataset DATA --target-modules q_porj", "'q_porj' matches no Linear of the model. Did you mean 'q_proj'"),
         ("--dataset DATA --config c.yaml", "c.yaml: unknown key 'learning_rat'. Did you mean 'learning_rate'"),

@@ -47,11 +47,12 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name: str, sound: dict[st
 
 
 @pytest.mark.slow
-def test_many_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
-    """Every reader, in processes of their own; the figures go to docs/reliability.md by `make fuzz`."""
-    found = campaign(minutes=3, seed=5)
+@pytest.mark.parametrize("seed", range(5, 9))
+def test_many_damaged_files_are_read_or_refused(seed: int) -> None:
+    """Ten minutes in all. Every reader, in processes of their own; the figures go to docs/reliability.md by `make fuzz`."""
+    found = campaign(minutes=2.5, seed=seed)
     assert {name: row["faults"] for name, row in found["readers"].items() if row["faults"]} == {}
-    assert sum(row["taken"] + row["refused"] for row in found["readers"].values()) > 1000
+    assert sum(row["taken"] + row["refused"] for row in found["readers"].values()) > 600  # a loaded machine takes few
 
 
 def test_the_campaign_sees_a_reader_that_fails(monkeypatch: pytest.MonkeyPatch, sound: dict[str, Path]) -> None:
