@@ -41,7 +41,7 @@ from . import (
     train,
     tune,
 )
-from .terminal import shown
+from .terminal import Escaping, shown
 from .verb import PROG, Verb
 from .words import flags_by_name, wording
 
@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     argv, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(Escaping())
+    logging.basicConfig(level=logging.INFO, handlers=[lines])
     # For developers of the libraries below; a user of the command can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     for noisy, level in {

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -16,15 +17,22 @@ from typing import Any, TextIO
 # the joiners of Persian or of emoji, is text and stays.
 _OBEYED = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 _OUTPUT = re.compile(_OBEYED)
-# Progress bars go back in their line and up one; libraries colour their messages.
-_MESSAGES = re.compile(rf"(?P<kept>\r|\x1b\[A|\x1b\[[0-9;]{{0,20}}m)|{_OBEYED}")
+# Progress bars go back in their line and up one. Libraries colour their messages, and names in files could: colours are left out.
+_MESSAGES = re.compile(rf"(?P<kept>\r|\x1b\[A)|(?P<colour>\x1b\[[0-9;]{{0,20}}m)|{_OBEYED}")
 
 
 def escaped(text: str, pattern: re.Pattern[str] = _OUTPUT) -> str:
     """The text with what a terminal would obey as Python writes it, `\\x1b`; the line ends of Windows become plain ones."""
     if text.isascii() and text.isprintable():
         return text
-    return pattern.sub(lambda m: m[0] if m.groupdict().get("kept") else ascii(m[0])[1:-1], text.replace("\r\n", "\n"))
+    return pattern.sub(_shown_as, text.replace("\r\n", "\n"))
+
+
+def _shown_as(match: re.Match[str]) -> str:
+    found = match.groupdict()
+    if found.get("colour"):
+        return ""
+    return found.get("kept") or ascii(match[0])[1:-1]
 
 
 class _Shown:
@@ -43,6 +51,21 @@ class _Shown:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class Escaping(logging.Formatter):
+    """Of log lines, which are no progress bars."""
+
+    def __init__(self) -> None:
+        super().__init__("%(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record))
+
+
+def say(line: str) -> None:
+    """A line of a verb's own on standard error."""
+    print(escaped(line), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from .options import (
     given_plan_options,
     required,
 )
+from .terminal import say
 from .verb import Verb
 
 # What chooses among matrices, of which the usual mode takes all.
@@ -182,7 +182,7 @@ def _write_config(options: argparse.Namespace) -> None:
 
         text, lines = imported(options.from_axolotl, VERB.parser())
         for line in lines:
-            print(line, file=sys.stderr)
+            say(line)
     else:
         from ..train.arguments import config_of, task_for
         from ..train.recipe import card_here, init, with_head
@@ -190,7 +190,7 @@ def _write_config(options: argparse.Namespace) -> None:
         model = required(options, "model", "--model")
         task, memory = task_for(options), options.memory or card_here()
         config = with_head(config_of(model, options), task)
-        text = init(model, config, task, memory, lambda line: print(line, file=sys.stderr))
+        text = init(model, config, task, memory, say)
     if options.output:
         write_text(options.output, text)
         print(f"wrote {options.output}")

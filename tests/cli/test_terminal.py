@@ -6,12 +6,13 @@ import dataclasses
 import logging
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spectrum_peft.cli import main as command
-from spectrum_peft.cli.terminal import escaped
+from spectrum_peft.cli.terminal import Escaping, escaped
 from spectrum_peft.errors import OptionError
 
 HOSTILE = "n\x1b[2J\x07\r\x9b0m\u202e\x00\ud800 name"
@@ -57,7 +58,7 @@ def test_text_that_is_only_hard_to_see_stays() -> None:
     assert escaped("a\rb\u2028\u200e") == r"a\rb\u2028\u200e"
 
 
-def test_progress_bars_and_colours_pass_on_standard_error_only(
+def test_progress_bars_pass_on_standard_error_only_and_colours_nowhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bar = "\r 50%\x1b[A\x1b[1;31mred\x1b[0m"
@@ -70,4 +71,18 @@ def test_progress_bars_and_colours_pass_on_standard_error_only(
     assert command.main(["scan"]) == 0
     said = capsys.readouterr()
     assert said.out == bar.replace("\r", r"\r").replace("\x1b", r"\x1b")
-    assert said.err == bar + r"\x1b[999A\x1b]0;title\x07"
+    assert said.err == "\r 50%\x1b[Ared" + r"\x1b[999A\x1b]0;title\x07"
+
+
+def test_the_lines_about_a_foreign_config_hold_nothing_that_a_terminal_obeys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.yaml").write_text('base_model: x\nadapter: lora\n"\\e[1mq\\e[A": 2\nmicro_batch_size: 1\n')
+    assert command.main(["train", "--from-axolotl", str(tmp_path / "a.yaml")]) == 0
+    said = capsys.readouterr()
+    assert r"not understood: \x1b[1mq\x1b[A: 2" in said.err and "\x1b" not in said.out + said.err
+
+
+def test_log_lines_hold_nothing_that_a_terminal_obeys() -> None:
+    record = logging.LogRecord("spectrum_peft", logging.INFO, "", 0, "%s\nb", ("a\r\x1b[A",), None)
+    assert Escaping().format(record) == "a\\r\\x1b[A\nb"
