@@ -91,6 +91,11 @@ def _try_tokenizer(tokenizer: Any, source: str) -> None:
         named = template if isinstance(template, dict) else {"": None}
         if not all(isinstance(part, str) for pair in named.items() for part in pair):
             raise CheckpointError(f"{source}: its chat template is {quoted(template)}, wanted text, or texts by name.")
+    names = tokenizer.model_input_names
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            f"{source}: tokenizer_config.json has model_input_names {quoted(names)}, wanted a list of names, input_ids first."
+        )
     # Of Tapas and LayoutLM, which take tables, and words with boxes.
     if type(tokenizer).__call__ is not PreTrainedTokenizerBase.__call__:
         return
@@ -104,6 +109,8 @@ def _try_tokenizer(tokenizer: Any, source: str) -> None:
                 f"{source}: tokenizer.json makes the ids {quoted(ids)}, wanted numbers below {_MOST_TOKENS:,}."
             )
         tokenizer.decode(ids, skip_special_tokens=True)
+    if tokenizer.pad_token is not None:  # as rows are put together, one by one
+        tokenizer.pad([{name: rows[i] for name, rows in encoded.items()} for i in range(2)])
     for kind in ("eos", "pad", "bos"):
         token = getattr(tokenizer, f"{kind}_token_id")
         if token is not None and not (type(token) is int and 0 <= token < _MOST_TOKENS):

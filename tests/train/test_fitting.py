@@ -60,6 +60,16 @@ def test_a_tokenizer_whose_length_is_no_number_is_refused(tmp_path: Path) -> Non
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize("names", [[], "input_ids", [{}], ["x"], [None], 1])
+def test_a_tokenizer_that_cannot_pad_rows_is_refused(names: Any, tmp_path: Path) -> None:
+    """Rows of classifiers are padded by the first of these names, long after the tokenizer was loaded."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_input_names": names}))
+    with pytest.raises(CheckpointError, match="model_input_names|the tokenizer: cannot be loaded"):
+        load_tokenizer(str(tmp_path))
+
+
 @pytest.mark.parametrize("change", [
     lambda t: t["model"]["vocab"].update({"a": 2**32 - 1}),  # tokenizers would count up to it whenever it writes the table
     lambda t: t.update(post_processor={"type": "BertProcessing", "sep": ["x", 2**24], "cls": ["y", 1]}),
