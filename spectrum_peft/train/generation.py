@@ -16,6 +16,8 @@ from ..errors import DataError, InstallError, OptionError, near_matches
 from .fitting import writing
 
 MAX_NEW_TOKENS = 256
+# One text for a prompt, as token ids, word after word: whatever the checkpoint's generation config says of beams and outputs.
+ONE_TEXT: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
 _BATCH = 8
 # The answer of a gsm8k solution: what stands after `####` (Cobbe et al. 2021, arXiv:2110.14168, section 2).
 _ANSWER = re.compile(r"####\s*\$?\s*(-?[\d,]*\.?\d+)")
@@ -180,7 +182,7 @@ def _encoded(model: Any, tokenizer: Any, texts: list[str], chat: bool) -> dict[s
 def _greedy(tokenizer: Any) -> dict[str, Any]:
     """Whatever the checkpoint's generation config says of sampling."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "pad_token_id": pad}
+    return {**ONE_TEXT, "do_sample": False, "temperature": None, "top_p": None, "top_k": None, "pad_token_id": pad}
 
 
 def judge(

@@ -16,6 +16,7 @@ from ..errors import CheckpointError, DataError, OptionError
 from ..records import RESULTS_FILE, read_mapping
 from .finite import Numbers
 from .fitting import writing
+from .generation import ONE_TEXT
 from .saved import Saved
 
 Message = dict[str, str]
@@ -124,7 +125,7 @@ def write(
     with torch.no_grad(), writing(model):
         output = model.generate(
             **{k: inputs[k].to(model.device) for k in ("input_ids", "attention_mask") if k in inputs},
-            **drawing, pad_token_id=pad, max_new_tokens=room, logits_processor=[Numbers(model)],
+            **ONE_TEXT, **drawing, pad_token_id=pad, max_new_tokens=room, logits_processor=[Numbers(model)],
             streamer=_Pieces(tokenizer, keep, skip_prompt=not model.config.is_encoder_decoder),
         )  # fmt: skip
     begun = 1 if model.config.is_encoder_decoder else length

@@ -66,7 +66,7 @@ def test_a_tokenizer_that_cannot_pad_rows_is_refused(names: Any, tmp_path: Path)
     byte_tokenizer().save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_input_names": names}))
-    with pytest.raises(CheckpointError, match="model_input_names|the tokenizer: cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"model_input_names|the tokenizer: cannot be loaded"):
         load_tokenizer(str(tmp_path))
 
 

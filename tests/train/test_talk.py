@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +92,33 @@ def test_a_conversation_remembers_what_was_said_until_it_is_reset(
     assert main(["chat", str(trained["lora"]), "--system", "s", *WRITING]) == 0
     assert prompts == [2, 2, 4, 2]  # the check before the first line, a, b after a and its answer, c alone
     assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+    ],
+)
+def test_beams_and_outputs_of_a_generation_config_change_nothing(
+    asked: dict[str, Any], tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are of the checkpoint's makers, and what is shown is one text, as it is written."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "ab", "completion": "cd"}) + "\n")
+    said = []
+    for folder in (tiny_llama_folder, Path(shutil.copytree(tiny_llama_folder, tmp_path / "base"))):
+        if folder != tiny_llama_folder:
+            path = folder / "generation_config.json"
+            path.write_text(json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), **asked}))
+        assert main(["generate", str(folder), "--prompt", "Hello", *WRITING]) == 0
+        said.append(capsys.readouterr().out)
+        judged = ["--generate", "rouge_l", "--dtype", "float32", "--max-new-tokens", "4"]
+        assert main(["evaluate", str(folder), "--dataset", str(rows), *judged]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[2]
 
 
 def test_what_cannot_be_written_is_one_line(
