@@ -81,7 +81,7 @@ def by_memory(report: str, folder: Path) -> Plan:
 
 def by_train(report: str, folder: Path) -> Plan:
     out = ["--output-dir", str(folder / "out"), "--max-steps", "1", "--use-cpu", "--dtype", "float32"]
-    data = ["--dataset", str(folder / "rows.jsonl"), "--ratio", "0.5"]
+    data = ["--dataset", str(folder / "rows.jsonl"), "--mode", "spectrum", "--ratio", "0.5"]
     assert main(["train", "--model", MODEL, "--report", report, *data, *out]) == 0
     return Plan.load(folder / "out" / "spectrum_plan.yaml")
 
