@@ -173,9 +173,9 @@ def lora_config(settings: Settings) -> Any:
 
 def learning_rate(contestant: Contestant) -> float:
     """The mode's own default."""
-    from spectrum_peft.plan import MODES
+    from spectrum_peft.plan import LONG_RUN, MODES
 
-    return MODES["lora" if contestant.options is None else contestant.options["mode"]].default_lr
+    return MODES["lora" if contestant.options is None else contestant.options["mode"]].rate_for(LONG_RUN)
 
 
 def load_base(folder: str, nf4: bool) -> Any:

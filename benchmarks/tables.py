@@ -57,10 +57,10 @@ def machine(data: Mapping[str, Any]) -> str:
 def modes() -> str:
     """What each mode trains, costs and is for."""
     sys.path.insert(0, str(ROOT))
-    from spectrum_peft.plan import MODES
+    from spectrum_peft.plan import LONG_RUN, MODES
 
     if not (RESULTS / "modes.json").exists():
-        rows = [[f"`{m.name}`", m.summary, f"{m.default_lr:g}", WHEN[m.name]] for m in MODES.values()]
+        rows = [[f"`{m.name}`", m.summary, f"{m.rate_for(LONG_RUN):g}", WHEN[m.name]] for m in MODES.values()]
         return (
             table(["mode", "what trains", "rate of long runs", "when"], rows)
             + "\nCosts: `python benchmarks/modes.py`.\n"
@@ -74,11 +74,11 @@ def modes() -> str:
         costs = ["not measured", "", ""] if found is None else costs_of(found, base)
         if name == "columns" and found is not None:  # its steps were timed on one thread
             costs[1] = "[its page](docs/columns.md)"
-        rows.append([f"`{name}`", mode.summary, *costs, f"{mode.default_lr:g}", WHEN[name]])
+        rows.append([f"`{name}`", mode.summary, *costs, f"{mode.rate_for(LONG_RUN):g}", WHEN[name]])
         if name == "lora" and "lora, nf4" in contestants:  # what spectra_qlora is to be held against
             costs = costs_of(contestants["lora, nf4"], "4-bit")
             when = "the usual way where the weights do not fit in 16 bit"
-            rows.append(["`lora`", "the same on a 4-bit base: QLoRA", *costs, f"{mode.default_lr:g}", when])
+            rows.append(["`lora`", "the same on a 4-bit base: QLoRA", *costs, f"{mode.rate_for(LONG_RUN):g}", when])
     heads = [
         "mode",
         "what trains",
@@ -506,7 +506,7 @@ def rates() -> str:
     set is left out as a whole.
     """
     sys.path.insert(0, str(ROOT))
-    from spectrum_peft.plan import get_mode
+    from spectrum_peft.plan import LONG_RUN, get_mode
 
     found: dict[tuple[str, str], _Best] = {}
     for path in sorted(RESULTS.glob("quality-*.json")):
@@ -518,9 +518,11 @@ def rates() -> str:
                 continue
             mode = get_mode(kind)
             means = {"train": "real weights", "lora": "LoRA", "shared": "LoRA"}.get(mode.action, mode.action)
+            r = int(named[1]) if (named := re.search(r" r(\d+)$", label)) else 16
             found[train["dataset"], label] = _Best(
                 train["dataset"], _MODELS[train["model"]], train["max_steps"], label, means, float(data["rates"][label]),
-                mode.default_lr, mode.rate_for(train["max_steps"]), label in data["rates_at_the_edge_of_the_search"],
+                mode.rate_for(LONG_RUN, r), mode.rate_for(train["max_steps"], r),
+                label in data["rates_at_the_edge_of_the_search"],
             )  # fmt: skip
     best = sorted(found.values())
     rows, hits = [], {"usual": 0, "default": 0, "fitted": 0}

@@ -235,7 +235,9 @@ def default_rates(prices: Sequence[Any], steps: int) -> dict[str, float]:
     """{contestant: the default rate of its mode}."""
     from spectrum_peft.plan import MODES
 
-    return {p.contestant.label: MODES[p.contestant.mode].rate_for(steps) for p in prices}
+    return {
+        p.contestant.label: MODES[p.contestant.mode].rate_for(steps, p.contestant.settings.get("r", 16)) for p in prices
+    }
 
 
 def report(

@@ -19,7 +19,7 @@ from msgspec import Meta
 from .. import names
 from ..arguments import LORA_FIELDS
 from ..errors import OptionError, near_matches, quoted
-from ..plan import LONG_RUN, MODES, OPTIONS, Mode, get_mode
+from ..plan import LONG_RUN, MODES, OPTIONS, Mode, get_mode, rank_of
 from ..records import SnrReport
 from ..records.schema import MOST_LISTED, SCALAR, WHOLE, Name, Wanted
 from .settings import FILE_KEYS, KEYS, Comparison, rate_or_auto, rate_text
@@ -273,7 +273,8 @@ def _rated(
     factors = comparison.asked["learning_rate_factors"]
     if not rates and factors == [1.0]:
         return [Contestant(label, dict(settings), control, peft)]  # the run takes its mode's own
-    rates = rates or [get_mode(mode).rate_for(comparison.steps or LONG_RUN)]
+    r = rank_of({**comparison.train, **settings, **(peft or {})}, OPTIONS["r"])
+    rates = rates or [get_mode(mode).rate_for(comparison.steps or LONG_RUN, r)]
     rates = [r if r == "auto" else float(f"{r * factor:.6g}") for r in rates for factor in factors]
     rates = list(dict.fromkeys(rates))
     return [

@@ -20,7 +20,7 @@ from .candidates import in_towers
 from .diff import diff_plans
 from .explain import explain, format_table
 from .make import make_plan, worth_probing
-from .modes import LONG_RUN, MODES, Mode, get_mode
+from .modes import LONG_RUN, LORA_RANK, MODES, Mode, get_mode, rank_of
 from .options import (
     COLUMNS_BY,
     COLUMNS_BY_DATA,
@@ -40,6 +40,7 @@ __all__ = [
     "CRITERIA",
     "DEFAULT_RATIO",
     "LONG_RUN",
+    "LORA_RANK",
     "MODES",
     "OPTIONS",
     "Mode",
@@ -54,6 +55,7 @@ __all__ = [
     "in_towers",
     "make_plan",
     "needs_gradients",
+    "rank_of",
     "replan",
     "with_columns",
     "worth_probing",

@@ -7,16 +7,22 @@ asks `if mode ==`. To add a mode, add a row, and a policy if none of these choos
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import OptionError, near_matches
 from ..records import REAL_WEIGHT_ACTIONS
 
-# The usual rates are those of runs of thousands of steps, and shorter runs want higher ones. Over the 48 searches of
-# docs/results.md (25 and 150 steps) a rate that goes with 1 / sqrt(steps), and is the usual one from 4,000 on, comes within a
-# factor of two of the best in 41, the usual rate itself in none. It is also the theory's order where the number of steps is fixed
+# The usual rates are those of runs of thousands of steps, and shorter runs want higher ones: a rate that goes with
+# 1 / sqrt(steps), and is the usual one from 4,000 on. It is also the theory's order where the number of steps is fixed
 # beforehand: Nemirovski, Juditsky, Lan and Shapiro, Robust stochastic approximation, SIAM J. Optim. 19 (2009), section 2.
+# How often that is near the best rate of the searches that were made is counted in docs/results.md.
 LONG_RUN = 4000
+# The rank that LoRA's usual rate is meant for; PEFT's default. Where lora_alpha grows with r, the best rates that were
+# found fall with about 1 / sqrt(r); that is the scale by which Kalajdzievski (2023), arXiv:2312.03732, keeps what a LoRA puts
+# out of one size.
+LORA_RANK = 8
 # Where nobody chose, in `train`: nothing that was measured does better with as little memory (docs/results.md).
 USUAL_MODE = "lora"
 SHORTEST_SEARCHED = 25
@@ -31,7 +37,8 @@ class Mode:
         summary: one line for tables and help texts.
         select: key of `POLICIES`.
         action: what a chosen module becomes, one of `records.ACTIONS`.
-        default_lr: learning rate where the user set none, for AdamW, in a run of `LONG_RUN` steps or more.
+        default_lr: learning rate where the user set none, for AdamW, in a run of `LONG_RUN` steps or more; of LoRA's at rank
+            `LORA_RANK`.
         needs_data: wants a GradientReport or calibration batches.
         of_each: a ratio is the share of every matrix that trains, and not of the matrices.
         whole_model: every parameter of the model trains, candidates or not.
@@ -54,10 +61,20 @@ class Mode:
     plain_model: bool = False
     own_options: frozenset[str] = field(default_factory=frozenset)
 
-    def rate_for(self, steps: int) -> float:
-        """Learning rate of a run of so many optimizer steps, where the user set none; to two digits."""
+    def rate_for(self, steps: int, r: int = 16) -> float:
+        """Learning rate of a run of so many optimizer steps, where the user set none; to two digits.
+
+        Args:
+            r: rank of a LoRA; without effect in modes whose rate does not go `by_rank`.
+        """
         longer = LONG_RUN / min(max(steps, SHORTEST_SEARCHED), LONG_RUN)
-        return float(f"{self.default_lr * longer**0.5:.2g}")
+        narrower = LORA_RANK / r if self.by_rank else 1.0
+        return float(f"{self.default_lr * (longer * narrower) ** 0.5:.2g}")
+
+    @property
+    def by_rank(self) -> bool:
+        """What trains are factors of rank r, so that the usual rate goes with 1 / sqrt(r)."""
+        return self.action in ("lora", "shared")
 
     @property
     def real_weights(self) -> bool:
@@ -113,6 +130,12 @@ MODES: dict[str, Mode] = {
         ),
     )
 }  # fmt: skip
+
+
+def rank_of(given: Mapping[str, Any], default: int = LORA_RANK) -> int:
+    """The rank that options or fields of a PEFT config name, for a default rate; the default where they name none that is one."""
+    r = given.get("r", given.get("init_r"))
+    return r if isinstance(r, int) and r > 0 else default
 
 
 def get_mode(name: object) -> Mode:

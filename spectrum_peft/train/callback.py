@@ -22,7 +22,7 @@ from transformers.trainer_callback import ExportableState
 from .. import names
 from ..devices import memory_is_measured, peak_memory
 from ..errors import MismatchError, OptionError, TrainingSetupError, first_of
-from ..plan import MODES, replan
+from ..plan import LONG_RUN, MODES, rank_of, replan
 from ..records import ADAPTER_ACTIONS, PLAN_FILE, REPORT_FILE, Plan, SnrReport, write_text
 from ..scan import scan_weights
 from ..tuner import (
@@ -60,12 +60,14 @@ def slower_by(arguments: type[TrainingArguments]) -> float:
     return next((_SLOWER[c.__name__] for c in arguments.__mro__ if c.__name__ in _SLOWER), 1.0)
 
 
-def usual_rates(mode: str, args: TrainingArguments) -> tuple[float, float]:
+def usual_rates(mode: str, args: TrainingArguments, r: int) -> tuple[float, float]:
     """The learning rates that a mode usually takes under the trainer that these arguments are for: in a long run, and in this
     one; in the shortest where its steps are not known yet."""
     slower = slower_by(type(args))
-    long, steps = MODES[mode].default_lr / slower, args.max_steps if args.max_steps > 0 else 1
-    return long, long if slower != 1 else MODES[mode].rate_for(steps)
+    if slower != 1:
+        return MODES[mode].default_lr / slower, MODES[mode].default_lr / slower
+    steps = args.max_steps if args.max_steps > 0 else 1
+    return MODES[mode].rate_for(LONG_RUN, r), MODES[mode].rate_for(steps, r)
 
 
 class SpectrumCallback(TrainerCallback, ExportableState):
@@ -144,7 +146,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         share_in_dtype(model, self._sharing.computes_in)
         self._refuse_reentrant_sharing(args)
         self._stop_backward_early(args, model)
-        low, high = usual_rates(self.plan.mode, args)
+        low, high = usual_rates(self.plan.mode, args, rank_of(self.plan.options))
         if args.learning_rate and not low / _RATE_FACTOR <= args.learning_rate <= high * _RATE_FACTOR:
             logger.warning(
                 "learning_rate=%g; the usual rate of mode %r with %s is about %s", args.learning_rate, self.plan.mode,

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from ..arguments import LORA_FIELDS, Rest
 from ..data import check_loss_on, read_rows
 from ..errors import OptionError, near_matches
-from ..plan import MODES, Mode, check_options, checked_plan, get_mode
+from ..plan import LORA_RANK, MODES, Mode, check_options, checked_plan, get_mode, rank_of
 from ..records import EXPORTED, Plan, read_mapping
 from ..tuner.classes import refuse_class
 from ..tuner.loading import QUANTIZATIONS, check_quantizable, checked_peft_config
@@ -76,6 +76,7 @@ class Run:
     rewards: tuple[Any, ...] = ()
     race: bool = False
     rate_given: bool = False
+    r: int = LORA_RANK
 
 
 Rows = tuple[datasets.Dataset, datasets.Dataset | None]
@@ -111,8 +112,8 @@ def settle(
     if mode is not None and options.quantization not in (None, "none"):
         check_quantizable(mode)
     dtype, why = dtype_of(options)
-    rate = MODES["lora"].default_lr if mode is None else mode.default_lr
-    rate /= slower_by(task.arguments_class())
+    r = rank_of(own or (plan.options if plan else checked))
+    rate = (mode or MODES["lora"]).default_lr / slower_by(task.arguments_class())  # `settle_rate` knows the steps
     rest, race = take_auto_rate(rest)
     args = trainer_arguments(task.name, rest, default_arguments(options, task, rate, dtype), flags)
     check_fsdp_version(args)
@@ -173,6 +174,7 @@ def settle(
         rewards,
         race,
         "learning_rate" in given_fields(rest),
+        r,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from .. import names
 from ..compare.matrix import Contestant
 from ..errors import OptionError, near_matches
-from ..plan import MODES
+from ..plan import MODES, OPTIONS, rank_of
 from ..records import SnrReport
 from .settings import Asked
 
@@ -33,7 +33,8 @@ def rates_of(contestant: Contestant, asked: Asked, steps: int) -> tuple[float, .
     if asked.values["learning_rates"]:
         return tuple(asked.values["learning_rates"])
     mode = None if contestant.peft is not None else MODES.get(contestant.mode)
-    usual = (mode or MODES["lora"]).rate_for(steps)
+    r = rank_of(contestant.settings, OPTIONS["r"]) if mode else rank_of(contestant.peft or {})
+    usual = (mode or MODES["lora"]).rate_for(steps, r)
     return tuple(float(f"{usual * factor:.2g}") for factor in _FACTORS)
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from spectrum_peft.errors import OptionError
-from spectrum_peft.plan import MODES, check_options, get_mode
+from spectrum_peft.plan import LORA_RANK, MODES, check_options, get_mode, rank_of
 from spectrum_peft.plan.budget import allocate_ranks, smallest_budget
 from spectrum_peft.plan.choose import Candidate, alpha_for, choose, groups, importance_rates, natural_key, ranked
 from spectrum_peft.plan.policies import POLICIES, tiers, top
@@ -57,7 +57,27 @@ def test_learning_rates_of_adapters_are_ten_times_those_of_real_weights():
 def test_a_shorter_run_takes_a_higher_rate_by_the_root_of_its_length():
     for mode in MODES.values():
         for steps, factor in ((10**6, 1), (4000, 1), (1000, 2), (250, 4), (40, 10), (25, 160**0.5), (1, 160**0.5)):
-            assert mode.rate_for(steps) == pytest.approx(mode.default_lr * factor, rel=0.051)  # two digits
+            assert mode.rate_for(steps, LORA_RANK) == pytest.approx(mode.default_lr * factor, rel=0.051)  # two digits
+
+
+def test_a_wider_lora_takes_a_lower_rate_by_the_root_of_its_rank_and_nothing_else_does():
+    for mode in MODES.values():
+        lora = mode.name in ("lora", "spectra_qlora", "alors", "sgm")
+        for r, factor in ((1, 8**0.5), (2, 2), (8, 1), (16, 0.5**0.5), (32, 0.5), (128, 0.25)):
+            wanted = mode.default_lr * (factor if lora else 1)
+            assert mode.rate_for(10**6, r) == pytest.approx(wanted, rel=0.051)  # two digits
+
+
+def test_the_rank_is_that_of_a_config_or_the_usual_one():
+    for given, rank in (
+        ({"r": 3}, 3),
+        ({"init_r": 12}, 12),
+        ({}, 16),
+        ({"r": "x"}, 16),
+        ({"r": 0}, 16),
+        ({"r": None}, 16),
+    ):
+        assert rank_of(given, 16) == rank
 
 
 @pytest.mark.parametrize("mode", MODES)
