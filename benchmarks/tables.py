@@ -143,7 +143,7 @@ def demo() -> str:
     today = {r["mode"]: MODES[r["mode"]].rate_for(data["steps"]) for r in data["runs"]}
     if any(abs(today[r["mode"]] / r["learning_rate"] - 1) > 0.01 for r in data["runs"]):
         rates = ", ".join(f"{rate:.2g} for `{mode}`" for mode, rate in today.items())
-        text += f"The rates are those of an earlier default; `make demo` takes higher ones today ({rates}).\n"
+        text += f"The rates are those of an earlier default; `make demo` takes others today ({rates}).\n"
     return text
 
 
@@ -501,8 +501,8 @@ def quality(suite: str) -> str:
 def rates() -> str:
     """The best rate of every search of the suites, and how often three rules come within a factor of two of it.
 
-    The rules: the mode's usual rate of long runs; the default, which is the usual one times sqrt(LONG_RUN / steps); and the
-    same with LONG_RUN fitted, by the mean of logarithms, on all other data sets. Suites on one data set share runs, so a data
+    The rules: the mode's usual rate of long runs, at the rank; the default, which is the usual one times sqrt(LONG_RUN / steps);
+    and the same with LONG_RUN fitted, by the mean of logarithms, on all other data sets. Suites on one data set share runs, so a data
     set is left out as a whole.
     """
     sys.path.insert(0, str(ROOT))
