@@ -502,8 +502,8 @@ def rates() -> str:
     """The best rate of every search of the suites, and how often three rules come within a factor of two of it.
 
     The rules: the mode's usual rate of long runs, at the rank; the default, which is the usual one times sqrt(LONG_RUN / steps);
-    and the same with LONG_RUN fitted, by the mean of logarithms, on all other data sets. Suites on one data set share runs, so a data
-    set is left out as a whole.
+    and the same with LONG_RUN fitted, by the mean of logarithms, on all other data sets. Suites on one data set share runs, so
+    a data set is left out as a whole.
     """
     sys.path.insert(0, str(ROOT))
     from spectrum_peft.plan import LONG_RUN, get_mode
