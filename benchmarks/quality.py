@@ -517,7 +517,7 @@ def run(name: str, quick: bool, data: Path, work: Path, output: Path, threads: i
     rates, at_edge = best_rates(found)
     asked = {**config, "reference": suite.reference}
     results = compare(final_config(asked, rates, train, judged, folder), threads)
-    kept = {k: v for k, v in results.items() if k not in ("record", "scan", "cells", "machine", "written")}
+    kept = {k: v for k, v in results.items() if k not in ("record", "scan", "chosen", "cells", "machine", "written")}
     # Which folders it was on this machine is of no use elsewhere.
     kept["config"] = {k: v for k, v in results["config"].items() if k not in ("source", "general_text")}
     kept["config"]["train"] = {
