@@ -506,7 +506,7 @@ def rates() -> str:
     a data set is left out as a whole.
     """
     sys.path.insert(0, str(ROOT))
-    from spectrum_peft.plan import LONG_RUN, get_mode
+    from spectrum_peft.plan import LONG_RUN, OPTIONS, get_mode
 
     found: dict[tuple[str, str], _Best] = {}
     for path in sorted(RESULTS.glob("quality-*.json")):
@@ -518,7 +518,7 @@ def rates() -> str:
                 continue
             mode = get_mode(kind)
             means = {"train": "real weights", "lora": "LoRA", "shared": "LoRA"}.get(mode.action, mode.action)
-            r = int(named[1]) if (named := re.search(r" r(\d+)$", label)) else 16
+            r = int(named[1]) if (named := re.search(r" r(\d+)$", label)) else OPTIONS["r"]
             found[train["dataset"], label] = _Best(
                 train["dataset"], _MODELS[train["model"]], train["max_steps"], label, means, float(data["rates"][label]),
                 mode.rate_for(LONG_RUN, r), mode.rate_for(train["max_steps"], r),

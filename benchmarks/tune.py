@@ -232,11 +232,12 @@ def run(name: str, part: Part, data: Path, work: Path, result: Path, races: int)
 
 
 def default_rates(prices: Sequence[Any], steps: int) -> dict[str, float]:
-    """{contestant: the default rate of its mode}."""
-    from spectrum_peft.plan import MODES
+    """{contestant: the default rate of its mode, at its rank}."""
+    from spectrum_peft.plan import MODES, OPTIONS, rank_of
 
     return {
-        p.contestant.label: MODES[p.contestant.mode].rate_for(steps, p.contestant.settings.get("r", 16)) for p in prices
+        p.contestant.label: MODES[p.contestant.mode].rate_for(steps, rank_of(p.contestant.settings, OPTIONS["r"]))
+        for p in prices
     }
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from ..arguments import Rest, flags_of, switch
 from ..errors import OptionError
-from ..plan.modes import MODES, USUAL_MODE
-from ..plan.options import owners_of
+from ..plan import MODES, USUAL_MODE, owners_of
 from ..records import EXPORTED, write_text
 from .options import (
     PLAN_HELP,

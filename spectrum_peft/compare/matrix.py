@@ -273,8 +273,8 @@ def _rated(
     factors = comparison.asked["learning_rate_factors"]
     if not rates and factors == [1.0]:
         return [Contestant(label, dict(settings), control, peft)]  # the run takes its mode's own
-    r = rank_of({**comparison.train, **settings, **(peft or {})}, OPTIONS["r"])
-    rates = rates or [get_mode(mode).rate_for(comparison.steps or LONG_RUN, r)]
+    rank = rank_of({**comparison.train, **settings}, OPTIONS["r"]) if peft is None else rank_of(peft)
+    rates = rates or [get_mode(mode).rate_for(comparison.steps or LONG_RUN, rank)]
     rates = [r if r == "auto" else float(f"{r * factor:.6g}") for r in rates for factor in factors]
     rates = list(dict.fromkeys(rates))
     return [

@@ -499,8 +499,8 @@ def _what_failed(error: Exception, tracker: StorageTracker) -> str:
     )
     if not expected and not re.search(r"fake|meta tensor|data pointer|data.dependent", text, re.IGNORECASE):
         modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-        # A config's value that the model's code cannot take.
-        if any(name.startswith("transformers.models.") for name in modules):
+        # A config's value that the model's code cannot take, or whose shapes only backward holds against each other.
+        if any(name.startswith(("transformers.models.", "torch.autograd")) for name in modules):
             raise CheckpointError(
                 f"{tracker.where or 'the model'}: cannot be run: {text[:200]}. Do the fields of its config.json fit each other?"
             ) from error

@@ -20,7 +20,7 @@ from .candidates import in_towers
 from .diff import diff_plans
 from .explain import explain, format_table
 from .make import make_plan, worth_probing
-from .modes import LONG_RUN, LORA_RANK, MODES, Mode, get_mode, rank_of
+from .modes import LONG_RUN, LORA_RANK, MODES, USUAL_MODE, Mode, get_mode, rank_of
 from .options import (
     COLUMNS_BY,
     COLUMNS_BY_DATA,
@@ -30,6 +30,7 @@ from .options import (
     check_options,
     checked_plan,
     needs_gradients,
+    owners_of,
 )
 from .policies import columns_of_rank, with_columns
 from .replan import replan
@@ -43,6 +44,7 @@ __all__ = [
     "LORA_RANK",
     "MODES",
     "OPTIONS",
+    "USUAL_MODE",
     "Mode",
     "Plan",
     "check_options",
@@ -55,6 +57,7 @@ __all__ = [
     "in_towers",
     "make_plan",
     "needs_gradients",
+    "owners_of",
     "rank_of",
     "replan",
     "with_columns",

@@ -23,6 +23,7 @@ LONG_RUN = 4000
 # found fall with about 1 / sqrt(r); that is the scale by which Kalajdzievski (2023), arXiv:2312.03732, keeps what a LoRA puts
 # out of one size.
 LORA_RANK = 8
+USUAL_RANK = 16  # of adapters here, where nobody chose
 # Where nobody chose, in `train`: nothing that was measured does better with as little memory (docs/results.md).
 USUAL_MODE = "lora"
 SHORTEST_SEARCHED = 25
@@ -61,7 +62,7 @@ class Mode:
     plain_model: bool = False
     own_options: frozenset[str] = field(default_factory=frozenset)
 
-    def rate_for(self, steps: int, r: int = 16) -> float:
+    def rate_for(self, steps: int, r: int = USUAL_RANK) -> float:
         """Learning rate of a run of so many optimizer steps, where the user set none; to two digits.
 
         Args:

@@ -15,7 +15,7 @@ from ..records import Plan
 from ..records.schema import MOST_RANK
 from .candidates import TOWERS
 from .choose import tier_ranks
-from .modes import MODES, get_mode
+from .modes import MODES, USUAL_RANK, get_mode
 
 # Name -> default. None: derived, as the comment says.
 OPTIONS: dict[str, Any] = {
@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
     "train_projectors": False,
     "keep_base": "auto",
     "trainable_dtype": "float32",
-    "r": 16,
+    "r": USUAL_RANK,
     "lora_alpha": None,  # 2 * r
     "use_rslora": False,
     "r_high": None,  # r

@@ -39,7 +39,7 @@ from spectrum_peft.compare.settings import Comparison
 from spectrum_peft.compare.statistics import interval, not_told_apart
 from spectrum_peft.errors import ComparisonError, OptionError
 from spectrum_peft.machine import machine
-from spectrum_peft.plan import LONG_RUN, MODES, make_plan
+from spectrum_peft.plan import MODES, make_plan
 from spectrum_peft.records import PLAN_FILE, Plan, finite_only
 
 TRAIN = {"model": "m", "dataset": "d.jsonl", "eval_dataset": "e.jsonl"}
@@ -89,11 +89,12 @@ def test_rates_are_the_modes_own_or_given_for_all_or_by_name_and_can_be_multipli
             found.setdefault(c.label.partition(" at ")[0], []).append(c.settings.get("learning_rate"))
         return found
 
-    usual = MODES["lora"].rate_for(LONG_RUN, 16)
     assert rates(learning_rate_factors=[0.5, 2]) == {
-        "spectrum 0.5": [1e-5, 4e-5], "spectrum 0.5 by random": [1e-5, 4e-5],
-        "lora": [0.5 * usual, 2 * usual],
+        "spectrum 0.5": [1e-5, 4e-5], "spectrum 0.5 by random": [1e-5, 4e-5], "lora": [7e-5, 2.8e-4],  # of rank 16
     }  # fmt: skip
+    own = [{"name": f"own {r}", "peft": {"peft_type": "LORA", **({"r": r} if r else {})}} for r in (0, 2)]
+    found = rates(learning_rate_factors=[1, 2], contestants=own)
+    assert (found["own 0"], found["own 2"]) == ([2e-4, 4e-4], [4e-4, 8e-4])  # without one it is PEFT's, 8
     assert set(map(tuple, rates(learning_rates=[1e-3]).values())) == {(1e-3,)}
     assert rates(learning_rates={"spectrum": [1e-4], "spectrum 0.5 by random": [3e-4]}) == {
         "spectrum 0.5": [1e-4], "spectrum 0.5 by random": [3e-4], "lora": [None],

@@ -52,7 +52,7 @@ def test_many_damaged_files_are_read_or_refused(seed: int) -> None:
     """Ten minutes in all. Every reader, in processes of their own; the figures go to docs/reliability.md by `make fuzz`."""
     found = campaign(minutes=2.5, seed=seed)
     assert {name: row["faults"] for name, row in found["readers"].items() if row["faults"]} == {}
-    assert sum(row["taken"] + row["refused"] for row in found["readers"].values()) > 600  # a loaded machine takes few
+    assert sum(row["taken"] + row["refused"] for row in found["readers"].values()) > 1000
 
 
 def test_the_campaign_sees_a_reader_that_fails(monkeypatch: pytest.MonkeyPatch, sound: dict[str, Path]) -> None:

@@ -804,6 +804,23 @@ def test_a_model_that_hears_is_no_fault_of_its_config() -> None:
         estimate_memory(config, plan, model_class=kind, **ON_CPU)
 
 
+@pytest.mark.parametrize("key_heads", [3, 8])
+def test_heads_that_only_backward_finds_wrong_are_of_the_config(key_heads: int, tmp_path: Path) -> None:
+    """CUDA's attention, on fake tensors, takes any number of key heads; their gradients then have another shape."""
+    fields = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+    }
+    config = LlamaConfig(vocab_size=64, intermediate_size=48, architectures=["LlamaForCausalLM"], **fields)
+    config.num_key_value_heads = key_heads
+    plan = make_plan(report_of_config(config), mode="full")
+    with pytest.raises(CheckpointError, match=r"cannot be run: .*shape.*config\.json"):
+        estimate_memory(config, plan, **{**ON_CPU, "device": "cuda"})
+
+
 def test_errors_of_a_model_are_not_taken_for_missing_values(tiny_llama: Any, report: SnrReport) -> None:
     broken = tiny_llama.config
     broken.num_key_value_heads = 3  # 4 heads cannot be shared out over 3
