@@ -5,7 +5,7 @@ datasets is imported inside functions: `--help` reads the names of columns witho
 
 from __future__ import annotations
 
-from .chat import IGNORED, LOSS_ON, check_loss_on, encode_row, render
+from .chat import IGNORED, LOSS_ON, check_loss_on, encode_row, render, through_template
 from .counts import Cut, Doubt, Piece, RowCounts, count_rows, doubts_of, pieces_of, show_rows, without_silent
 from .labels import label_ids, label_names
 from .mixing import from_anywhere, read_rows, sources_of
@@ -34,6 +34,7 @@ __all__ = [
     "select_columns",
     "show_rows",
     "sources_of",
+    "through_template",
     "tokenizing",
     "without_silent",
 ]

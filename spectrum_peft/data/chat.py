@@ -90,10 +90,19 @@ def render(messages: Sequence[Message], row: Mapping[str, Any], tokenizer: Any, 
             "the tokenizer has no chat template, which conversations need; take the instruct version of the model, or "
             "rows with prompt and completion, or with text."
         )
+    return through_template([_without_nulls(m) for m in messages], row, tokenizer, **more)
+
+
+def through_template(messages: Sequence[Message], row: Mapping[str, Any], tokenizer: Any, **more: Any) -> Any:
+    """`render` of messages as they are, which is what TRL's trainers of preferences do with theirs.
+
+    Raises:
+        DataError: the template refuses the conversation, or writes without end.
+    """
     _refuse_bomb(_Template(tokenizer), str(tokenizer.chat_template))
     keywords = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {}), **more}
     with tokenizing("the chat template refuses a conversation"):
-        return tokenizer.apply_chat_template([_without_nulls(m) for m in messages], **keywords)
+        return tokenizer.apply_chat_template(messages, **keywords)
 
 
 def _without_nulls(message: Message) -> dict[str, Any]:
@@ -196,19 +205,23 @@ class _Template:
 def _refuse_bomb(key: _Template, template: str) -> None:
     """
     Raises:
-        DataError: the template makes more than `_MOST_WRITTEN` characters of two words. What it makes of other conversations is
-            not known beforehand: it is a program.
+        DataError: the template makes more than `_MOST_WRITTEN` characters of two words, or of one that wants an answer. What it
+            makes of other conversations is not known beforehand: it is a program.
     """
-    probe = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-    try:
-        with tokenizing():
-            written = len(key.tokenizer.apply_chat_template(probe, tokenize=False))
-    except DataError:  # it wants another conversation
-        return
-    if written > _MOST_WRITTEN:
-        raise DataError(
-            f"the chat template makes {written:,} characters of two words, wanted at most {_MOST_WRITTEN:,}."
-        )
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    for probe in (turns, turns[:1]):
+        try:
+            with tokenizing():
+                written = len(
+                    key.tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=len(probe) == 1)
+                )
+        except DataError:  # it wants another conversation
+            continue
+        if written > _MOST_WRITTEN:
+            words = "two words" if len(probe) == 2 else "one word"
+            raise DataError(
+                f"the chat template makes {written:,} characters of {words}, wanted at most {_MOST_WRITTEN:,}."
+            )
 
 
 @lru_cache(maxsize=8)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data import IGNORED, Piece, tokenizing
+from ..data import IGNORED, Piece, through_template, tokenizing
 from ..errors import DataError
 
 if TYPE_CHECKING:
@@ -41,12 +41,8 @@ def _ids(text: Any, tokenizer: Any, row: Mapping[str, Any], *, asked: bool = Fal
     if isinstance(text, str):
         with tokenizing():
             return list(tokenizer(text)["input_ids"])
-    keywords = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-    with tokenizing("the chat template refuses a conversation"):
-        found = tokenizer.apply_chat_template(
-            text, tokenize=True, return_dict=True, add_generation_prompt=asked, **keywords
-        )
-        return list(found["input_ids"])
+    found = through_template(text, row, tokenizer, tokenize=True, return_dict=True, add_generation_prompt=asked)
+    return list(found["input_ids"])
 
 
 def _ended(text: Any, tokenizer: Any) -> Any:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from campaign import campaign, fault_of, one
+from conftest import byte_tokenizer
 from readers import READERS
 
 from spectrum_peft.arguments import keys_of, set_defaults_from
@@ -23,8 +24,10 @@ from spectrum_peft.cli.train import VERB as TRAIN
 from spectrum_peft.compare.matrix import contestants_of
 from spectrum_peft.compare.reading import read_comparison
 from spectrum_peft.compare.settings import KEYS
-from spectrum_peft.errors import CheckpointError, SpectrumError
+from spectrum_peft.data import render
+from spectrum_peft.errors import CheckpointError, DataError, SpectrumError
 from spectrum_peft.records import GradientReport, MemoryReport, Plan, SnrReport, read_mapping
+from spectrum_peft.train.answers import pairs
 
 # Seeds of inputs that were once a traceback, or ended the process.
 KEPT: dict[str, tuple[int, ...]] = json.loads((Path(__file__).parent / "kept.json").read_text())
@@ -170,6 +173,22 @@ def test_what_a_small_file_makes_large_is_refused_before_it_is_made(
     with pytest.raises(CheckpointError, match=said) as caught:
         read_mapping(tmp_path / name)
     assert fault_of(caught.value) is None
+
+
+@pytest.mark.parametrize("asked", ["{% for m in messages %}", "{% if add_generation_prompt %}"])
+@pytest.mark.parametrize("task", ["causal_lm", "dpo"])
+def test_a_template_that_writes_without_end_is_refused_before_anything_is_tokenized(asked: str, task: str) -> None:
+    """tokenizers ends the process where its memory ends. `causal_lm` renders whole conversations, `dpo` prompts, too."""
+    tokenizer = byte_tokenizer()
+    end = "{% endif %}" if "if" in asked else "{% endfor %}"
+    tokenizer.chat_template = f"{asked}{{{{ 'a' * 9000000 }}}}{end}"
+    asking, saying = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    tokenized = {
+        "causal_lm": lambda: render([asking], {}, tokenizer, tokenize=True, add_generation_prompt=True),
+        "dpo": lambda: pairs({side: [asking, saying] for side in ("chosen", "rejected")}, tokenizer),
+    }[task]
+    with pytest.raises(DataError, match=r"the chat template makes \d+,000,000 characters of (one word|two words)"):
+        tokenized()
 
 
 def test_a_date_in_yaml_is_the_text_that_stands_there(tmp_path: Path) -> None:

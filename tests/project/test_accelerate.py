@@ -91,5 +91,5 @@ def test_train_under_the_launcher(tiny_llama_folder: Path, tmp_path: Path, monke
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "out" / "train_results.json").read_text())
     assert results["steps"] == 2
-    assert done.stdout.count("learning rate 0.0025 (the default of mode 'lora' for 2 steps)") == 1
+    assert done.stdout.count("learning rate 0.0018 (the default of mode 'lora' for 2 steps at rank 16)") == 1
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
