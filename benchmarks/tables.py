@@ -39,6 +39,7 @@ CONTESTANT = {
 }  # fmt: skip
 
 _ON_NF4 = {"spectra_qlora 0.5", "alors 0.5"}
+_RATIO = 0.25  # of `spectrum` in the table of modes
 
 
 def result(name: str) -> Any:
@@ -60,7 +61,9 @@ def modes() -> str:
     from spectrum_peft.plan import LONG_RUN, MODES
 
     if not (RESULTS / "modes.json").exists():
-        rows = [[f"`{m.name}`", m.summary, f"{m.rate_for(LONG_RUN):g}", WHEN[m.name]] for m in MODES.values()]
+        rows = [
+            [f"`{m.name}`", m.summary, f"{m.rate_for(LONG_RUN, ratio=_RATIO):g}", WHEN[m.name]] for m in MODES.values()
+        ]
         return (
             table(["mode", "what trains", "rate of long runs", "when"], rows)
             + "\nCosts: `python benchmarks/modes.py`.\n"
@@ -74,11 +77,19 @@ def modes() -> str:
         costs = ["not measured", "", ""] if found is None else costs_of(found, base)
         if name == "columns" and found is not None:  # its steps were timed on one thread
             costs[1] = "[its page](docs/columns.md)"
-        rows.append([f"`{name}`", mode.summary, *costs, f"{mode.rate_for(LONG_RUN):g}", WHEN[name]])
+        rows.append([f"`{name}`", mode.summary, *costs, f"{mode.rate_for(LONG_RUN, ratio=_RATIO):g}", WHEN[name]])
         if name == "lora" and "lora, nf4" in contestants:  # what spectra_qlora is to be held against
             costs = costs_of(contestants["lora, nf4"], "4-bit")
             when = "the usual way where the weights do not fit in 16 bit"
-            rows.append(["`lora`", "the same on a 4-bit base: QLoRA", *costs, f"{mode.rate_for(LONG_RUN):g}", when])
+            rows.append(
+                [
+                    "`lora`",
+                    "the same on a 4-bit base: QLoRA",
+                    *costs,
+                    f"{mode.rate_for(LONG_RUN, ratio=_RATIO):g}",
+                    when,
+                ]
+            )
     heads = [
         "mode",
         "what trains",
@@ -140,7 +151,7 @@ def demo() -> str:
     sys.path.insert(0, str(ROOT))
     from spectrum_peft.plan import MODES
 
-    today = {r["mode"]: MODES[r["mode"]].rate_for(data["steps"]) for r in data["runs"]}
+    today = {r["mode"]: MODES[r["mode"]].rate_for(data["steps"], ratio=data["ratio"]) for r in data["runs"]}
     if any(abs(today[r["mode"]] / r["learning_rate"] - 1) > 0.01 for r in data["runs"]):
         rates = ", ".join(f"{rate:.2g} for `{mode}`" for mode, rate in today.items())
         text += f"The rates are those of an earlier default; `make demo` takes others today ({rates}).\n"
@@ -501,17 +512,19 @@ def quality(suite: str) -> str:
 def rates() -> str:
     """The best rate of every search of the suites, and how often three rules come within a factor of two of it.
 
-    The rules: the mode's usual rate of long runs, at the rank; the default, which is the usual one times sqrt(LONG_RUN / steps);
-    and the same with LONG_RUN fitted, by the mean of logarithms, on all other data sets. Suites on one data set share runs, so
-    a data set is left out as a whole.
+    The rules: the mode's usual rate of long runs, at the rank and the ratio; the default, which is the usual one times
+    sqrt(LONG_RUN / steps); and the same with LONG_RUN fitted, by the mean of logarithms, on all other data sets. Suites on one
+    data set share runs, so a data set is left out as a whole.
     """
     sys.path.insert(0, str(ROOT))
-    from spectrum_peft.plan import LONG_RUN, OPTIONS, get_mode
+    from spectrum_peft.compare.settings import HEADED
+    from spectrum_peft.plan import LONG_RUN, OPTIONS, get_mode, ratio_of
 
     found: dict[tuple[str, str], _Best] = {}
     for path in sorted(RESULTS.glob("quality-*.json")):
         data = json.loads(path.read_text())
         train = data["config"]["train"]
+        settings = {c["label"]: c["settings"] for c in data["contestants"]}
         for cell in data["cells"]:
             label, kind = cell["label"], str(cell["mode"]).lower()
             if label not in data["rates"] or kind == "adalora":  # AdaLoRA: no default of ours is meant for it
@@ -519,9 +532,10 @@ def rates() -> str:
             mode = get_mode(kind)
             means = {"train": "real weights", "lora": "LoRA", "shared": "LoRA"}.get(mode.action, mode.action)
             r = int(named[1]) if (named := re.search(r" r(\d+)$", label)) else OPTIONS["r"]
+            ratio = 1.0 if data["task"] in HEADED else ratio_of(settings[label])
             found[train["dataset"], label] = _Best(
                 train["dataset"], _MODELS[train["model"]], train["max_steps"], label, means, float(data["rates"][label]),
-                mode.rate_for(LONG_RUN, r), mode.rate_for(train["max_steps"], r),
+                mode.rate_for(LONG_RUN, r, ratio), mode.rate_for(train["max_steps"], r, ratio),
                 label in data["rates_at_the_edge_of_the_search"],
             )  # fmt: skip
     best = sorted(found.values())

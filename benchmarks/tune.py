@@ -30,7 +30,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -217,7 +217,7 @@ def run(name: str, part: Part, data: Path, work: Path, result: Path, races: int)
                     for p in prices for rate in one.rates(p) for seed in SEEDS
                 ]  # fmt: skip
                 grid += tasks
-                usual = default_rates(prices, part.steps)
+                usual = default_rates(prices, part)
                 beside = [Task(label, rate, part.steps, seed) for label, rate in usual.items() for seed in SEEDS]
                 beside = [task for task in beside if task not in tasks]
                 compared = one.compared([])
@@ -231,14 +231,11 @@ def run(name: str, part: Part, data: Path, work: Path, result: Path, races: int)
             wrote()
 
 
-def default_rates(prices: Sequence[Any], steps: int) -> dict[str, float]:
-    """{contestant: the default rate of its mode, at its rank}."""
-    from spectrum_peft.plan import MODES, OPTIONS, rank_of
+def default_rates(prices: Iterable[Any], part: Part) -> dict[str, float]:
+    """{contestant: the default rate of its mode, at its rank and ratio}."""
+    from spectrum_peft.tuning.contestants import usual_rate
 
-    return {
-        p.contestant.label: MODES[p.contestant.mode].rate_for(steps, rank_of(p.contestant.settings, OPTIONS["r"]))
-        for p in prices
-    }
+    return {p.contestant.label: usual_rate(p.contestant, str(part.settings["task"]), part.steps) for p in prices}
 
 
 def report(
@@ -259,7 +256,7 @@ def report(
     best = min(able, key=lambda row: row["search"])
     on_evaluation = min(able, key=lambda row: row["evaluation"])
     prices = {p.contestant.label: p for p in next(iter(tunes.values())).prepared.prices}
-    usual = [summary(label, rate, runs) for label, rate in default_rates(list(prices.values()), part.steps).items()]
+    usual = [summary(label, rate, runs) for label, rate in default_rates(prices.values(), part).items()]
     at_default = min((row for row in usual if row and row["search"] is not None), key=lambda row: row["search"])
     found |= {"best": _name(best), "best_on_evaluation": _name(on_evaluation), "best_default": _name(at_default)}
     found["memory"] = memory(prices, rows, runs)

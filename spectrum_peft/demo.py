@@ -240,10 +240,8 @@ def _train(mode: str, model: Path, files: Mapping[str, Path], output: Path, step
             "--dataset", str(files["train"]), "--eval-dataset", str(files["held-out"]), "--output-dir", folder,
             "--max-steps", str(steps), *TRAIN_FLAGS,
         ]  # fmt: skip
-        print(
-            f"Training {mode!r}, {steps} steps at learning rate {MODES[mode].rate_for(steps):g} (log: {log})",
-            flush=True,
-        )
+        rate = MODES[mode].rate_for(steps, ratio=RATIO)
+        print(f"Training {mode!r}, {steps} steps at learning rate {rate:g} (log: {log})", flush=True)
         with log.open("w") as file:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False)
         if done.returncode:

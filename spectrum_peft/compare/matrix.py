@@ -19,10 +19,10 @@ from msgspec import Meta
 from .. import names
 from ..arguments import LORA_FIELDS
 from ..errors import OptionError, near_matches, quoted
-from ..plan import LONG_RUN, MODES, OPTIONS, Mode, get_mode, rank_of
+from ..plan import LONG_RUN, MODES, OPTIONS, Mode, get_mode, rank_of, ratio_of
 from ..records import SnrReport
 from ..records.schema import MOST_LISTED, SCALAR, WHOLE, Name, Wanted
-from .settings import FILE_KEYS, KEYS, Comparison, rate_or_auto, rate_text
+from .settings import FILE_KEYS, HEADED, KEYS, Comparison, rate_or_auto, rate_text
 
 # Keys of `train` on which all contestants must agree, or their figures say nothing of each other.
 _COMMON = (
@@ -273,8 +273,10 @@ def _rated(
     factors = comparison.asked["learning_rate_factors"]
     if not rates and factors == [1.0]:
         return [Contestant(label, dict(settings), control, peft)]  # the run takes its mode's own
-    rank = rank_of({**comparison.train, **settings}, OPTIONS["r"]) if peft is None else rank_of(peft)
-    rates = rates or [get_mode(mode).rate_for(comparison.steps or LONG_RUN, rank)]
+    chosen = {**comparison.train, **settings}
+    rank = rank_of(chosen, OPTIONS["r"]) if peft is None else rank_of(peft)
+    ratio = 1.0 if comparison.task in HEADED else ratio_of(chosen)
+    rates = rates or [get_mode(mode).rate_for(comparison.steps or LONG_RUN, rank, ratio)]
     rates = [r if r == "auto" else float(f"{r * factor:.6g}") for r in rates for factor in factors]
     rates = list(dict.fromkeys(rates))
     return [

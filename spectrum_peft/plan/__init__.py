@@ -31,6 +31,7 @@ from .options import (
     checked_plan,
     needs_gradients,
     owners_of,
+    ratio_of,
 )
 from .policies import columns_of_rank, with_columns
 from .replan import replan
@@ -59,6 +60,7 @@ __all__ = [
     "needs_gradients",
     "owners_of",
     "rank_of",
+    "ratio_of",
     "replan",
     "with_columns",
     "worth_probing",

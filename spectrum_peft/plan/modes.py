@@ -27,6 +27,9 @@ USUAL_RANK = 16  # of adapters here, where nobody chose
 # Where nobody chose, in `train`: nothing that was measured does better with as little memory (docs/results.md).
 USUAL_MODE = "lora"
 SHORTEST_SEARCHED = 25
+# Where only a share of a language model's matrices trains, the best rates that were found grow with about 1 / sqrt(share): a
+# step of AdamW is about rate * sqrt(number of weights) long, so that this keeps it of one length. No smaller share was searched.
+SMALLEST_SEARCHED = 0.25
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Mode:
         select: key of `POLICIES`.
         action: what a chosen module becomes, one of `records.ACTIONS`.
         default_lr: learning rate where the user set none, for AdamW, in a run of `LONG_RUN` steps or more; of LoRA's at rank
-            `LORA_RANK`.
+            `LORA_RANK`, of real weights where all matrices train.
         needs_data: wants a GradientReport or calibration batches.
         of_each: a ratio is the share of every matrix that trains, and not of the matrices.
         whole_model: every parameter of the model trains, candidates or not.
@@ -62,20 +65,28 @@ class Mode:
     plain_model: bool = False
     own_options: frozenset[str] = field(default_factory=frozenset)
 
-    def rate_for(self, steps: int, r: int = USUAL_RANK) -> float:
+    def rate_for(self, steps: int, r: int = USUAL_RANK, ratio: float = 1.0) -> float:
         """Learning rate of a run of so many optimizer steps, where the user set none; to two digits.
 
         Args:
             r: rank of a LoRA; without effect in modes whose rate does not go `by_rank`.
+            ratio: share of the matrices that trains, in (0, 1], in a model that keeps its own head; 1 under a new head, beside
+                which the share made no difference (docs/results.md). Without effect in modes whose rate does not go `by_ratio`.
         """
         longer = LONG_RUN / min(max(steps, SHORTEST_SEARCHED), LONG_RUN)
         narrower = LORA_RANK / r if self.by_rank else 1.0
-        return float(f"{self.default_lr * (longer * narrower) ** 0.5:.2g}")
+        fewer = 1 / max(ratio, SMALLEST_SEARCHED) if self.by_ratio else 1.0
+        return float(f"{self.default_lr * (longer * narrower * fewer) ** 0.5:.2g}")
 
     @property
     def by_rank(self) -> bool:
         """What trains are factors of rank r, so that the usual rate goes with 1 / sqrt(r)."""
         return self.action in ("lora", "shared")
+
+    @property
+    def by_ratio(self) -> bool:
+        """Whole matrices train themselves and others do not, so that the usual rate goes with 1 / sqrt(their share)."""
+        return self.selective and self.action == "train"
 
     @property
     def real_weights(self) -> bool:

@@ -209,6 +209,15 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
+def ratio_of(given: Mapping[str, Any], default: float = DEFAULT_RATIO) -> float:
+    """The share of the matrices that options choose, for a default rate; the default where they do not say how much is chosen,
+    and 1 where what they say is no share of the matrices."""
+    if all(given.get(name) is None for name in _AMOUNTS):
+        return default
+    ratio = given.get("spectrum_ratio")
+    return float(ratio) if isinstance(ratio, int | float) and 0 < ratio <= 1 else 1.0
+
+
 def check_options(**options: Any) -> dict[str, Any]:
     """Validate the options of a plan and fill in the defaults.
 

@@ -22,7 +22,7 @@ from transformers.trainer_callback import ExportableState
 from .. import names
 from ..devices import memory_is_measured, peak_memory
 from ..errors import MismatchError, OptionError, TrainingSetupError, first_of
-from ..plan import LONG_RUN, MODES, rank_of, replan
+from ..plan import LONG_RUN, MODES, rank_of, ratio_of, replan
 from ..records import ADAPTER_ACTIONS, PLAN_FILE, REPORT_FILE, Plan, SnrReport, write_text
 from ..scan import scan_weights
 from ..tuner import (
@@ -60,14 +60,15 @@ def slower_by(arguments: type[TrainingArguments]) -> float:
     return next((_SLOWER[c.__name__] for c in arguments.__mro__ if c.__name__ in _SLOWER), 1.0)
 
 
-def usual_rates(mode: str, args: TrainingArguments, r: int) -> tuple[float, float]:
-    """The learning rates that a mode usually takes under the trainer that these arguments are for: in a long run, and in this
-    one; in the shortest where its steps are not known yet."""
+def usual_rates(plan: Plan, args: TrainingArguments) -> tuple[float, float]:
+    """The learning rates that a plan usually takes under the trainer that these arguments are for: in a long run, as if all
+    matrices trained, and in this one; in the shortest where its steps are not known yet."""
+    mode, r = MODES[plan.mode], rank_of(plan.options)
     slower = slower_by(type(args))
     if slower != 1:
-        return MODES[mode].default_lr / slower, MODES[mode].default_lr / slower
+        return mode.default_lr / slower, mode.default_lr / slower
     steps = args.max_steps if args.max_steps > 0 else 1
-    return MODES[mode].rate_for(LONG_RUN, r), MODES[mode].rate_for(steps, r)
+    return mode.rate_for(LONG_RUN, r), mode.rate_for(steps, r, ratio_of(plan.options, 1.0))
 
 
 class SpectrumCallback(TrainerCallback, ExportableState):
@@ -146,7 +147,7 @@ class SpectrumCallback(TrainerCallback, ExportableState):
         share_in_dtype(model, self._sharing.computes_in)
         self._refuse_reentrant_sharing(args)
         self._stop_backward_early(args, model)
-        low, high = usual_rates(self.plan.mode, args, rank_of(self.plan.options))
+        low, high = usual_rates(self.plan, args)
         if args.learning_rate and not low / _RATE_FACTOR <= args.learning_rate <= high * _RATE_FACTOR:
             logger.warning(
                 "learning_rate=%g; the usual rate of mode %r with %s is about %s", args.learning_rate, self.plan.mode,

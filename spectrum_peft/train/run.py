@@ -216,11 +216,17 @@ def settle_rate(run: Run, steps: int) -> str:
     """
     mode, slower = run.mode or MODES["lora"], slower_by(type(run.args))
     whose = "that of mode 'lora'" if run.mode is None else f"the default of mode {run.name!r}"
-    if slower != 1:  # nothing was measured of how these go with the length of a run, or with the rank
+    if slower != 1:  # nothing was measured of how these go with the length of a run, the rank or the ratio
         usual, why = mode.default_lr / slower, f"{whose}, over {slower:g} for {run.task.name}"
     else:
-        at_rank = f" at rank {run.r}" if mode.by_rank else ""
-        usual, why = mode.rate_for(steps, run.r), f"{whose} for {steps:,} steps{at_rank}"
+        at = (
+            f" at rank {run.r}"
+            if mode.by_rank
+            else f" at ratio {run.ratio:g}"
+            if mode.by_ratio and run.ratio < 1
+            else ""
+        )
+        usual, why = mode.rate_for(steps, run.r, run.ratio), f"{whose} for {steps:,} steps{at}"
     if run.rate_given:
         return f"learning rate {run.args.learning_rate:g} (set by you)"
     run.args.learning_rate = usual

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from ..arguments import LORA_FIELDS, Rest
 from ..data import check_loss_on, read_rows
 from ..errors import OptionError, near_matches
-from ..plan import LORA_RANK, MODES, Mode, check_options, checked_plan, get_mode, rank_of
+from ..plan import LORA_RANK, MODES, Mode, check_options, checked_plan, get_mode, rank_of, ratio_of
 from ..records import EXPORTED, Plan, read_mapping
 from ..tuner.classes import refuse_class
 from ..tuner.loading import QUANTIZATIONS, check_quantizable, checked_peft_config
@@ -77,6 +77,7 @@ class Run:
     race: bool = False
     rate_given: bool = False
     r: int = LORA_RANK
+    ratio: float = 1.0
 
 
 Rows = tuple[datasets.Dataset, datasets.Dataset | None]
@@ -112,7 +113,8 @@ def settle(
     if mode is not None and options.quantization not in (None, "none"):
         check_quantizable(mode)
     dtype, why = dtype_of(options)
-    r = rank_of(own or (plan.options if plan else checked))
+    chosen = plan.options if plan else checked
+    r, ratio = rank_of(own or chosen), 1.0 if task.head else ratio_of(chosen, 1.0)
     rate = (mode or MODES["lora"]).default_lr / slower_by(task.arguments_class())  # `settle_rate` knows the steps
     rest, race = take_auto_rate(rest)
     args = trainer_arguments(task.name, rest, default_arguments(options, task, rate, dtype), flags)
@@ -175,6 +177,7 @@ def settle(
         race,
         "learning_rate" in given_fields(rest),
         r,
+        ratio,
     )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from .. import names
 from ..compare.matrix import Contestant
+from ..compare.settings import HEADED
 from ..errors import OptionError, near_matches
-from ..plan import MODES, OPTIONS, rank_of
+from ..plan import MODES, OPTIONS, rank_of, ratio_of
 from ..records import SnrReport
 from .settings import Asked
 
@@ -32,10 +33,15 @@ def rates_of(contestant: Contestant, asked: Asked, steps: int) -> tuple[float, .
         return (float(contestant.settings["learning_rate"]),)
     if asked.values["learning_rates"]:
         return tuple(asked.values["learning_rates"])
-    mode = None if contestant.peft is not None else MODES.get(contestant.mode)
-    r = rank_of(contestant.settings, OPTIONS["r"]) if mode else rank_of(contestant.peft or {})
-    usual = (mode or MODES["lora"]).rate_for(steps, r)
-    return tuple(float(f"{usual * factor:.2g}") for factor in _FACTORS)
+    return tuple(float(f"{usual_rate(contestant, asked.task, steps) * factor:.2g}") for factor in _FACTORS)
+
+
+def usual_rate(contestant: Contestant, task: str, steps: int) -> float:
+    """The default rate of a contestant's mode, in a run of so many steps; of PEFT's own methods that of LoRA."""
+    if contestant.peft is not None:
+        return MODES["lora"].rate_for(steps, rank_of(contestant.peft))
+    ratio = 1.0 if task in HEADED else ratio_of(contestant.settings)
+    return MODES[contestant.mode].rate_for(steps, rank_of(contestant.settings, OPTIONS["r"]), ratio)
 
 
 def next_rate(rates: Sequence[float], best: float) -> float | None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from spectrum_peft.errors import OptionError
-from spectrum_peft.plan import LORA_RANK, MODES, check_options, get_mode, rank_of
+from spectrum_peft.plan import LORA_RANK, MODES, check_options, get_mode, rank_of, ratio_of
 from spectrum_peft.plan.budget import allocate_ranks, smallest_budget
 from spectrum_peft.plan.choose import Candidate, alpha_for, choose, groups, importance_rates, natural_key, ranked
 from spectrum_peft.plan.policies import POLICIES, tiers, top
@@ -66,6 +66,28 @@ def test_a_wider_lora_takes_a_lower_rate_by_the_root_of_its_rank_and_nothing_els
         for r, factor in ((1, 8**0.5), (2, 2), (8, 1), (16, 0.5**0.5), (32, 0.5), (128, 0.25)):
             wanted = mode.default_lr * (factor if lora else 1)
             assert mode.rate_for(10**6, r) == pytest.approx(wanted, rel=0.051)  # two digits
+
+
+def test_fewer_matrices_take_a_higher_rate_by_the_root_of_their_share_and_nothing_else_does():
+    for mode in MODES.values():
+        for ratio, factor in ((1.0, 1), (0.5, 2**0.5), (0.25, 2), (0.01, 2)):  # no smaller share was searched
+            wanted = mode.default_lr * (factor if mode.name == "spectrum" else 1)
+            assert mode.rate_for(10**6, LORA_RANK, ratio) == pytest.approx(wanted, rel=0.051)  # two digits
+
+
+def test_the_ratio_is_that_of_the_options_or_the_default_and_none_where_something_else_chooses():
+    for given, ratio in (
+        ({"spectrum_ratio": 0.3}, 0.3),
+        ({"spectrum_ratio": 1}, 1.0),
+        ({}, 0.5),
+        ({"spectrum_ratio": None}, 0.5),
+        ({"spectrum_ratio": None, "snr_threshold": 2.0}, 1.0),
+        ({"spectrum_ratio": "x"}, 1.0),
+        ({"spectrum_ratio": 7}, 1.0),
+    ):
+        assert ratio_of(given) == ratio
+    assert ratio_of({}, 1.0) == 1.0
+    assert ratio_of(check_options(mode="spectrum")) == 0.5
 
 
 def test_the_rank_is_that_of_a_config_or_the_usual_one():
