@@ -244,7 +244,7 @@ def test_a_rate_far_from_the_modes_own_is_said_once(
             assert (
                 lines[0].message
                 == f"learning_rate={rate:g}; the usual rate of mode 'spectrum' with TrainingArguments is about 2e-05 "
-                "(long runs) to 0.00025"
+                "(long runs) to 0.00036"
             )
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom, ttest_rel
 
-from spectrum_peft.tuning.contestants import next_rate
+from spectrum_peft.compare.matrix import Contestant
+from spectrum_peft.tuning.contestants import next_rate, usual_rate
 from spectrum_peft.tuning.race import Entry, best_rates, chance_behind, judge
 
 
@@ -120,3 +121,17 @@ def test_the_grid_goes_on_by_ones_and_threes_beyond_its_edge_only() -> None:
     assert next_rate([*grid, 3e-3], 3e-3) == 1e-2
     assert next_rate(grid, 1e-4) is None and next_rate([1e-3], 1e-3) is None
     assert next_rate([2e-4, 4e-4], 4e-4) == 8e-4
+
+
+def test_a_contestant_begins_at_the_default_of_its_mode_at_its_rank_and_ratio() -> None:
+    """Long runs; the share of the matrices is no part of it under a new head; PEFT's own methods go as LoRA does."""
+    real = Contestant("real", {"mode": "spectrum", "spectrum_ratio": 0.25})
+    for contestant, task, rate in (
+        (real, "causal_lm", 4e-5),
+        (real, "classification", 2e-5),
+        (Contestant("all", {"mode": "full"}), "causal_lm", 2e-5),
+        (Contestant("lora", {"mode": "lora", "r": 2}), "causal_lm", 4e-4),
+        (Contestant("lora", {"mode": "lora"}), "causal_lm", 1.4e-4),
+        (Contestant("own", {}, peft={"peft_type": "LORA", "r": 32}), "causal_lm", 1e-4),
+    ):
+        assert usual_rate(contestant, task, 10**5) == rate, contestant.label
