@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
@@ -30,9 +30,20 @@ _SHARDED = ("global_step*", "pytorch_model_fsdp*", "optimizer_[0-9]*", "optimize
 
 @dataclass(frozen=True)
 class _State:
-    """The fields of trainer_state.json that are read here."""
+    """The fields of trainer_state.json that are read here, and those that the trainer goes on counting from.
+
+    What is not there the trainer begins with its own: older versions wrote fewer.
+    """
 
     global_step: Annotated[int, Meta(ge=0)]
+    total_flos: float = 0.0
+    num_input_tokens_seen: int = 0
+    best_metric: float | None = None
+    best_global_step: int | None = None
+    best_model_checkpoint: str | None = None
+    epoch: float | None = None
+    log_history: list[dict[str, Any]] | None = None
+    stateful_callbacks: dict[str, Any] | None = None
 
 
 def checkpoint_to_resume(value: str | None, output_dir: str) -> str | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import TrainerState
 
 from spectrum_peft.errors import CheckpointError, OptionError
 from spectrum_peft.records.whole import _node
@@ -79,6 +82,23 @@ def test_one_that_was_cut_off_is_passed_over_with_a_line(
         assert checkpoint_to_resume("true", str(run_folder)) == str(run_folder / "checkpoint-4")
     assert "checkpoint-10: its saving was cut off" in caplog.text
     with pytest.raises(CheckpointError, match=r"checkpoint-10: cannot be resumed.*one before is whole: .*checkpoint-4"):
+        checkpoint_to_resume(str(newest), str(run_folder))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("total_flos", None), ("num_input_tokens_seen", "12"), ("best_metric", "low"), ("best_global_step", [4]),
+        ("best_model_checkpoint", 4), ("epoch", {}), ("log_history", [1]), ("log_history", {}), ("stateful_callbacks", [1]),
+    ],
+)  # fmt: skip
+def test_what_the_trainer_counts_on_from_is_looked_at_before_it_does(run_folder: Path, field: str, value: Any) -> None:
+    newest = run_folder / "checkpoint-10"
+    sound = dataclasses.asdict(TrainerState(global_step=10, epoch=1.0, total_flos=1e18, best_metric=0.5))
+    (newest / "trainer_state.json").write_text(json.dumps(sound))
+    assert problem_of(newest) is None
+    (newest / "trainer_state.json").write_text(json.dumps(sound | {field: value}))
+    with pytest.raises(CheckpointError, match=f"checkpoint-10: cannot be resumed, trainer_state.json is .*{field}"):
         checkpoint_to_resume(str(newest), str(run_folder))
 
 
