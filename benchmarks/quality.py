@@ -166,7 +166,7 @@ _QUICK_CLASSIFY: dict[str, Any] = {"max_steps": _QUICK_STEPS, "per_device_train_
 
 
 def _controls(question: str, data: str, evaluation: int) -> Suite:
-    """Real weights of a quarter beside chance, whose lot is drawn anew for each of the three seeds, depth, all, and LoRA."""
+    """Real weights of a quarter beside random choice, drawn anew for each of the three seeds, depth, all, and LoRA."""
     ranks = {
         "contestants": [{"name": "full", "mode": "full"}, _EVERY_MATRIX, *(_lora(r) for r in (1, 4, 16, 64))],
     }  # fmt: skip
@@ -196,7 +196,7 @@ SUITES: dict[str, Suite] = {
         "The same, on instructions.", "smollm2", "dolly", "spectrum 0.25", {**_WRITE, **_CHOICE, "ratios": [0.25]},
         step_seconds=2.0, evaluation=300,
     ),
-    "controls-gsm8k": _controls("Three lots, even spacing, every matrix, LoRA of four ranks: worked problems.", "gsm8k", 300),
+    "controls-gsm8k": _controls("Three random choices, even spacing, all, LoRA of four ranks: problems.", "gsm8k", 300),
     "controls-dolly": _controls("The same, on instructions.", "dolly", 300),
     "controls-wikitext": _controls("The same, on plain text.", "wikitext2_small", 200),
     "controls-topics": _controls("The same, on Python's help topics.", "python_topics", 100),

@@ -26,7 +26,7 @@ from spectrum_peft import (
     merge_into_base,
 )
 from spectrum_peft.errors import SpectrumError
-from spectrum_peft.plan import MODES
+from spectrum_peft.plan import DEFAULT_RATIO, MODES
 
 HELD_OUT = 8
 
@@ -45,9 +45,9 @@ def read_options() -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     mode, out = MODES[options.mode], Path(options.out)
-    rate = options.learning_rate or mode.default_lr
     texts = [{"text": text} for _, text in sorted(topics.items())]
     config = SpectrumConfig(mode=mode.name)
+    rate = options.learning_rate or mode.rate_for(options.steps, ratio=DEFAULT_RATIO)
     if mode.needs_data:  # gradients on the first rows that it will train on
         config.calibration_data = calibration_batches(texts[:16], AutoTokenizer.from_pretrained(options.model), n=16)
     how = {"dtype": options.dtype, "quantization": options.quantization}

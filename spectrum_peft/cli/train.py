@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--report",
         metavar="FILE",
-        help=f"{REPORT_HELP}; without it the model is scanned",
+        help=f"{REPORT_HELP}; without it the model is scanned where the mode chooses by score",
     )
     add("--plan", metavar="FILE", help=f"{PLAN_HELP}; it wins over the report and the plan options")
     add(

@@ -110,7 +110,7 @@ def find_fit(
         model: as in `estimate_memory`.
         report: with the scores that a ratio chooses by, as `scan.report_named` takes it: a record, a file, `auto`, a repository
             of the hub; `report_of_config` makes one without weights.
-        mode: key of `policies.MODES`, or several, best first: the first of which any plan fits is taken.
+        mode: key of `plan.MODES`, or several, best first: the first of which any plan fits is taken.
         budget: with a unit, `24GiB` or `24GB`. What CUDA's context takes must be left out of it, or be in the margin.
         margin: share of the budget that stays free, in [0, 1).
         gradients: for modes that need data, as `make_plan` takes them.
@@ -336,7 +336,7 @@ def memory_table(
     Args:
         report: as in `find_fit`.
         ratios: of the modes with real weights; adapter modes take the middle one.
-        modes: keys of `policies.MODES`; None for all that the model can have, a warning for each that it cannot.
+        modes: keys of `plan.MODES`; None for all that the model can have, a warning for each that it cannot.
         quantization: of the bases of adapter modes besides the float one; None for the float one only.
         gradients: for modes that need data; without them they are counted with those of `gradients_of_report`, and the
             memory report says so.

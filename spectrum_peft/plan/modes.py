@@ -70,8 +70,8 @@ class Mode:
 
         Args:
             r: rank of a LoRA; without effect in modes whose rate does not go `by_rank`.
-            ratio: share of the matrices that trains, in (0, 1], in a model that keeps its own head; 1 under a new head, beside
-                which the share made no difference (docs/results.md). Without effect in modes whose rate does not go `by_ratio`.
+            ratio: share of the matrices that trains, in (0, 1]; 1 in tasks with a head, as classification, where the share made
+                no difference (docs/results.md). Without effect in modes whose rate does not go `by_ratio`.
         """
         longer = LONG_RUN / min(max(steps, SHORTEST_SEARCHED), LONG_RUN)
         narrower = LORA_RANK / r if self.by_rank else 1.0

@@ -167,7 +167,7 @@ class Plan(SharedRecord):
     """What trains, how, at what rank, scale and learning rate. Plain data: it says everything, it does nothing.
 
     Attributes:
-        mode: key of `policies.MODES`.
+        mode: key of `plan.MODES`.
         entries: every candidate, frozen ones too, in model order; then `save` entries.
         options: the options the plan was made with, after defaults.
         criterion, fingerprint, model_id, revision: of the report it was made from.

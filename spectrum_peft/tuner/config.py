@@ -40,7 +40,7 @@ class SpectrumConfig(LoraConfig):
     in PEFT and appear in the plan with action `save`.
 
     Args:
-        mode: key of `policies.MODES`: `full`, `spectrum`, `lora`, `spectra_qlora`, `alors`, `sgm`, `lorsa`, `columns`.
+        mode: key of `plan.MODES`: `full`, `spectrum`, `lora`, `spectra_qlora`, `alors`, `sgm`, `lorsa`, `columns`.
         criterion: key of `criteria.CRITERIA`; what a matrix scores.
         spectrum_ratio: share of the matrices of each kind that are chosen, in (0, 1].
         snr_threshold: takes every matrix that scores above it, instead of a ratio.
@@ -98,7 +98,7 @@ class SpectrumConfig(LoraConfig):
     lora_alpha: int | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "The adapters' update is scaled by lora_alpha / r; default 2 * r."}
     )
-    mode: str = field(default="spectrum", metadata={"help": "Training mode, a key of policies.MODES."})
+    mode: str = field(default="spectrum", metadata={"help": "Training mode, a key of plan.MODES."})
     criterion: str = field(default="spectrum", metadata={"help": "Score of a matrix, a key of criteria.CRITERIA."})
     spectrum_ratio: float | None = field(default=None, metadata={"help": "Share of each kind to choose; default 0.5."})
     snr_threshold: float | None = field(default=None, metadata={"help": "Choose every matrix above this score."})

@@ -343,7 +343,7 @@ def test_a_trained_model_is_judged_as_it_was_when_training_ended(
         f"train --model {model} --dataset {data} --eval-dataset {data} {columns} --mode {mode} --output-dir out {flags}"
     )
     rate, at = 0.0018, " at rank 16"
-    if mode == "spectrum":  # under a new head the ratio is no part of it
+    if mode == "spectrum":  # under a head the ratio is no part of it
         rate, at = (0.00025, "") if task == "classification" else (0.00036, " at ratio 0.5")
     assert f"learning rate {rate:g} (the default of mode '{mode}' for 3 steps{at})" in out
     results = json.loads(Path("out/train_results.json").read_text())

@@ -1,6 +1,6 @@
 """What every mode promises (the contract), on every family, on float and 4-bit bases.
 
-A new mode joins by its row in `policies.MODES`; nothing here names a mode but where a promise differs by what it trains.
+A new mode joins by its row in `plan.MODES`; nothing here names a mode but where a promise differs by what it trains.
 """
 
 from __future__ import annotations
