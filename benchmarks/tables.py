@@ -77,19 +77,12 @@ def modes() -> str:
         costs = ["not measured", "", ""] if found is None else costs_of(found, base)
         if name == "columns" and found is not None:  # its steps were timed on one thread
             costs[1] = "[its page](docs/columns.md)"
-        rows.append([f"`{name}`", mode.summary, *costs, f"{mode.rate_for(LONG_RUN, ratio=_RATIO):g}", WHEN[name]])
+        rate = f"{mode.rate_for(LONG_RUN, ratio=_RATIO):g}"
+        rows.append([f"`{name}`", mode.summary, *costs, rate, WHEN[name]])
         if name == "lora" and "lora, nf4" in contestants:  # what spectra_qlora is to be held against
             costs = costs_of(contestants["lora, nf4"], "4-bit")
             when = "the usual way where the weights do not fit in 16 bit"
-            rows.append(
-                [
-                    "`lora`",
-                    "the same on a 4-bit base: QLoRA",
-                    *costs,
-                    f"{mode.rate_for(LONG_RUN, ratio=_RATIO):g}",
-                    when,
-                ]
-            )
+            rows.append(["`lora`", "the same on a 4-bit base: QLoRA", *costs, rate, when])
     heads = [
         "mode",
         "what trains",

@@ -233,9 +233,9 @@ def run(name: str, part: Part, data: Path, work: Path, result: Path, races: int)
 
 def default_rates(prices: Iterable[Any], part: Part) -> dict[str, float]:
     """{contestant: the default rate of its mode, at its rank and ratio}."""
-    from spectrum_peft.tuning.contestants import usual_rate
+    from spectrum_peft.tuning.contestants import default_rate
 
-    return {p.contestant.label: usual_rate(p.contestant, str(part.settings["task"]), part.steps) for p in prices}
+    return {p.contestant.label: default_rate(p.contestant, str(part.settings["task"]), part.steps) for p in prices}
 
 
 def report(

@@ -258,6 +258,20 @@ def _of_mode(comparison: Comparison, mode: Mode, criteria: Sequence[str], rated:
     return made
 
 
+def usual_rate(
+    mode: Mode, chosen: Mapping[str, Any], task: str, steps: int, peft: Mapping[str, Any] | None = None
+) -> float:
+    """The default rate of a contestant, in a run of so many steps.
+
+    Args:
+        mode: its own; that of a method of PEFT's own is LoRA.
+        chosen: keys of `train`.
+        peft: fields of a PEFT config, for a method that is no mode of ours.
+    """
+    rank = rank_of(chosen, OPTIONS["r"]) if peft is None else rank_of(peft)
+    return mode.rate_for(steps, rank, 1.0 if task in HEADED else ratio_of(chosen))
+
+
 def _rated(
     comparison: Comparison,
     label: str,
@@ -274,9 +288,7 @@ def _rated(
     if not rates and factors == [1.0]:
         return [Contestant(label, dict(settings), control, peft)]  # the run takes its mode's own
     chosen = {**comparison.train, **settings}
-    rank = rank_of(chosen, OPTIONS["r"]) if peft is None else rank_of(peft)
-    ratio = 1.0 if comparison.task in HEADED else ratio_of(chosen)
-    rates = rates or [get_mode(mode).rate_for(comparison.steps or LONG_RUN, rank, ratio)]
+    rates = rates or [usual_rate(get_mode(mode), chosen, comparison.task, comparison.steps or LONG_RUN, peft)]
     rates = [r if r == "auto" else float(f"{r * factor:.6g}") for r in rates for factor in factors]
     rates = list(dict.fromkeys(rates))
     return [

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import DataError, OptionError, one_line
+from ..errors import DataError, OptionError, one_line, quoted
 from .settings import METRICS
 
 # What a row scores where the metric is no mean over rows, and the sign that makes it point the same way.
@@ -86,10 +86,15 @@ def _by_user(saved: Any, rows: Any, metric: str) -> dict[str, Any]:
     function = user_metric(metric)
     try:
         answer = function(saved.model, saved.tokenizer, rows)
-        several = isinstance(answer, Sequence) or getattr(answer, "ndim", 0)
-        numbers = [float(x) for x in answer] if several else [float(answer)]
     except Exception as error:
         raise DataError(f"{metric} raised {type(error).__name__}: {one_line(error)}.") from error
+    several = isinstance(answer, Sequence) or getattr(answer, "ndim", 0)
+    try:
+        if isinstance(answer, str | bytes):  # a sequence, and what float() reads
+            raise TypeError("text is no number")
+        numbers = [float(x) for x in answer] if several else [float(answer)]
+    except Exception as error:  # of whatever class the user's own objects raise
+        raise DataError(f"{metric} returned {quoted(answer)}, wanted a number, or one for each row.") from error
     if several and len(numbers) != len(rows):
         raise DataError(
             f"{metric} returned {len(numbers)} numbers for {len(rows)} rows, wanted one for each, or one in all."

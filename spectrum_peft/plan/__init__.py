@@ -4,6 +4,7 @@ Reads records, writes records; knows neither weights nor models.
 
     options     names, defaults, ranges of what can be asked for, and what excludes each other
     modes       the table of modes
+    rates       learning rates where the user set none
     candidates  the rows of a report that could train
     choose      how many of them, in which order
     policies    what the chosen ones become
@@ -20,7 +21,7 @@ from .candidates import in_towers
 from .diff import diff_plans
 from .explain import explain, format_table
 from .make import make_plan, worth_probing
-from .modes import LONG_RUN, LORA_RANK, MODES, USUAL_MODE, Mode, get_mode, rank_of
+from .modes import MODES, USUAL_MODE, Mode, get_mode
 from .options import (
     COLUMNS_BY,
     COLUMNS_BY_DATA,
@@ -34,6 +35,7 @@ from .options import (
     ratio_of,
 )
 from .policies import columns_of_rank, with_columns
+from .rates import LONG_RUN, LORA_RANK, edge_of, rank_of
 from .replan import replan
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "checked_plan",
     "columns_of_rank",
     "diff_plans",
+    "edge_of",
     "explain",
     "format_table",
     "get_mode",

@@ -7,29 +7,15 @@ asks `if mode ==`. To add a mode, add a row, and a policy if none of these choos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..errors import OptionError, near_matches
 from ..records import REAL_WEIGHT_ACTIONS
+from .rates import scaled_rate
 
-# The usual rates are those of runs of thousands of steps, and shorter runs want higher ones: a rate that goes with
-# 1 / sqrt(steps), and is the usual one from 4,000 on. It is also the theory's order where the number of steps is fixed
-# beforehand: Nemirovski, Juditsky, Lan and Shapiro, Robust stochastic approximation, SIAM J. Optim. 19 (2009), section 2.
-# How often that is near the best rate of the searches that were made is counted in docs/results.md.
-LONG_RUN = 4000
-# The rank that LoRA's usual rate is meant for; PEFT's default. Where lora_alpha grows with r, the best rates that were
-# found fall with about 1 / sqrt(r); that is the scale by which Kalajdzievski (2023), arXiv:2312.03732, keeps what a LoRA puts
-# out of one size.
-LORA_RANK = 8
 USUAL_RANK = 16  # of adapters here, where nobody chose
 # Where nobody chose, in `train`: nothing that was measured does better with as little memory (docs/results.md).
 USUAL_MODE = "lora"
-SHORTEST_SEARCHED = 25
-# Where only a share of a language model's matrices trains, the best rates that were found grow with about 1 / sqrt(share): a
-# step of AdamW is about rate * sqrt(number of weights) long, so that this keeps it of one length. No smaller share was searched.
-SMALLEST_SEARCHED = 0.25
 
 
 @dataclass(frozen=True)
@@ -73,10 +59,7 @@ class Mode:
             ratio: share of the matrices that trains, in (0, 1]; 1 in tasks with a head, as classification, where the share made
                 no difference (docs/results.md). Without effect in modes whose rate does not go `by_ratio`.
         """
-        longer = LONG_RUN / min(max(steps, SHORTEST_SEARCHED), LONG_RUN)
-        narrower = LORA_RANK / r if self.by_rank else 1.0
-        fewer = 1 / max(ratio, SMALLEST_SEARCHED) if self.by_ratio else 1.0
-        return float(f"{self.default_lr * (longer * narrower * fewer) ** 0.5:.2g}")
+        return scaled_rate(self.default_lr, steps, r if self.by_rank else None, ratio if self.by_ratio else None)
 
     @property
     def by_rank(self) -> bool:
@@ -142,12 +125,6 @@ MODES: dict[str, Mode] = {
         ),
     )
 }  # fmt: skip
-
-
-def rank_of(given: Mapping[str, Any], default: int = LORA_RANK) -> int:
-    """The rank that options or fields of a PEFT config name, for a default rate; the default where they name none that is one."""
-    r = given.get("r", given.get("init_r"))
-    return r if isinstance(r, int) and r > 0 else default
 
 
 def get_mode(name: object) -> Mode:

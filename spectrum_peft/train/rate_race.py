@@ -16,8 +16,10 @@ import numpy as np
 import torch
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ..errors import OptionError, TrainingSetupError
+from ..plan import edge_of
 from .optim import innermost
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ class Heat:
     steps: int
 
 
-class LearningRateRace(TrainerCallback):
+class LearningRateRace(TrainerCallback, ExportableState):
     """Finds the learning rate when training begins; `spectrum-peft train --learning-rate auto` is this.
 
         trainer = SFTTrainer(model, ..., callbacks=[SpectrumCallback()])
@@ -62,8 +64,8 @@ class LearningRateRace(TrainerCallback):
     optimizer and random state are as before, to the bit: the run is the one that the found rate, given by hand, would have
     been. All rates together cost at most a tenth of its steps, a forward pass counted as a third of one.
 
-    On a resume nothing is raced: the checkpoint's scheduler has the rate. Trained weights are held in host memory once more
-    during the race.
+    On a resume nothing is raced: the checkpoint's scheduler has the rate, and its state what was tried. Trained weights are
+    held in host memory once more during the race.
 
     Args:
         trainer: the one that it is added to.
@@ -92,6 +94,7 @@ class LearningRateRace(TrainerCallback):
         """Race, then set the found rate in arguments, optimizer and scheduler."""
         if state.global_step:
             logger.info("the run is resumed, so its learning rate is the checkpoint's and nothing is raced")
+            self._take_up(args, state)
             return
         check_can_race(type(self.trainer), args)
         budget = int(self.share * state.max_steps)
@@ -118,7 +121,20 @@ class LearningRateRace(TrainerCallback):
             )
         self.rate = best.rate
         _set_rate(self.trainer, best.rate)
-        logger.info("learning rate race: %.3g won", best.rate)
+        beyond = edge_of([heat.rate for heat in self.heats], best.rate)
+        logger.info("learning rate race: %.3g won%s", best.rate, f"; {beyond}" if beyond else "")
+
+    def _take_up(self, args: TrainingArguments, state: TrainerState) -> None:
+        """What the race of the checkpoint's run found; older checkpoints do not say."""
+        stored = state.stateful_callbacks.get(type(self).__name__)
+        kept = (stored[-1] if isinstance(stored, list) and stored else stored or {}).get("attributes", {})
+        if kept.get("rate") is not None:
+            self.heats, self.rate = [Heat(**heat) for heat in kept["heats"]], kept["rate"]
+            args.learning_rate = kept["rate"]
+
+    def state(self) -> dict[str, Any]:
+        """What travels in `trainer_state.json`: what was tried, and the rate that was found."""
+        return {"args": {}, "attributes": {"heats": self.record(), "rate": self.rate}}
 
     def record(self) -> list[dict[str, float]]:
         """The heats as plain data."""

@@ -219,21 +219,19 @@ def settle_rate(run: Run, steps: int) -> str:
     if slower != 1:  # nothing was measured of how these go with the length of a run, the rank or the ratio
         usual, why = mode.default_lr / slower, f"{whose}, over {slower:g} for {run.task.name}"
     else:
-        at = (
-            f" at rank {run.r}"
-            if mode.by_rank
-            else f" at ratio {run.ratio:g}"
-            if mode.by_ratio and run.ratio < 1
-            else ""
-        )
-        usual, why = mode.rate_for(steps, run.r, run.ratio), f"{whose} for {steps:,} steps{at}"
+        usual, why = mode.rate_for(steps, run.r, run.ratio), f"{whose} for {steps:,} steps"
+        if mode.by_rank:
+            why += f" at rank {run.r}"
+        elif mode.by_ratio and run.ratio < 1:
+            why += f" at ratio {run.ratio:g}"
     if run.rate_given:
         return f"learning rate {run.args.learning_rate:g} (set by you)"
     run.args.learning_rate = usual
     if not run.race:
         return f"learning rate {usual:g} ({why})"
-    if run.resume is None:
-        heat_steps(steps)
+    if run.resume is not None:
+        return "learning rate auto: the one that the checkpoint's run found"
+    heat_steps(steps)
     return f"learning rate auto: a race that begins at {usual:g} ({why})"
 
 

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import names
-from ..compare.matrix import Contestant
-from ..compare.settings import HEADED
+from ..compare.matrix import Contestant, usual_rate
 from ..errors import OptionError, near_matches
-from ..plan import MODES, OPTIONS, rank_of, ratio_of
+from ..plan import MODES
 from ..records import SnrReport
 from .settings import Asked
 
@@ -33,15 +32,13 @@ def rates_of(contestant: Contestant, asked: Asked, steps: int) -> tuple[float, .
         return (float(contestant.settings["learning_rate"]),)
     if asked.values["learning_rates"]:
         return tuple(asked.values["learning_rates"])
-    return tuple(float(f"{usual_rate(contestant, asked.task, steps) * factor:.2g}") for factor in _FACTORS)
+    return tuple(float(f"{default_rate(contestant, asked.task, steps) * factor:.2g}") for factor in _FACTORS)
 
 
-def usual_rate(contestant: Contestant, task: str, steps: int) -> float:
-    """The default rate of a contestant's mode, in a run of so many steps; of PEFT's own methods that of LoRA."""
-    if contestant.peft is not None:
-        return MODES["lora"].rate_for(steps, rank_of(contestant.peft))
-    ratio = 1.0 if task in HEADED else ratio_of(contestant.settings)
-    return MODES[contestant.mode].rate_for(steps, rank_of(contestant.settings, OPTIONS["r"]), ratio)
+def default_rate(contestant: Contestant, task: str, steps: int) -> float:
+    """That of its mode, in a run of so many steps; of PEFT's own methods that of LoRA."""
+    mode = MODES["lora" if contestant.peft is not None else contestant.mode]
+    return usual_rate(mode, contestant.settings, task, steps, contestant.peft)
 
 
 def next_rate(rates: Sequence[float], best: float) -> float | None:

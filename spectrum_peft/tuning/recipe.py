@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def write_recipe(folder: Path, asked: Asked, price: Price, rate: float, steps: i
     plain = json.loads(json.dumps(recipe_of(asked, price, rate, steps, seed), default=str))
     head = [
         f"# {price.contestant.label} at {rate:g}: {says}",
-        f"# spectrum-peft train --config {folder / RECIPE} --output-dir trained",
+        f"# spectrum-peft train --config {shlex.quote(str(folder / RECIPE))} --output-dir trained",
     ]
     if price.contestant.peft is not None:
         write_text(folder / "peft.yaml", yaml.safe_dump(dict(price.contestant.peft), sort_keys=False))

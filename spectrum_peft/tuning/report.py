@@ -20,6 +20,7 @@ from ..compare.statistics import paired
 from ..errors import ComparisonError
 from ..machine import machine
 from ..memory import format_bytes
+from ..plan import edge_of
 from ..records import RESULTS_FILE
 from .prices import Price
 from .recipe import RECIPE, write_recipe
@@ -75,7 +76,7 @@ def finish(tune: Tune) -> dict[str, Any]:
         "stages": tune.stage_spending(), "race": tune.verdicts(), "dropped": list(tune.prepared.dropped),
         "prices": {label: p.peak_bytes for label, p in prices.items()},
     }  # fmt: skip
-    results["notes"] = [sentence, *_notes(tune), *results["notes"]]
+    results["notes"] = [sentence, *_notes(tune, winner, _rate(contestants, winner)), *results["notes"]]
     results["pictures"] = pictures(tune)
     results["sections"] = [*fronts(results["pictures"]), *sections(results["tune"], results["metric"])]
     write_results(results, tune.output)
@@ -142,13 +143,16 @@ def says(
     return text + (f", at {mine / other:.2f} of its memory" if mine and other else "")
 
 
-def _notes(tune: Tune) -> list[str]:
+def _notes(tune: Tune, winner: str, rate: float) -> list[str]:
     sets = tune.sets
     notes = [
         f"the winner is the best on {sets.search_rows} training rows that no run trained on; the figures here are of "
         f"{sets.evaluation_rows} other rows, which decided nothing"
         + (" (taken from the training set, since no evaluation set was given)" if sets.carved else "")
     ]
+    tried = {row["rate"] for row in tune.verdicts()[0]["runs"] if row["contestant"] == winner}
+    if len(tried) > 1 and (beyond := edge_of(sorted(tried), rate)):
+        notes.append(f"the winner's rate is {rate:g}: {beyond} (--learning-rates)")
     stopped = [row for rung in tune.verdicts() for row in rung["runs"] if row["fate"] == "worse"]
     if stopped:
         notes.append(

@@ -92,10 +92,8 @@ def test_rates_are_the_modes_own_or_given_for_all_or_by_name_and_can_be_multipli
     assert rates(learning_rate_factors=[0.5, 2]) == {
         "spectrum 0.5": [1.4e-5, 5.6e-5], "spectrum 0.5 by random": [1.4e-5, 5.6e-5], "lora": [7e-5, 2.8e-4],  # of rank 16
     }  # fmt: skip
-    assert rates(task="classification", learning_rate_factors=[2], ratios=[0.25])["spectrum 0.25"] == [
-        4e-5
-    ]  # a new head
-    assert rates(learning_rate_factors=[2], ratios=[0.25])["spectrum 0.25"] == [8e-5]
+    for task, rate in (("causal_lm", 8e-5), ("classification", 4e-5)):  # under a head the ratio is no part of it
+        assert rates(task=task, learning_rate_factors=[2], ratios=[0.25])["spectrum 0.25"] == [rate]
     own = [{"name": f"own {r}", "peft": {"peft_type": "LORA", **({"r": r} if r else {})}} for r in (0, 2)]
     found = rates(learning_rate_factors=[1, 2], contestants=own)
     assert (found["own 0"], found["own 2"]) == ([2e-4, 4e-4], [4e-4, 8e-4])  # without one it is PEFT's, 8

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from spectrum_peft.errors import OptionError
-from spectrum_peft.plan import LORA_RANK, MODES, check_options, get_mode, rank_of, ratio_of
+from spectrum_peft.plan import LORA_RANK, MODES, check_options, edge_of, get_mode, rank_of, ratio_of
 from spectrum_peft.plan.budget import allocate_ranks, smallest_budget
 from spectrum_peft.plan.choose import Candidate, alpha_for, choose, groups, importance_rates, natural_key, ranked
 from spectrum_peft.plan.policies import POLICIES, tiers, top
@@ -423,3 +423,9 @@ def test_a_budget_above_full_rank_says_so():
 
 def test_a_fused_expert_parameter_costs_a_rank_in_every_expert():
     assert Candidate("e", "e", 0, (8, 30, 12), 1.0).rank_cost == 8 * 42
+
+
+def test_a_best_rate_with_nothing_worse_beyond_it_is_said_to_be_one() -> None:
+    assert edge_of([1e-3, 3e-3, 9e-3], 9e-3) == "it is the highest that was tried, so a higher one may be better"
+    assert edge_of([1e-3, 3e-3, 9e-3], 1e-3) == "it is the lowest that was tried, so a lower one may be better"
+    assert edge_of([1e-3, 3e-3, 9e-3], 3e-3) == ""

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binom, ttest_rel
 
 from spectrum_peft.compare.matrix import Contestant
-from spectrum_peft.tuning.contestants import next_rate, usual_rate
+from spectrum_peft.tuning.contestants import default_rate, next_rate
 from spectrum_peft.tuning.race import Entry, best_rates, chance_behind, judge
 
 
@@ -124,7 +124,7 @@ def test_the_grid_goes_on_by_ones_and_threes_beyond_its_edge_only() -> None:
 
 
 def test_a_contestant_begins_at_the_default_of_its_mode_at_its_rank_and_ratio() -> None:
-    """Long runs; the share of the matrices is no part of it under a new head; PEFT's own methods go as LoRA does."""
+    """Long runs; the share of the matrices is no part of it under a head; PEFT's own methods go as LoRA does."""
     real = Contestant("real", {"mode": "spectrum", "spectrum_ratio": 0.25})
     for contestant, task, rate in (
         (real, "causal_lm", 4e-5),
@@ -134,4 +134,4 @@ def test_a_contestant_begins_at_the_default_of_its_mode_at_its_rank_and_ratio() 
         (Contestant("lora", {"mode": "lora"}), "causal_lm", 1.4e-4),
         (Contestant("own", {}, peft={"peft_type": "LORA", "r": 32}), "causal_lm", 1e-4),
     ):
-        assert usual_rate(contestant, task, 10**5) == rate, contestant.label
+        assert default_rate(contestant, task, 10**5) == rate, contestant.label

@@ -114,7 +114,9 @@ def test_a_users_function_gives_one_number_or_one_for_each_row(body: str, value:
     ("raise KeyError('answer')", r"mine_\d+:score raised KeyError: 'answer'"),
     ("return float('nan')", r"mine_\d+:score returned nan, wanted a finite number"),
     ("return [1.0, 2.0]", r"mine_\d+:score returned 2 numbers for 6 rows, wanted one for each, or one in all"),
-    ("return 'good'", r"mine_\d+:score raised ValueError"),
+    ("return 'good'", r"mine_\d+:score returned 'good', wanted a number, or one for each row"),
+    ("return '0.5'", r"mine_\d+:score returned '0.5', wanted a number, or one for each row"),
+    ("return None", r"mine_\d+:score returned None, wanted a number, or one for each row"),
 ])  # fmt: skip
 def test_a_users_function_that_goes_wrong_is_one_line(body: str, says: str) -> None:
     name = f"mine_{abs(hash(body))}"
