@@ -18,7 +18,7 @@ import memory
 import torch
 import transformers
 
-from spectrum_peft.train.recipe import Recipe, fits, predicted, with_head, written
+from spectrum_peft.train.recipe import Recipe, fits, predicted, with_some_head, written
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 
@@ -90,7 +90,7 @@ def text_of(name: str) -> str:
         SystemExit: the recipe does not fit its card.
     """
     gigabytes, what, recipe = RECIPES[name]
-    found = predicted(recipe, with_head(config_of(recipe.model), recipe.task))
+    found = predicted(recipe, with_some_head(config_of(recipe.model), recipe.task))
     if not fits(found, f"{gigabytes}GiB"):
         raise SystemExit(
             f"{name}: needs {found.peak_bytes / 2**30:.2f} GiB, which a card of {gigabytes} GB has not to spare"

@@ -57,7 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind in _COMPARE_LISTS.items():
         add(f"--{name}", nargs="*" if name == "controls" else "+", type=kind, metavar=name.upper().replace("-", "_"))
     parser.epilog = f"{parser.epilog}\n\n{_MORE_KEYS}"
-    add("--metric", help="what the report ranks by; default accuracy for classification, else loss")
+    add(
+        "--metric",
+        help="what the report ranks by; default accuracy for classification, micro_f1 for multi_label, macro_f1 for "
+        "token_classification, else loss",
+    )
     switch(parser, "--list", default=False, help="say which cells there are and which are finished; run nothing")
     add("--cell", metavar="FOLDER", help="run one cell that a comparison has prepared, in this process")
 

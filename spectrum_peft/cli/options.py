@@ -27,13 +27,13 @@ PLAN_HELP = "of `plan`, or ORG/NAME on the hub"
 # None stands for "not given" everywhere: defaults of plan options live in `plan.OPTIONS` and nowhere else.
 
 
-def add_plan_options(parser: argparse.ArgumentParser, several_modes: bool = False) -> None:
+def add_plan_options(parser: argparse.ArgumentParser, several_modes: bool = False, usual: str | None = None) -> None:
     add = parser.add_argument_group("plan options (defaults: `spectrum_peft.plan.OPTIONS`)").add_argument
     group = parser._action_groups[-1]
     if several_modes:
         add("--mode", nargs="+", metavar="MODE", help=", ".join(MODES) + "; of several --fit takes the first that fits")
     else:
-        add("--mode", help=", ".join(MODES))
+        add("--mode", help=", ".join(MODES) + (f"; default {usual}" if usual else ""))
     add(
         "--criterion",
         help="score of a matrix: spectrum, mp, mean_std, row_norm, kappa, fisher, random, last, first, spaced",
@@ -164,6 +164,9 @@ def check_writable(path: str | os.PathLike[str] | None) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, NotADirectoryError):
+            file = next((p for p in path.parents if mode_of(p) and not stat.S_ISDIR(mode_of(p))), folder)
+            raise CheckpointError(f"{file}: is a file, wanted a folder.") from error
         why = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: cannot be written, {folder} refuses ({why}).") from error
 

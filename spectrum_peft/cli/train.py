@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval-dataset", metavar="D", help="judge on these rows before and after training")
     add("--eval-split", metavar="S", help="judge on this split of --dataset (or of --eval-dataset)")
     add_load_options(parser)
-    add_plan_options(parser)
+    add_plan_options(parser, usual=USUAL_MODE)
     lora = parser.add_argument_group("adapters, as in peft.LoraConfig")
     add = lora.add_argument
     add("--lora-dropout", type=float, metavar="P")
@@ -184,11 +184,11 @@ def _write_config(options: argparse.Namespace) -> None:
             say(line)
     else:
         from ..train.arguments import config_of, task_for
-        from ..train.recipe import card_here, init, with_head
+        from ..train.recipe import card_here, init, with_some_head
 
         model = required(options, "model", "--model")
         task, memory = task_for(options), options.memory or card_here()
-        config = with_head(config_of(model, options), task)
+        config = with_some_head(config_of(model, options), task)
         text = init(model, config, task, memory, say)
     if options.output:
         write_text(options.output, text)

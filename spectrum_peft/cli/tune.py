@@ -162,6 +162,7 @@ def opened(given: Mapping[str, Any], train: Mapping[str, Any], output: Any, sour
     from ..compare.runs import inputs_of
     from ..train.arguments import quiet_progress, task_for
     from ..train.judge import require_scikit_learn
+    from ..train.preview import counted, lines_of, step_length
     from ..train.settle import settle
     from ..tuning.queue import require_optuna
 
@@ -211,9 +212,14 @@ def opened(given: Mapping[str, Any], train: Mapping[str, Any], output: Any, sour
                 Path(options.peft_config).write_text(yaml.safe_dump(dict(cell.peft)))
             settle(options, rest, given_plan_options(options), flags, (settled.train_rows, None))
 
+    def rows() -> tuple[list[str], int]:
+        found = counted(settled, shared)
+        return list(lines_of(found)), step_length(settled, found["training"])
+
     one = tuning.Tune(
-        asked, settled, inputs_of(compared([]))["model"], compared=compared, made=made, check=check, announce=_say
-    )
+        asked, settled, inputs_of(compared([]))["model"], compared=compared, made=made, check=check, counted=rows,
+        announce=_say,
+    )  # fmt: skip
     one.open()
     return one
 

@@ -59,7 +59,7 @@ def columns(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     names = [first, *(n for n in METRICS if n != first)]
     shown = [(n, METRICS[n].title) for n in names if any(n in s["metrics"] for s in results["contestants"])]
     reference = results["config"].get("reference")
-    if reference and any("difference" in s["figures"] for s in results["contestants"]):
+    if reference and _differences(results):
         shown.insert(1, ("difference", f"difference to {reference}"))
     others = {**FORGETTING, **{name: title for name, (title, _) in FIGURES.items()}}
     return shown + [(n, t) for n, t in others.items() if any(n in s["figures"] for s in results["contestants"])]
@@ -111,6 +111,18 @@ def of_base(results: Mapping[str, Any], name: str) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
+def reaches(results: Mapping[str, Any]) -> str:
+    """What marks the best and those beside it."""
+    text = f"the best in {METRICS[results['metric']].title}, or an interval that reaches its own"
+    return text + (
+        "; a difference taken seed by seed may still tell two of them apart" if _differences(results) else ""
+    )
+
+
+def _differences(results: Mapping[str, Any]) -> bool:
+    return any("difference" in s["figures"] for s in results["contestants"])
+
+
 def order(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Contestants by the metric that ranks, best first; those without one at the end."""
     metric, higher = results["metric"], METRICS[results["metric"]].higher
@@ -145,7 +157,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         values = [shown(name, of_base(results, name)) for name, _ in heads]
         lines.append("| " + " | ".join(["*untrained base*", "", *values]) + " |")
     if results["best"]:
-        lines += ["", f"\\* not told apart from the best in {METRICS[results['metric']].title}"]
+        lines += ["", f"\\* {reaches(results)}"]
     for one in results.get("sections", ()):
         lines += ["", f"**{_plain(one['title'])}**", "", "| " + " | ".join(map(_plain, one["heads"])) + " |"]
         lines += ["| --- " * len(one["heads"]) + "|"]

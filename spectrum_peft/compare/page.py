@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import plots
 from ..records import Plan, SnrReport
-from .figures import FIGURES, FORGETTING, columns, figure_of, of_base, order, shown, spread
+from .figures import FIGURES, FORGETTING, columns, figure_of, of_base, order, reaches, shown, spread
 from .settings import METRICS, rate_text
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _contestants(results: Mapping[str, Any]) -> str:
     rows = []
     for place, summary in enumerate(order(results)):
         best = summary["label"] in results["best"]
-        tags = '<span class="tag best">≈ best</span>' if best else ""
+        tags = f'<span class="tag best" title="{_text(reaches(results))}">≈ best</span>' if best else ""
         tags += '<span class="tag">control</span>' if summary["control"] else ""
         if summary["failed"]:
             tags += f'<span class="tag bad">{len(summary["failed"])} failed</span>'

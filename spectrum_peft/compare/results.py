@@ -206,8 +206,12 @@ def _notes(
         notes.append("one seed: the figures have no spread, and nothing here says which method is better")
     else:
         title = METRICS[comparison.metric].title
-        told = f". In {title} these are not told apart from the best: {len(best)} of {len(summaries)}" if best else ""
-        notes.append(f"{seeds} seeds; intervals are {percent}, by Student's t{told}")
+        near = (
+            f". In {title} those of {len(best) - 1} of {len(summaries) - 1} others reach that of the best"
+            if best
+            else ""
+        )
+        notes.append(f"{seeds} seeds; intervals are {percent}, by Student's t{near}")
         alone = sum(len(s["seeds"]) < 2 for s in summaries)
         if alone:
             notes.append(

@@ -124,19 +124,21 @@ def _check_split(source: str, split: str) -> None:
 
 
 def _check_text(path: Path) -> None:
-    """Raise a DataError where a text file is not UTF-8; pyarrow takes such bytes, and the first who reads the row fails."""
+    """Raise a DataError where a text file is blank, or not UTF-8: pyarrow takes such bytes, and who reads the row fails."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    at = 0
+    at, blank = 0, True
     with path.open("rb") as file:
         while True:
             piece = file.read(1 << 20)
             try:
-                decoder.decode(piece, final=not piece)
+                blank &= not decoder.decode(piece, final=not piece).strip()
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}: byte {max(at + error.start, 0):,} is not UTF-8 ({error.reason}).") from error
             if not piece:
-                return
+                break
             at += len(piece)
+    if blank:
+        raise DataError(f"{path}: the file holds nothing but blank lines.")
 
 
 def select_columns(dataset: Dataset, task: str, source: str, renamed: Mapping[str, str] | None = None) -> Dataset:

@@ -22,7 +22,7 @@ from trl import TrlParser
 from ..arguments import Parser, Rest, checked_value, flags_of, reworded, set_defaults_from
 from ..data import COLUMNS
 from ..devices import default_device, fast_dtype
-from ..errors import CheckpointError, OptionError, near_here, near_matches, one_line
+from ..errors import CheckpointError, OptionError, near_here, near_matches, one_line, quoted
 from ..records import is_file, mode_of
 from ..records.schema import Wanted
 from ..tuner.classes import check_config
@@ -212,12 +212,20 @@ def take_auto_rate(rest: Rest) -> tuple[Rest, bool]:
 
     Returns:
         The rest, and whether the rate is to be raced for.
+    Raises:
+        OptionError: the rate is another word.
     """
     finder = Parser(add_help=False)
     finder.add_argument("--learning-rate", "--learning_rate")
     found, others = finder.parse_known_args(list(rest.argv))
     config = dict(rest.config or {})
     given = found.learning_rate if found.learning_rate is not None else config.get("learning_rate")
+    if isinstance(given, str) and given != "auto":
+        try:
+            float(given)
+        except ValueError:
+            where = "--learning-rate" if found.learning_rate is not None else f"{rest.source}: learning_rate"
+            raise OptionError(f"{where} is {quoted(given)}, wanted a number, or auto.") from None
     if config.get("learning_rate") == "auto":
         del config["learning_rate"]
     number = [] if found.learning_rate in (None, "auto") else ["--learning-rate", found.learning_rate]

@@ -21,9 +21,9 @@ from ..memory import OPTIMIZERS, describe_memory, estimate_memory, gradients_of_
 from ..plan import check_options, explain, make_plan, needs_gradients
 from ..records import Plan, SnrReport
 from ..tuner.config import SpectrumConfig, candidates_of
-from .arguments import config_of, quiet_progress
+from .arguments import quiet_progress
 from .output import check_output
-from .preview import counted, encoded_run, first_rows, lines_of, tokenizer_of
+from .preview import counted, encoded_run, first_rows, lines_of, step_length, tokenizer_of
 from .progress import duration
 from .rate_race import SHARE, heat_steps
 from .run import introduction, load_run, report_for, settle_rate
@@ -107,12 +107,7 @@ def _planned(
 def _memory_of(run: Run, options: argparse.Namespace, plan: Plan, counts: RowCounts) -> str:
     """What a step needs at its peak, on the device that there is."""
     args: Any = run.args
-    config = copy.deepcopy(config_of(options.model, options))
-    for name, value in run.head.items():
-        setattr(config, name, value)
-    if run.head and config.pad_token_id is None:  # the trainer takes the tokenizer's
-        config.pad_token_id = 0
-    length = args.max_length if getattr(args, "packing", False) else counts.longest
+    length = step_length(run, counts)
     notes = []
     if run.task.rewarded:
         length += args.max_completion_length
@@ -131,7 +126,7 @@ def _memory_of(run: Run, options: argparse.Namespace, plan: Plan, counts: RowCou
     trl = run.task.arguments[0] == "trl" and run.task.head is None
     reference = run.task.relative and not args.precompute_ref_log_probs
     found = estimate_memory(
-        config,
+        run.config,
         spectrum,
         batch_size=args.per_device_train_batch_size * run.task.together,
         max_length=length,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..data import label_ids, label_names
@@ -19,7 +21,7 @@ PROBLEMS: dict[str, str | None] = {
     "tokens": None,
     "reward": None,
 }
-_ONE_OUTPUT = ("number", "reward")
+ONE_OUTPUT = ("number", "reward")
 _COLUMN = {"classes": "label", "several": "label", "tokens": "tags"}
 
 
@@ -42,7 +44,7 @@ def head_of(
     """
     known = has_head(config, head) if known is None else known
     keywords: dict[str, Any] = {}
-    if head in _ONE_OUTPUT:
+    if head in ONE_OUTPUT:
         if known and config.num_labels != 1:
             what = "a reward" if head == "reward" else "a number"
             raise OptionError(f"{model}: its head has {config.num_labels} outputs, and {what} is one.")
@@ -55,6 +57,22 @@ def head_of(
     return keywords | problem_of(head, config)
 
 
+def with_head(config: PretrainedConfig, head: Mapping[str, Any]) -> PretrainedConfig:
+    """The config of the model as the loader makes it.
+
+    Args:
+        config: of the checkpoint. head: keywords as of `head_of`; empty for a task without a head.
+    """
+    if not head:
+        return config
+    config = copy.deepcopy(config)
+    for name, value in head.items():
+        setattr(config, name, value)
+    if config.pad_token_id is None:  # the trainer takes the tokenizer's
+        config.pad_token_id = 0
+    return config
+
+
 def problem_of(head: str, config: PretrainedConfig) -> dict[str, Any]:
     """The loss that the config has to name, where transformers would take another for this head."""
     problem, own = PROBLEMS[head], getattr(config, "problem_type", None)
@@ -64,7 +82,7 @@ def problem_of(head: str, config: PretrainedConfig) -> dict[str, Any]:
 
 def keywords_of(head: str, config: PretrainedConfig) -> dict[str, Any]:
     """Keywords of the loader for a head that was trained, as its config has it."""
-    named = {} if head in _ONE_OUTPUT else {"id2label": config.id2label, "label2id": config.label2id}
+    named = {} if head in ONE_OUTPUT else {"id2label": config.id2label, "label2id": config.label2id}
     return {"num_labels": config.num_labels, **named, **problem_of(head, config)}
 
 

@@ -130,6 +130,11 @@ def pieces_seen(run: Run, rows: datasets.Dataset, tokenizer: Any) -> Iterator[li
         yield run.task.pieces(row, tokenizer, labels)
 
 
+def step_length(run: Run, counts: RowCounts) -> int:
+    """Tokens of the longest row that a step may see; of what is written to be judged, those of the completion come on top."""
+    return run.args.max_length if getattr(run.args, "packing", False) else counts.longest
+
+
 def counted(run: Run, options: argparse.Namespace) -> dict[str, RowCounts]:
     """{training, evaluation where there are such rows: what becomes of them}.
 

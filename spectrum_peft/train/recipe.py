@@ -26,14 +26,15 @@ from ..plan import MODES, make_plan
 from ..records import MemoryReport
 from ..tuner.config import SpectrumConfig
 from .callback import slower_by
+from .heads import ONE_OUTPUT, with_head
 from .tasks import TASKS, loaded_as
 
 # Share of a card that a recipe leaves free: CUDA's context, what the allocator holds unused, and a margin.
 FREE = 0.07
 # What `--init` tries, best first: the first that fits. Batches of 4, then of 1.
 _TRIED: tuple[tuple[str, Mapping[str, Any], str | None], ...] = (
-    ("spectrum", {"spectrum_ratio": 0.25}, None),
     ("lora", {"r": 16}, None),
+    ("lora", {"r": 16}, "nf4"),
     ("spectra_qlora", {"spectrum_ratio": 0.5, "r": 16}, "nf4"),
 )
 _TOGETHER = 16  # sequences of a step, in batches of what fits
@@ -207,10 +208,10 @@ def card_here() -> str:
     return f"{found[1] // 2**20}MiB"
 
 
-def with_head(config: Any, task: str, outputs: int = 2) -> Any:
-    """The config with a head of the task's kind, for a dry run; how many outputs it has hardly matters."""
-    if TASKS[task].head is not None:
-        config.num_labels = 1 if TASKS[task].head in ("number", "reward") else outputs
-        config.problem_type = {"several": "multi_label_classification"}.get(TASKS[task].head or "")
-        config.pad_token_id = config.pad_token_id or 0  # training takes the tokenizer's
-    return config
+def with_some_head(config: Any, task: str, outputs: int = 2) -> Any:
+    """The config with a head of the task's kind, for a dry run without rows; how many outputs it has hardly matters."""
+    head = TASKS[task].head
+    if head is None:
+        return config
+    problem = "multi_label_classification" if head == "several" else None
+    return with_head(config, {"num_labels": 1 if head in ONE_OUTPUT else outputs, "problem_type": problem})

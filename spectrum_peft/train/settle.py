@@ -33,7 +33,7 @@ from .arguments import (
 from .callback import slower_by
 from .checkpoints import checkpoint_to_resume, refuse_other_sharing
 from .encoding import DataChoices
-from .heads import check_labels, has_head, head_of
+from .heads import check_labels, has_head, head_of, with_head
 from .needs import check_needs
 from .processes import asked_for, check_fsdp_version, check_launch
 from .rate_race import check_can_race
@@ -53,6 +53,7 @@ class Run:
         train_rows, eval_rows: with the task's standard columns; no evaluation rows where no set was named.
         head: keywords of the loader that size and name a head; none where the task has none.
         new_head: the checkpoint has none, so that it begins at random.
+        config: of the model as it is loaded: the checkpoint's, with that head.
         data: what of the rows is shown and learnt.
         rewards: functions and folders of models that judge what is written, for tasks that take them.
         race: `learning_rate: auto`: the rate is found before the first step.
@@ -72,6 +73,7 @@ class Run:
     eval_rows: datasets.Dataset | None
     head: dict[str, Any]
     new_head: bool
+    config: Any
     data: DataChoices
     rewards: tuple[Any, ...] = ()
     race: bool = False
@@ -172,6 +174,7 @@ def settle(
         eval_rows,
         head,
         new_head,
+        with_head(config, head),
         data,
         rewards,
         race,

@@ -10,13 +10,14 @@ from typing import Any
 
 from ..compare.matrix import Cell, Contestant
 from ..errors import OptionError, TrainingSetupError
+from ..memory import format_bytes
 from .cells import Cells
 from .contestants import chosen, rates_of
 from .prices import MARGIN, Price, Pricing, renamed, step_of, those_that_fit
 from .queue import Task
 from .schedule import MOST_EPOCHS, Clock, Outline, outline, relative_step
 from .settings import Asked
-from .splits import Sets, carve, longest
+from .splits import Sets, carve
 
 CLOCK_STEPS = 4  # of the run that is timed before anything is planned
 
@@ -62,6 +63,7 @@ def prepare(
     cells_of: Callable[[Sets], Cells],
     made: Callable[[list[Mapping[str, Any]]], list[Contestant]],
     check: Callable[[Cell], None],
+    counted: Callable[[], tuple[list[str], int]],
     announce: Callable[[str], None],
 ) -> Prepared:
     """Split, price, time, plan.
@@ -69,6 +71,7 @@ def prepare(
     Args:
         run: of `train.settle`, of any mode: rows, dtype, task.
         made: contestants as mappings -> contestants. check: raises where `train` would refuse a cell.
+        counted: lines on what becomes of the rows, and the tokens of the longest.
     Raises:
         OptionError: too few rows, nothing that fits the memory or the hours.
         TrainingSetupError: whatever is timed fails.
@@ -89,9 +92,18 @@ def prepare(
         raise OptionError(
             f"{asked.source}: batch_size is {asked.values['batch_size']}, and {sets.train_rows} rows are left to train on."
         )
-    pricing = _pricing(asked, run)
-    prices = [renamed(pricing.price(c)) for c in chosen(asked, pricing.report(), made)]
-    fitting = those_that_fit(prices, asked.values["memory"], announce)
+    lines, length = counted()
+    for line in lines:
+        announce(line)
+    pricing = _pricing(asked, run, length)
+    contestants = chosen(asked, pricing.report(), made)
+    room = "memory" if pricing.memory is None else f"{format_bytes(pricing.memory)}, of which {MARGIN:.0%} stay free"
+    announce(f"what fits into {room}: dry runs of {len(contestants)} contestants")
+    prices = []
+    for contestant in contestants:
+        prices.append(renamed(pricing.price(contestant)))
+        announce(prices[-1].line())
+    fitting = those_that_fit(prices, pricing.memory)
     cells = cells_of(sets)
     for price in fitting:
         check(cells.make(price, _short(asked, price, 1), steps=1))
@@ -121,28 +133,22 @@ def judging_seconds(results: Mapping[str, Any], sets: Sets) -> float:
     return float(2 * results["judge_seconds"]["search"] * sets.evaluation_rows / sets.search_rows)
 
 
-def _pricing(asked: Asked, run: Any) -> Pricing:
+def _pricing(asked: Asked, run: Any, length: int) -> Pricing:
     import transformers
 
     from ..devices import default_device, free_memory
-    from ..tuner.tokenizer import load_tokenizer
 
     device = default_device()
     memory = asked.values["memory"]
     if memory is None:
         free = free_memory(device)
         memory = free[0] if free else None
-    most = getattr(run.args, "max_length", None) or asked.train.get("max_length") or 512
-    where = {k: asked.train[k] for k in ("revision", "trust_remote_code") if asked.train.get(k)}
-    tokenizer = load_tokenizer(asked.train["model"], **where)
-    length = most if tokenizer is None else longest(run.train_rows, tokenizer, most)
     step = step_of(
         asked.train, device="cuda" if device.type == "cuda" else "cpu", dtype=str(run.dtype),
         trainer="sft" if asked.task == "causal_lm" else "transformers", max_length=length,
     )  # fmt: skip
-    limit = None if memory is None else int(memory * (1 - MARGIN))
     return Pricing(
-        asked.train, step, limit, asked.values["batch_size"], run.task.task_type,
+        run.config, asked.train, step, memory, asked.values["batch_size"], run.task.task_type,
         getattr(transformers, run.task.auto_class),
     )  # fmt: skip
 

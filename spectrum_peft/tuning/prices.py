@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,25 +53,28 @@ class Pricing:
     """Dry runs of one model.
 
     Args:
+        config: of the model as it is loaded, with the task's head.
         train: keys of `train` that all runs share.
         step: fields of `memory.Step` that are the same for all: length, dtype, device, trainer.
-        limit: bytes, the margin taken off; None: everything fits.
+        memory: bytes, of which the margin stays free; None: everything fits.
         model_class: of transformers, for the task.
     """
 
     def __init__(
-        self, train: Mapping[str, Any], step: Mapping[str, Any], limit: int | None, batch_size: int, task_type: str,
+        self, config: Any, train: Mapping[str, Any], step: Mapping[str, Any], memory: int | None, batch_size: int, task_type: str,
         model_class: Any = None,
     ) -> None:  # fmt: skip
-        self.train, self.step, self.limit, self.batch_size = train, dict(step), limit, batch_size
-        self.task_type, self.where = task_type, {"model_class": model_class}
-        self.where |= {k: train[k] for k in ("revision", "trust_remote_code") if train.get(k)}
+        self.config, self.train, self.step, self.batch_size = config, train, dict(step), batch_size
+        self.memory = memory
+        self.limit = None if memory is None else int(memory * (1 - MARGIN))
+        self.task_type = task_type
+        self.where = {"model_class": model_class, "trust_remote_code": bool(train.get("trust_remote_code"))}
         self._reports: dict[str, SnrReport] = {}
 
     def report(self, criterion: str = "first") -> SnrReport:
         """Names and shapes of the model's matrices."""
         if criterion not in self._reports:
-            self._reports[criterion] = report_of_config(self.train["model"], criterion, **self.where)
+            self._reports[criterion] = report_of_config(self.config, criterion, **self.where)
         return self._reports[criterion]
 
     def price(self, contestant: Contestant) -> Price:
@@ -132,7 +135,7 @@ class Pricing:
             settings["quantization"] = quantization
         if contestant.peft is not None:
             return Price(contestant, settings, None, 0, 0, True)
-        found = estimate_memory(self.train["model"], self._config(contestant), **step, **self.where)
+        found = estimate_memory(self.config, self._config(contestant), **step, **self.where)
         peak = found.peak_bytes if found.complete else None
         fits = self.limit is None or peak is None or peak <= self.limit
         return Price(contestant, settings, peak, found.trainable_parameters, found.total_parameters, fits)
@@ -154,6 +157,8 @@ class Pricing:
             from ..memory import gradients_of_report
 
             gradients = gradients_of_report(self.report(criterion))
+        # A run reads the checkpoint back where it needs the base, so that nothing of it is kept.
+        known["keep_base"] = "none"
         return SpectrumConfig(**known, report=self.report(criterion), gradients=gradients, task_type=self.task_type)
 
 
@@ -168,13 +173,11 @@ def step_of(options: Mapping[str, Any], *, device: str, dtype: str, trainer: str
     }  # fmt: skip
 
 
-def those_that_fit(prices: Sequence[Price], memory: int | None, announce: Callable[[str], None]) -> list[Price]:
+def those_that_fit(prices: Sequence[Price], memory: int | None) -> list[Price]:
     """
     Raises:
         OptionError: none does; the message says which needs least, and how much.
     """
-    for price in prices:
-        announce(price.line())
     fitting = [p for p in prices if p.fits]
     if fitting:
         return fitting

@@ -33,7 +33,7 @@ def write_recipe(folder: Path, asked: Asked, price: Price, rate: float, steps: i
     """Write it, with a line that says what it is."""
     plain = json.loads(json.dumps(recipe_of(asked, price, rate, steps, seed), default=str))
     head = [
-        f"# {price.contestant.label} at {rate:g}: {says}",
+        f"# {says}",
         f"# spectrum-peft train --config {shlex.quote(str(folder / RECIPE))} --output-dir trained",
     ]
     if price.contestant.peft is not None:

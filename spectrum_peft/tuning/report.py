@@ -69,21 +69,20 @@ def finish(tune: Tune) -> dict[str, Any]:
     )
     compared = replace(compared, asked={**compared.asked, "reference": reference})
     results = collect(compared, contestants, outcomes, machine(), None)
-    sentence = says(results, winner, reference, prices, _rate(contestants, winner), tune.asked.metric)
+    rate = _rate(contestants, winner)
+    sentence = says(results, winner, reference, prices, rate)
     best = _best_run(outcomes, winner, tune.higher)
     results["tune"] = {
-        "winner": winner, "rate": _rate(contestants, winner), "seed": best.cell.seed, "sentence": sentence, "search": means,
+        "winner": winner, "rate": rate, "seed": best.cell.seed, "sentence": sentence, "search": means,
         "stages": tune.stage_spending(), "race": tune.verdicts(), "dropped": list(tune.prepared.dropped),
         "prices": {label: p.peak_bytes for label, p in prices.items()},
     }  # fmt: skip
-    results["notes"] = [sentence, *_notes(tune, winner, _rate(contestants, winner)), *results["notes"]]
+    results["notes"] = [sentence, *_notes(tune, winner, rate), *results["notes"]]
     results["pictures"] = pictures(tune)
     results["sections"] = [*fronts(results["pictures"]), *sections(results["tune"], results["metric"])]
     write_results(results, tune.output)
-    write_recipe(
-        tune.output, tune.asked, prices[winner], _rate(contestants, winner), best.cell.train["max_steps"], best.cell.seed or 0,
-        sentence,
-    )  # fmt: skip
+    steps, seed = best.cell.train["max_steps"], best.cell.seed or 0
+    write_recipe(tune.output, tune.asked, prices[winner], rate, steps, seed, sentence)
     _keep_winner(tune, best, outcomes)
     return results
 
@@ -112,35 +111,38 @@ def _best_run(outcomes: Sequence[Outcome], winner: str, higher: bool) -> Outcome
 
 
 def says(
-    results: Mapping[str, Any],
-    winner: str,
-    reference: str | None,
-    prices: Mapping[str, Price],
-    rate: float,
-    metric: str,
+    results: Mapping[str, Any], winner: str, reference: str | None, prices: Mapping[str, Price], rate: float
 ) -> str:
-    """The answer in one sentence, with the interval of the difference on the evaluation rows, seed by seed."""
-    title, percent = METRICS[metric].title, f"{100 * results['config']['confidence']:g} %"
+    """The answer in one sentence: the winner against the reference with its memory, then against each control."""
+    metric = results["metric"]
     mean = next(s for s in results["contestants"] if s["label"] == winner)["metrics"].get(metric, {})
-    figure = f" ({title} {shown(metric, mean['mean'])})" if mean.get("mean") is not None else ""
-    text = f"{winner} at {rate:g}{figure}"
-    difference = (
-        None
-        if reference is None
-        else paired(results["cells"], winner, reference, metric, results["config"]["confidence"])
-    )
-    if difference is None or difference.get("low") is None:
-        return f"{text}: nothing else finished that it could be held against"
-    low, high = difference["low"], difference["high"]
-    better = low > 0 if METRICS[metric].higher else high < 0
-    worse = high < 0 if METRICS[metric].higher else low > 0
-    told = (
-        f"better than {reference}" if better else f"worse than {reference}" if worse else f"not told from {reference}"
-    )
-    text += f": {told} (difference {difference['mean']:+.4f}, {percent} interval {low:+.4f} to {high:+.4f}, "
-    text += f"{difference['n']} seeds)"
-    mine, other = prices[winner].peak_bytes, prices[str(reference)].peak_bytes
-    return text + (f", at {mine / other:.2f} of its memory" if mine and other else "")
+    figure = f" ({METRICS[metric].title} {shown(metric, mean['mean'])})" if mean.get("mean") is not None else ""
+    text = f"{winner} at {rate:g}{figure}: "
+    if reference is None or (told := _told(results, winner, reference)) is None:
+        return f"{text}nothing else finished that it could be held against"
+    mine, other = prices[winner].peak_bytes, prices[reference].peak_bytes
+    text += told + (f", at {mine / other:.2f} of its memory" if mine and other else "")
+    controls = [s["label"] for s in results["contestants"] if s["control"] and s["label"] not in (winner, reference)]
+    return "; ".join([text, *(beside for label in controls if (beside := _told(results, winner, label, short=True)))])
+
+
+def _told(results: Mapping[str, Any], winner: str, other: str, short: bool = False) -> str | None:
+    """Whether the evaluation rows tell the winner from another, with the interval of the difference, seed by seed.
+
+    None where there is none.
+    """
+    metric, confidence = results["metric"], results["config"]["confidence"]
+    found = paired(results["cells"], winner, other, metric, confidence)
+    if found is None or found["low"] is None:
+        return None
+    low, high = found["low"], found["high"]
+    better, worse = (low > 0, high < 0) if METRICS[metric].higher else (high < 0, low > 0)
+    told = "better than" if better else "worse than" if worse else "not told from"
+    ends = f"{low:+.4f} to {high:+.4f}"
+    if short:
+        return f"{told} {other} ({found['mean']:+.4f}, {ends})"
+    how = f"{100 * confidence:g} % interval {ends}, {found['n']} seeds"
+    return f"{told} {other} (difference {found['mean']:+.4f}, {how})"
 
 
 def _notes(tune: Tune, winner: str, rate: float) -> list[str]:

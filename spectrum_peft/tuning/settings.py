@@ -122,6 +122,9 @@ def _several(name: str, value: Any, check: Callable[[str, Any], Any]) -> list[An
     return checked
 
 
+_OWN = "module:function"
+
+
 def _direction(values: Mapping[str, Any], task: str, source: str) -> bool:
     """Whether larger is better; a user's function becomes known to the tables.
 
@@ -149,9 +152,9 @@ def _direction(values: Mapping[str, Any], task: str, source: str) -> bool:
     if metric not in known:
         if metric in METRICS:
             raise OptionError(
-                f"{source}: metric is {metric!r}, which the task {task!r} has not. Known: {', '.join(known)}."
+                f"{source}: metric is {metric!r}, which the task {task!r} has not. Known: {', '.join([*known, _OWN])}."
             )
-        raise OptionError(f"{source}: metric is {metric!r}." + near_matches(metric, known))
+        raise OptionError(f"{source}: metric is {metric!r}." + near_matches(metric, [*known, _OWN]))
     if better is not None and (better == "higher") != METRICS[metric].higher:
         raise OptionError(
             f"{source}: better is {better!r}, which is for a function of your own; {metric} has a direction."

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..data import tokenizing
 from ..errors import DataError
 from ..records import move_over, read_mapping, write_text
 from .settings import FEWEST_ROWS, MOST_SEARCH_ROWS
@@ -85,28 +83,3 @@ def _draw(rows: Any, count: int) -> list[int]:
             left[labels[i]] -= 1
             taken.append(i)
     return taken
-
-
-def longest(rows: Any, tokenizer: Any, most: int) -> int:
-    """Tokens of the longest row, within `most`: what a dry run need not go beyond.
-
-    The 64 rows with the most characters are read; a chat template adds some, for which 32 stand.
-    """
-    texts = sorted((_text(row) for row in rows), key=len, reverse=True)[:64]
-    with tokenizing():
-        lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
-    return min(most, -(-(max(lengths, default=most) + 32) // 8) * 8)
-
-
-def _text(row: dict[str, Any]) -> str:
-    parts: list[str] = []
-    pile: list[Any] = [row]
-    while pile:
-        one = pile.pop()
-        if isinstance(one, str):
-            parts.append(one)
-        elif isinstance(one, dict):
-            pile += one.values()
-        elif isinstance(one, Sequence):
-            pile += one
-    return "\n".join(parts)

@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ..compare.matrix import Cell, Contestant, file_digest
 from ..compare.outcome import Outcome
 from ..compare.settings import Comparison
-from ..errors import OptionError, TrainingSetupError
-from ..records import read_mapping, write_text
+from ..errors import OptionError, TrainingSetupError, quoted
+from ..records import mode_of, read_mapping, write_text
 from .cells import Cells
 from .contestants import next_rate, rates_of
 from .preparing import CLOCK_STEPS, Prepared, judging_seconds, prepare
@@ -46,15 +47,16 @@ class Tune:
         identity: digest of the weights.
         compared: contestants as mappings -> a comparison of them, as the report takes it.
         check: raises where `train` would refuse a cell.
+        counted: lines on what becomes of the rows, and the tokens of the longest.
     """
 
     def __init__(
         self, asked: Asked, run: Any, identity: str, *, compared: Callable[..., Comparison],
         made: Callable[[list[Mapping[str, Any]]], list[Contestant]], check: Callable[[Cell], None],
-        announce: Callable[[str], None] = print,
+        counted: Callable[[], tuple[list[str], int]], announce: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         self.asked, self.run, self.identity, self.check, self.announce = asked, run, identity, check, announce
-        self.compared, self.made = compared, made
+        self.compared, self.made, self.counted = compared, made, counted
         self.output, self.race_seed = asked.output, int(asked.values["race_seed"])
         self._past: set[int] = set()  # rungs that are over
 
@@ -70,13 +72,11 @@ class Tune:
         mine = self._what_was_asked()
         if index.is_file():
             there = read_mapping(index)
-            other = [key for key in sorted({*mine, *there}) if mine.get(key) != there.get(key)]
+            other = [key for key in sorted({*mine, *there}, key=_digests_last) if mine.get(key) != there.get(key)]
             with self._alone():
                 if other and (self.output / "prepared.json").is_file():
-                    raise OptionError(
-                        f"{self.output}: holds another tune, whose {other[0]} is {there.get(other[0])!r}, here "
-                        f"{mine.get(other[0])!r}; name another --output-dir."
-                    )
+                    what = _difference(other[0], there, mine, self.asked.train)
+                    raise OptionError(f"{self.output}: holds another tune, {what}; name another --output-dir.")
                 if other:
                     shutil.rmtree(self.output / "data", ignore_errors=True)
         elif self.output.is_dir() and any(p.name not in (".lock", "race.db") for p in self.output.iterdir()):
@@ -93,7 +93,15 @@ class Tune:
         """What decides the numbers of a tune; hours and the storage may be others when it goes on."""
         values = {k: v for k, v in self.asked.values.items() if k not in ("hours", "storage")}
         files = {k: file_digest(v) for k in ("dataset", "eval_dataset") if (v := self.asked.train.get(k))}
-        plain = {**self.asked.train, **values, "weights": self.identity, "files": files, "task": self.asked.task}
+        named = {k: str(Path(v).resolve()) for k in ("model", *files) if mode_of(v := str(self.asked.train[k]))}
+        plain = {
+            **self.asked.train,
+            **named,
+            **values,
+            "weights": self.identity,
+            "files": files,
+            "task": self.asked.task,
+        }
         return dict(json.loads(json.dumps(plain, default=str)))
 
     @contextmanager
@@ -111,8 +119,9 @@ class Tune:
         with self._alone():
             if not path.is_file():
                 found = prepare(
-                    self.asked, self.run, cells_of=self._cells, made=self.made, check=self.check, announce=self.announce
-                )
+                    self.asked, self.run, cells_of=self._cells, made=self.made, check=self.check, counted=self.counted,
+                    announce=self.announce,
+                )  # fmt: skip
                 write_text(path, json.dumps(found.as_plain(), indent=1, default=_plain) + "\n")
         self.prepared = Prepared.from_plain(read_mapping(path))
         self.sets = self.prepared.sets
@@ -294,7 +303,8 @@ class Tune:
         best = verdicts[0].entry
         price = next(p for p in self.prepared.prices if p.contestant.label == best.contestant)
         steps = self.prepared.outline.steps
-        says = f"best after {self.prepared.outline.rungs[rung]} of {steps} steps of the race; the finals are not over"
+        after = f"the best after {self.prepared.outline.rungs[rung]} of {steps} steps of the race"
+        says = f"{best.contestant} at {best.rate:g}: {after}; the finals are not over"
         write_recipe(self.output, self.asked, price, best.rate, steps, self.race_seed, says)
 
     # --- the finals ---
@@ -391,6 +401,21 @@ def _entry(done: Done) -> Entry:
     scores = done.results["scores"]["search"]
     rows = None if scores["rows"] is None else tuple(map(float, scores["rows"]))
     return Entry(done.task.contestant, done.task.rate, float(scores["value"]), rows)
+
+
+def _digests_last(key: str) -> tuple[bool, str]:
+    return key in ("weights", "files"), key
+
+
+def _difference(key: str, there: Mapping[str, Any], mine: Mapping[str, Any], train: Mapping[str, Any]) -> str:
+    """What makes two tunes of one folder two, for a reader."""
+    if key == "weights":
+        return f"of a model with other weights than {train['model']} has now"
+    if key == "files":
+        before, now = (found.get(key) or {} for found in (there, mine))
+        changed = [train.get(name) or name for name in {**before, **now} if before.get(name) != now.get(name)]
+        return f"of other rows than {changed[0]} has now"
+    return f"whose {key} is {quoted(there.get(key))}, here {quoted(mine.get(key))}"
 
 
 def _plain(value: Any) -> Any:

@@ -521,8 +521,8 @@ def test_a_base_is_judged_too(run: Callable[..., str], tiny_llama_folder: Path, 
         ("scan FOLDER --jobs 0", "jobs is 0"),
         ("scan FOLDER --score heads", "'heads'"),
         ("scan gone", "gone"),
-        ("scan FOLDER -o REPORT/out.json", "out.json: cannot be written"),
-        ("plan REPORT -o REPORT/plan.yaml", "plan.yaml: cannot be written"),
+        ("scan FOLDER -o REPORT/out.json", "report.json: is a file, wanted a folder"),
+        ("plan REPORT -o REPORT/plan.yaml", "report.json: is a file, wanted a folder"),
         ("plot REPORT", "-o is missing"),
         ("plot REPORT -o scores.gif", "scores.gif: a picture ends in one of"),
         (
@@ -648,7 +648,8 @@ def test_a_config_file_that_cannot_be_used_is_named(
         ("--dataset DATA --quantization nf5", "quantization is 'nf5'. Did you mean 'nf4'"),
         ("--dataset DATA --dtype float8", "dtype is 'float8'"),
         ("--dataset DATA --learning-rat 1", "unknown argument '--learning-rat'. Did you mean '--learning-rate'"),
-        ("--dataset DATA --learning-rate fast", "--learning-rate is 'fast', wanted a number"),
+        ("--dataset DATA --learning-rate fast", "--learning-rate is 'fast', wanted a number, or auto"),
+        ("--dataset DATA --learning-rate AUTO", "--learning-rate is 'AUTO', wanted a number, or auto"),
         ("--dataset DATA --eval-strategy often", "--eval-strategy is 'often'."),
         ("--dataset DATA --eval-strategy steps", "eval_strategy is 'steps', but there is no --eval-dataset"),
         ("--dataset DATA --load-best-model-at-end", "training arguments: "),
@@ -684,7 +685,8 @@ def test_a_model_or_output_that_cannot_be_used_is_named(
     refused: Callable[..., str], tiny_llama_folder: Path, texts: str
 ) -> None:
     Path("file").write_text("")
-    assert "file/out" in refused(f"train --model {tiny_llama_folder} --dataset {texts} --output-dir file/out")
+    train = f"train --model {tiny_llama_folder} --dataset {texts}"
+    assert "file: is a file, wanted a folder" in refused(f"{train} --output-dir file/out")
     assert "gone: no such folder" in refused(f"train --model gone --dataset {texts} --output-dir out")
     assert "model.gguf: a .gguf can be scanned, not trained" in refused(
         f"train --model model.gguf --dataset {texts} --output-dir out"

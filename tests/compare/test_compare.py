@@ -904,7 +904,7 @@ def test_classification_is_ranked_by_accuracy_and_a_new_head_is_pointed_out(
         ({"max_stepz": 3}, "unknown key 'max_stepz'. Did you mean 'max_steps'"),
         ({"metric": "lost"}, "Did you mean 'loss'"),
         ({"modes": [], "controls": []}, "there is nothing to compare"),
-        ({"output_dir": "file/out"}, "file/out/report.html: cannot be written"),
+        ({"output_dir": "file/out"}, "file: is a file, wanted a folder"),
         ({"output_dir": None}, "--output-dir is missing"),
         ({"dataset": None}, "--dataset is missing"),
         ({"dataset": "gone.jsonl"}, "gone.jsonl: no such file"),

@@ -87,6 +87,16 @@ def test_every_mode_has_a_page() -> None:
     assert not missing, f"{missing} stand in docs/ and not in the navigation of mkdocs.yml"
 
 
+def test_the_files_that_the_site_names_are_in_the_repository() -> None:
+    named = {
+        name
+        for place in ("mkdocs.yml", "docs/hooks.py")
+        for name in re.findall(r"\bsite/[\w.]+\w", (ROOT / place).read_text(encoding="utf-8"))
+    }
+    # In a fresh clone what git ignores is missing.
+    assert len(named) >= 2 and not [name for name in named if not (ROOT / "docs" / name).is_file()]
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
 def test_a_page_begins_with_sentences(page: Path) -> None:
     """What it is for, before a table, a picture or a command."""

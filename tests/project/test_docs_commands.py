@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 import shlex
@@ -13,7 +14,10 @@ import pytest
 
 from spectrum_peft.arguments import Rest, flags_of
 from spectrum_peft.cli.main import VERBS
+from spectrum_peft.cli.options import given_plan_options
+from spectrum_peft.cli.train import _plan_options
 from spectrum_peft.errors import OptionError
+from spectrum_peft.plan import check_options
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,16 +61,26 @@ def trainer_flags() -> frozenset[str]:
 
 
 def unknown(line: str) -> list[str]:
-    """Words of a line that the real command would refuse, as far as its parsers go; a config file that is here is read."""
+    """Words of a line that the real command would refuse, as far as its parsers go; a config file that is here is read.
+
+    Raises:
+        OptionError: the line asks for options of a plan that do not go together, or for some of another mode than its own.
+    """
     verb, *words = shlex.split(line, comments=True)[1:]
     assert verb in VERBS, f"{verb} is no command"
+    whole = True
     for i, word in enumerate(words):
         if word == "--config" and not (ROOT / words[i + 1]).exists():  # of the reader's own
             del words[i : i + 2]
+            whole = False
             break
-    got: list[Rest] = []
-    dataclasses.replace(VERBS[verb], action=lambda _, rest: got.append(rest)).run(words)
-    rest = list(got[0].argv)
+    got: list[tuple[argparse.Namespace, Rest]] = []
+    dataclasses.replace(VERBS[verb], action=lambda *given: got.append(given)).run(words)
+    options, rest = got[0][0], list(got[0][1].argv)
+    if verb == "train" and whole:
+        check_options(**_plan_options(options))
+    elif verb == "plan":
+        check_options(**given_plan_options(options))
     if verb in ("compare", "tune"):  # what it does not know itself is for `train`
         rest = VERBS["train"].parser().parse_known_args(rest)[1]
     if rest and not rest[0].startswith("--"):
@@ -95,6 +109,8 @@ def test_every_flag_that_a_page_names_exists(page: str) -> None:
         "spectrum-peft train --model M --dataset D --output-dir O --epochs 3",
         "spectrum-peft compare --model M -o comparison --max-stepps 2",
         "spectrum-peft train MODEL --dataset D",
+        "spectrum-peft train --model M --dataset D --output-dir O --criterion random",
+        "spectrum-peft plan report.json --mode lora --n-groups 3",
     ],
 )
 def test_a_line_with_a_mistake_is_found(line: str) -> None:

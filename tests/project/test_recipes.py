@@ -115,7 +115,7 @@ def test_init_writes_what_the_command_reads(
     code, _, err = said(f"--init --model {tiny_llama_folder} --memory 4GiB --task {task} -o run.yaml", capsys)
     assert code == 0, err
     fields = yaml.safe_load(Path("run.yaml").read_text())
-    assert fields["mode"] == "spectrum"  # the first that is tried
+    assert fields["mode"] == "lora" and "quantization" not in fields  # the first that is tried
     code, out, err = read(Path("run.yaml"))
     assert code == 0 and "row 1" in out, err
 

@@ -80,6 +80,8 @@ def test_jsonl_csv_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
     [
         ("gone.jsonl", None, "gone.jsonl: no such file"),
         ("empty.jsonl", "", "empty.jsonl: the file is empty"),
+        ("blank.jsonl", " \n\n", "blank.jsonl: the file holds nothing but blank lines"),
+        ("blank.csv", "\n", "blank.csv: the file holds nothing but blank lines"),
         (
             "broken.jsonl",
             '{"text": "a"}\n{"text": ',

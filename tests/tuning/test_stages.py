@@ -16,12 +16,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 from running import only_fast
+from transformers import PreTrainedTokenizerFast
 
 import spectrum_peft
 from spectrum_peft.cli.main import main
-from spectrum_peft.compare.matrix import Cell
+from spectrum_peft.cli.tune import opened
+from spectrum_peft.compare.matrix import Cell, Contestant
 from spectrum_peft.compare.outcome import Outcome
 from spectrum_peft.errors import SpectrumError
 from spectrum_peft.machine import versions
@@ -149,7 +152,14 @@ def test_the_planted_best_wins_at_its_rate_and_what_is_far_behind_is_not_run_to_
     assert not list(Path("tuned/cells").glob("*/model"))
     page = Path("tuned/report.html").read_text()
     assert "What each stage spent" in page and "The race after 2 steps" in page
-    assert re.search(r"full at 0\.0001 .* than lora r16 .*interval .* of its memory", found["tune"]["sentence"])
+    # Against the one that needs most memory beside it with the interval, and against the controls, whichever is nearest.
+    assert re.fullmatch(
+        r"full at 0\.0001 \(held-out loss [\d.]+\): better than lora r16 "
+        r"\(difference -\S+, 95 % interval -\S+ to -\S+, 3 seeds\), at [\d.]+ of its memory; "
+        r"better than real 0\.25 random \(-\S+, -\S+ to -\S+\)",
+        found["tune"]["sentence"],
+    )
+    assert Path("tuned/recipe.yaml").read_text().startswith(f"# {found['tune']['sentence']}\n")
     spent = {row["stage"]: row for row in found["tune"]["stages"]}
     assert spent["rung 0"]["runs"] == at[0] and spent["finals"]["runs"] == 3 * len(finals)
 
@@ -192,6 +202,40 @@ def test_a_tune_that_is_interrupted_goes_on_and_runs_nothing_twice(tune: Tune, w
     assert len(set(world.ran)) == len(world.ran)
 
 
+def test_what_becomes_of_the_rows_and_each_price_is_said_before_the_race(
+    tune: Tune, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.interrupt = 0  # at the first run that is timed
+    with pytest.raises(KeyboardInterrupt):
+        tune(max_length=4)
+    said = capsys.readouterr().out
+    assert re.search(r"training: 80 rows read, 80 cut at 4 tokens", said)
+    assert "what fits into 4.00 GiB, of which 5% stay free: dry runs of 3 contestants" in said
+    assert all(re.search(rf"^{label} .* trained  4 rows a step$", said, re.M) for label in PLANTED)
+
+
+def test_a_classifier_is_priced_with_the_head_that_its_rows_ask_for(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the config that was saved it has two outputs; each more of them is a row of weights and a bias."""
+    monkeypatch.chdir(tmp_path)
+    config = transformers.BertConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    transformers.BertModel(config).save_pretrained("bert")
+    tiny_tokenizer.save_pretrained("bert")
+    trained = {}
+    for classes in (2, 5):
+        rows = [{"text": f"{i}", "label": f"class {i % classes}"} for i in range(80)]
+        Path(f"{classes}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        one = opened(
+            {}, {"model": "bert", "dataset": f"{classes}.jsonl", "task": "classification"}, f"of {classes}", "here"
+        )
+        price = preparing._pricing(one.asked, one.run, 8).price(Contestant("lora", {"mode": "lora", "r": 4}))
+        trained[classes] = price.trained
+    assert trained[5] - trained[2] == 3 * (32 + 1)
+
+
 def test_cells_that_fail_are_told_and_the_race_goes_on(
     tune: Tune, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,6 +262,7 @@ def test_when_all_fail_one_line_says_so(tune: Tune, world: World) -> None:
     ({"seeds": [0, 1]}, "seeds are [0, 1], wanted at least three"),
     ({"mode": "lora"}, "mode is one run's, and tune makes many: use contestants"),
     ({"learning_rate": 1e-3}, "learning_rate is one run's, and tune makes many: use learning_rates"),
+    ({"metric": "zzz"}, "metric is 'zzz'. Known: 'exact_match', 'loss', 'module:function', 'perplexity'"),
     ({"contestants": ["fulll"]}, "'fulll' is none. Did you mean 'full'"),
     ({"search_rows": 60}, "train.jsonl: has 80 rows, too few to split: 60 that the search judges by, 16 for the end"),
     ({"search_rows": 3}, "search_rows is 3, wanted a whole number above 15"),
@@ -243,6 +288,13 @@ def test_another_tune_or_something_else_in_the_folder_is_refused(
         tune()
     with pytest.raises(SpectrumError, match=re.escape("tuned: holds another tune, whose batch_size is 4, here 8")):
         tune(batch_size=8)
+    rows = Path("train.jsonl").read_text()
+    Path("train.jsonl").write_text(rows + rows)
+    with pytest.raises(
+        SpectrumError, match=re.escape("tuned: holds another tune, of other rows than train.jsonl has now;")
+    ):
+        tune()
+    Path("train.jsonl").write_text(rows)
     world.interrupt = 2  # after the runs that are timed
     with pytest.raises(KeyboardInterrupt):
         tune(hours=100)  # how long it may take is no other tune
