@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .errors import SpectrumError
 from .machine import versions
-from .records import PLAN_FILE, REPORT_FILE, RESULTS_FILE, Plan, SnrReport, read_mapping, write_text
+from .records import PLAN_FILE, REPORT_FILE, RESULTS_FILE, Plan, SnrReport, checked, read_mapping, write_text
+from .records.schema import Count, Finite, Name, NotNegative, Place, Text
 
 CARD, PICTURE = "README.md", "spectrum_plan.png"
 _WRITING, _CLASSIFYING = ("text-generation", "ForCausalLM"), ("text-classification", "ForSequenceClassification")
@@ -46,12 +48,44 @@ def write_card(
         the card's path.
     """
     records = records or folder
-    results = _mapping(records / RESULTS_FILE)
+    results = results_of(records)
     plan = Plan.load(records / PLAN_FILE) if (records / PLAN_FILE).is_file() else None
     picture = _draw(records, plan, folder / PICTURE)
     text = card_of(folder, results, plan, name=name or folder.name, picture=picture, merged_from=merged_from, base=base)
     write_text(folder / CARD, text)
     return folder / CARD
+
+
+@dataclass(frozen=True)
+class _Results:
+    """The fields of train_results.json that a card shows."""
+
+    model: Place | None = None
+    task: Name | None = None
+    mode: Name | None = None
+    dataset: Text | None = None
+    dtype: Name | None = None
+    quantization: Name | None = None
+    trainable_parameters: Count | None = None
+    total_parameters: Count | None = None
+    steps: Count | None = None
+    input_tokens: Count | None = None
+    seed: Count | None = None
+    peak_memory_bytes: NotNegative | None = None
+    learning_rate: NotNegative | None = None
+    seconds_per_step: NotNegative | None = None
+    before: dict[Name, Finite | Name | None] | None = None
+    after: dict[Name, Finite | Name | None] | None = None
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    """
+    Raises:
+        CheckpointError: a field of `_Results` that is none.
+    """
+    found = _mapping(folder / RESULTS_FILE)
+    checked(found, _Results, folder / RESULTS_FILE)
+    return found
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -219,7 +253,7 @@ def _number(value: Any) -> str:
 
 def snippet(folder: Path, name: str, base: str | None = None) -> str:
     """Code that loads what a folder holds, from where it is called `name`."""
-    results = _mapping(folder / RESULTS_FILE)
+    results = results_of(folder)
     adapter, config = _mapping(folder / "adapter_config.json"), _mapping(folder / "config.json")
     return _snippet(name, adapter, config, results.get("task"), base or adapter.get("base_model_name_or_path"))
 

@@ -156,7 +156,8 @@ def near_here(path: str | os.PathLike[str]) -> str:
     path = Path(path)
     try:
         with os.scandir(path.parent) as entries:
-            there = sorted(entry.name for entry, _ in zip(entries, range(_MOST_NAMES), strict=False))
+            names = (entry.name for entry, _ in zip(entries, range(_MOST_NAMES), strict=False))
+            there = sorted(name for name in names if name != path.name)  # that is a link to nowhere
     except (OSError, ValueError):  # no such folder either; a NUL in the name
         return ""
     pairs = {name: ((path.name, name), (path.stem, Path(name).stem)) for name in there}

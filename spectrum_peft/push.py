@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
-from .card import CARD, PICTURE, card_of, snippet
+from .card import CARD, PICTURE, card_of, results_of, snippet
 from .errors import CheckpointError, HubError, OptionError, no_such
-from .records import BESIDE_FILE, PLAN_FILE, REPORT_FILE, RESULTS_FILE, Plan, SnrReport, read_mapping
+from .records import BESIDE_FILE, PLAN_FILE, REPORT_FILE, Plan, SnrReport, own_file, read_mapping
 from .weights import find_shards
 
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -57,7 +57,7 @@ def own_files(folder: Path, checkpoints: bool = False) -> tuple[dict[str, Path],
     Args:
         checkpoints: those of the trainer too, with the optimizer's state.
     Raises:
-        CheckpointError: no such folder; neither an adapter nor a model in it, or not all of its shards.
+        CheckpointError: no such folder; neither an adapter nor a model in it, or not all of its shards; a link out of it.
     """
     if not folder.is_dir():
         raise CheckpointError(no_such("folder", folder))
@@ -72,7 +72,7 @@ def own_files(folder: Path, checkpoints: bool = False) -> tuple[dict[str, Path],
     if checkpoints:
         mine += [name for name in there if _is(name.partition("/")[0], "checkpoint-*") and "/" in name]
     left = sorted({name.partition("/")[0] for name in there} - {name.partition("/")[0] for name in mine})
-    return {name: folder / name for name in mine}, left
+    return {name: own_file(folder / name) for name in mine}, left
 
 
 def _is(name: str, pattern: str) -> bool:
@@ -110,7 +110,7 @@ def push_folder(
     files, left = own_files(folder, checkpoints)
     repo = repo_id or _own_repository(folder, token)
     adapter = read_mapping(folder / "adapter_config.json") if "adapter_config.json" in files else {}
-    results = read_mapping(folder / RESULTS_FILE) if (folder / RESULTS_FILE).is_file() else {}
+    results = results_of(folder)
     plan = Plan.load(folder / PLAN_FILE) if PLAN_FILE in files else None
     if base is not None and not hub.is_hub_id(base):
         raise OptionError(f"base is {base!r}, wanted the hub id of the base, ORG/NAME.")

@@ -97,7 +97,7 @@ def _main(argv: Sequence[str] | None) -> int:
     }.items():
         logging.getLogger(noisy).setLevel(level)
     quiet: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-    if int(os.environ.get("RANK") or 0):  # one of several processes of a launcher: the first speaks for all
+    if _rank():  # one of several processes of a launcher: the first speaks for all
         logging.getLogger().setLevel(logging.WARNING)
         quiet = contextlib.redirect_stdout(io.StringIO())
     try:
@@ -131,10 +131,16 @@ def _main(argv: Sequence[str] | None) -> int:
     return 0
 
 
+def _rank() -> int:
+    """Of this process among those of a launcher; `train` refuses one that is no number."""
+    given = os.environ.get("RANK") or "0"
+    return int(given) if given.isdecimal() and len(given) < 10 else 0
+
+
 def _let_the_first_speak() -> None:
     """On a later process of several: wait for the first to say the same, upon which the launcher ends this one. What is
     wrong on this process alone is said after that."""
-    if int(os.environ.get("RANK") or 0):
+    if _rank():
         time.sleep(_PATIENCE)
 
 

@@ -136,8 +136,17 @@ def as_mapping(argv: Sequence[str]) -> dict[str, Any]:
             found[name].append(word)
         else:
             raise OptionError(f"unknown argument {word!r}.")
-    read = {key: [yaml.safe_load(v) for v in values] for key, values in found.items()}
+    read = {key: [_value_of(v) for v in values] for key, values in found.items()}
     return {key: True if not values else values[0] if len(values) == 1 else values for key, values in read.items()}
+
+
+def _value_of(text: str) -> Any:
+    """A word of the command line as a YAML file would have it; what is no number, list or the like there is text."""
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+    return value if value is None or isinstance(value, bool | int | float | str | list | dict) else text
 
 
 def _tune(given: Mapping[str, Any], train: Mapping[str, Any], output: Any, source: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ..arguments import Rest
 from ..errors import CheckpointError
 from ..machine import OtherLoad
 from ..records import PLAN_FILE, RESULTS_FILE, checked, read_mapping, write_text
+from ..records.schema import Count, Finite, Name, NotNegative
 
 RESULTS = "cell_results.json"
 MODEL = "model"
@@ -32,6 +33,37 @@ _OF_TRAINING = (
     "mode", "task", "dtype", "quantization", "new_head", "learning_rate", "trainable_parameters", "total_parameters", "steps",
     "step_seconds", "input_tokens", "peak_memory_bytes", "saved_bytes", "before",
 )  # fmt: skip
+
+
+_Figure = Finite | Name | None  # an infinite one is a word
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is read of `cell_results.json` where nothing was trained."""
+
+    metrics: dict[Name, _Figure]
+    versions: dict[Name, Name]
+    general: dict[Name, _Figure] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Judged):
+    """What is read of it where something was."""
+
+    new_head: bool | None
+    learning_rate: _Figure
+    trainable_parameters: Count
+    total_parameters: Count
+    steps: Count
+    step_seconds: list[NotNegative]
+    input_tokens: Count | None
+    peak_memory_bytes: NotNegative | None
+    saved_bytes: Count | None
+    before: dict[Name, _Figure] | None
+    setup_seconds: dict[Name, NotNegative]
+    loss_curve: list[tuple[_Figure, _Figure]]
+    other_cores: NotNegative | None = None
 
 
 def named(file: str, until: int | None) -> str:

@@ -29,9 +29,9 @@ from ..data import from_anywhere, sources_of
 from ..errors import CheckpointError, ComparisonError, OptionError
 from ..machine import machine, versions
 from ..plan import MODES
-from ..records import RESULTS_FILE, SnrReport, read_mapping, write_text
+from ..records import RESULTS_FILE, SnrReport, checked, read_mapping, write_text
 from ..scan import CRITERIA
-from .cell import MODEL, RESULTS, STARTED_BY, named
+from .cell import MODEL, RESULTS, STARTED_BY, Finished, Judged, named
 from .figures import as_markdown
 from .matrix import Cell, Contestant, cells_of, contestants_of, file_digest
 from .outcome import Outcome
@@ -228,7 +228,9 @@ def finished_results(output: Path, cell: Cell, with_model: bool = False) -> dict
     if not results.is_file() or (with_model and cell.contestant and not (folder / MODEL).is_dir()):
         return None
     try:
-        return read_mapping(results)
+        found = read_mapping(results)
+        checked(found, Finished if cell.contestant else Judged, results)
+        return found
     except CheckpointError:  # cut off, or changed by hand: the cell is measured again
         return None
 

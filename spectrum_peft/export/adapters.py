@@ -70,7 +70,7 @@ class TrainedAdapter:
             try:
                 revision = self.state.config.get("revision")
                 found = AutoConfig.from_pretrained(self.state.base, revision=revision, local_files_only=True)
-            except (OSError, ValueError, KeyError):
+            except Exception:  # each config class has its own errors for fields of wrong types
                 return {}
             fields: Mapping[str, Any] = found.to_dict()
             return fields

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from .. import names
-from ..errors import CheckpointError, OptionError
-from ..records import TOKENIZER_FILES, check_files_beside, write_text
+from ..errors import OptionError
+from ..records import TOKENIZER_FILES, check_files_beside, own_file, write_text
 from ..weights import FileWeights
 from ..weights.updates import Update, Value
 from .adapters import TrainedAdapter
@@ -153,27 +153,14 @@ def copy_entry(entry: Path, folder: Path) -> None:
     """Copy a file, or a folder with all that is in it, into another folder.
 
     Raises:
-        CheckpointError: it is, or holds, a link to somewhere else, or a pipe or device: what is exported gets published, and
-            whoever made the folder could have it publish any file of the reader's. A snapshot of the hub's cache is made of
-            links, to the `blobs` beside it, which are followed.
+        CheckpointError: it is, or holds, a link to somewhere else, or a pipe or device; see `records.own_file`.
     """
     if entry.is_dir() and not entry.is_symlink():
         (folder / entry.name).mkdir(exist_ok=True)
         for inner in sorted(entry.iterdir()):
             copy_entry(inner, folder / entry.name)
         return
-    real = Path(os.path.realpath(entry))
-    snapshot = next((parent for parent in entry.absolute().parents if parent.parent.name == "snapshots"), None)
-    homes = [Path(os.path.realpath(entry.parent))]
-    if snapshot is not None:
-        homes.append(Path(os.path.realpath(snapshot.parent.parent)) / "blobs")
-    if real.parent not in homes:
-        raise CheckpointError(
-            f"{entry}: is a link out of its folder, to {real}, which is not copied; put the file itself there."
-        )
-    if not real.is_file():
-        raise CheckpointError(f"{entry}: is neither a file nor a folder, wanted one of them.")
-    shutil.copyfile(real, folder / entry.name)
+    shutil.copyfile(own_file(entry), folder / entry.name)
 
 
 def checked_out(out: str | os.PathLike[str] | None) -> Path:

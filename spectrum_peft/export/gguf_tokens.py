@@ -6,11 +6,13 @@ if its tokenizer.json says that very rule; another one would split text in anoth
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, quoted
-from ..records import is_file, read_mapping
+from ..errors import CheckpointError, one_line, quoted
+from ..records import checked, is_file, read_mapping
+from ..records.schema import Count, Name, Text
 
 _OTHERWISE = "convert it with llama.cpp's own convert_hf_to_gguf.py"
 _WORDS = (
@@ -35,7 +37,10 @@ def add_tokenizer(writer: Any, folder: Path, rows: int) -> None:
     if not is_file(path):
         raise CheckpointError(f"{folder}: has no tokenizer.json, which a .gguf file holds; {_OTHERWISE}.")
     fields = read_mapping(path)
+    checked(fields, _Tokenizer, path)
     name = _rule(fields, path)
+    if not isinstance(fields["model"]["vocab"], dict):
+        raise CheckpointError(f"{path}: model.vocab is a list, wanted a mapping of tokens to ids.")
     texts = [f"[PAD{i}]" for i in range(rows)]
     kinds = [gguf.TokenType.UNUSED] * rows
     added = {token["id"]: token for token in fields.get("added_tokens") or ()}
@@ -51,7 +56,51 @@ def add_tokenizer(writer: Any, folder: Path, rows: int) -> None:
     writer.add_tokenizer_pre(name)
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
-    gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows).add_to_gguf(writer, quiet=True)
+    for beside in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        if is_file(folder / beside):
+            read_mapping(folder / beside)
+    try:
+        gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows).add_to_gguf(writer, quiet=True)
+    except Exception as error:  # gguf reads the same files once more and expects what tokenizers writes
+        raise CheckpointError(
+            f"{folder}: its tokenizer files hold what gguf cannot read ({type(error).__name__}: {one_line(error)})."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Added:
+    """A token beside the vocabulary of the model."""
+
+    id: Count
+    content: Text
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The model of a tokenizer.json."""
+
+    vocab: dict[Text, Count] | list[Any]  # a list in models of other types
+    type: Name | None = None
+    merges: list[Any] | None = None
+    byte_fallback: bool | None = None
+
+
+@dataclass(frozen=True)
+class _Split:
+    """How text is split before, in one step or several."""
+
+    type: Name | None = None
+    pretokenizers: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """The fields of a tokenizer.json that are read here."""
+
+    model: _Model
+    added_tokens: list[_Added] | None = None
+    pre_tokenizer: _Split | None = None
 
 
 def _rule(fields: Any, path: Path) -> str:
@@ -69,7 +118,8 @@ def _rule(fields: Any, path: Path) -> str:
         if kinds == ["Digits", "ByteLevel"] and splits and steps[0].get("individual_digits"):
             return "smollm"
         if kinds == ["Split", "ByteLevel"] and not splits and steps[0].get("behavior") == "Isolated":
-            found = _RULES.get((steps[0].get("pattern") or {}).get("Regex", ""))
+            pattern = steps[0].get("pattern")
+            found = _RULES.get(str(pattern.get("Regex"))) if isinstance(pattern, dict) else None
             if found is not None:
                 return found
     raise CheckpointError(

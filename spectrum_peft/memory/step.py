@@ -39,6 +39,9 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", *EIGHT_BIT
 _CUDA_BLOCK = 512
 
 
+MOST_TOKENS = 10**8  # of a step on one device: beyond it sizes in bytes leave 64 bits
+
+
 @dataclass(frozen=True)
 class Step:
     """How the step is run: what the trainer, the loader and the device would be told.
@@ -85,6 +88,11 @@ class Step:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(f"{name} is {value!r}, wanted a whole number of at least 1.")
+        if self.batch_size * self.max_length > MOST_TOKENS:
+            raise OptionError(
+                f"batch_size * max_length is {self.batch_size * self.max_length:,}, wanted at most {MOST_TOKENS:,} tokens on "
+                "one device."
+            )
         if self.quantization in ("none", "None"):
             object.__setattr__(self, "quantization", None)
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))

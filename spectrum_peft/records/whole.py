@@ -53,6 +53,28 @@ def mode_of(path: str | os.PathLike[str]) -> int:
         return 0
 
 
+def own_file(entry: Path) -> Path:
+    """The file that lies at a place, to be copied or sent from there.
+
+    Raises:
+        CheckpointError: it is a link out of its folder, or a pipe or device: what is exported or pushed gets published, and
+            whoever made the folder could have it publish any file of the reader's. A snapshot of the hub's cache is made of
+            links, to the `blobs` beside it, which are followed.
+    """
+    real = Path(os.path.realpath(entry))
+    snapshot = next((parent for parent in entry.absolute().parents if parent.parent.name == "snapshots"), None)
+    homes = [Path(os.path.realpath(entry.parent))]
+    if snapshot is not None:
+        homes.append(Path(os.path.realpath(snapshot.parent.parent)) / "blobs")
+    if real.parent not in homes:
+        raise CheckpointError(
+            f"{entry}: is a link out of its folder, to {real}, which is not copied; put the file itself there."
+        )
+    if not real.is_file():
+        raise CheckpointError(f"{entry}: is neither a file nor a folder, wanted one of them.")
+    return real
+
+
 def is_file(path: str | os.PathLike[str]) -> bool:
     """`Path.is_file`, which raises where a name is too long."""
     return stat.S_ISREG(mode_of(path))

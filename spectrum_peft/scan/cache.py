@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 _CACHE_VERSION = 3
 
 
+# Folders of the cache: the demo's model, scans that were cut off, finished ones, decompositions.
+KINDS = ("models", "partial", "reports", "svd")
+
+
 def cache_folder() -> Path:
     """`$SPECTRUM_PEFT_CACHE`, else `spectrum_peft` in the user's cache folder."""
     own = os.environ.get("SPECTRUM_PEFT_CACHE")
@@ -36,9 +40,8 @@ def cache_folder() -> Path:
 
 
 def cache_sizes() -> dict[str, int]:
-    """Bytes that are kept, by kind: the folders of `cache_folder()` (`reports`, `partial`, `svd`, `models`, ...)."""
-    folder = cache_folder()
-    kinds = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    """Bytes that are kept, by kind: those folders of `cache_folder()` that `KINDS` names; another one is not ours."""
+    kinds = [path for kind in KINDS if (path := cache_folder() / kind).is_dir()]
     return {kind.name: sum(f.stat().st_size for f in kind.rglob("*") if f.is_file()) for kind in kinds}
 
 
@@ -46,14 +49,17 @@ def clear_cache(kinds: Iterable[str] = ()) -> None:
     """Remove what is kept of some kinds, of all for none.
 
     Raises:
-        OptionError: nothing of such a kind is kept.
+        OptionError: nothing of such a kind is kept; its folder is a link.
     """
     known = cache_sizes()
     for kind in kinds:
         if kind not in known:
             raise OptionError(f"{kind!r} is not kept in {cache_folder()}." + near_matches(kind, known))
     for kind in list(kinds) or known:
-        shutil.rmtree(cache_folder() / kind)
+        path = cache_folder() / kind
+        if path.is_symlink():
+            raise OptionError(f"{path}: is a link, to {path.resolve()}; remove what is kept there yourself.")
+        shutil.rmtree(path)
 
 
 def result_key(source: WeightSource, row: Criterion, device: torch.device) -> str:

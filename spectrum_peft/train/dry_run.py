@@ -22,7 +22,7 @@ from ..plan import check_options, explain, make_plan, needs_gradients
 from ..records import Plan, SnrReport
 from ..tuner.config import SpectrumConfig, candidates_of
 from .arguments import quiet_progress
-from .output import check_output
+from .output import check_output, sources_read
 from .preview import counted, encoded_run, first_rows, lines_of, step_length, tokenizer_of
 from .progress import duration
 from .rate_race import SHARE, heat_steps
@@ -44,8 +44,9 @@ def dry_run(options: argparse.Namespace, rest: Rest, plan_options: dict[str, Any
     quiet_progress()
     run = settle(options, rest, plan_options, flags)
     check_output(
-        Path(run.args.output_dir or ""), overwrite=bool(options.overwrite_output_dir), resumed=run.resume is not None
-    )
+        Path(run.args.output_dir or ""), overwrite=bool(options.overwrite_output_dir), resumed=run.resume is not None,
+        sources=sources_read(options),
+    )  # fmt: skip
     print(introduction(run, options.mode is not None))
     counts = counted(run, options)
     for line in lines_of(counts):

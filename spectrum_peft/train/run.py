@@ -35,7 +35,7 @@ from .checkpoints import resuming, saving
 from .fitting import known_tokens
 from .fused_heads import found_by_trl
 from .history import write_history
-from .output import check_output, clear_killed, clear_output
+from .output import check_output, clear_killed, clear_output, sources_read
 from .preview import told_run
 from .processes import check_rows_agree, gather_when_saving
 from .progress import say_it_in_words
@@ -75,7 +75,12 @@ def train(
         check_base(
             options.model, real_weights=run.mode is not None and run.mode.plain_model and not options.quantization
         )
-    check_output(output, overwrite=bool(options.overwrite_output_dir), resumed=run.resume is not None)
+    check_output(
+        output,
+        overwrite=bool(options.overwrite_output_dir),
+        resumed=run.resume is not None,
+        sources=sources_read(options),
+    )
     clear_killed(output)
     print(introduction(run, options.mode is not None))
     check_rows_agree(run.train_rows)

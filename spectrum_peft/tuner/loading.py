@@ -183,7 +183,7 @@ def load_model_with_peft(
     try:
         model = get_peft_model(model, config)
     # Of a value that the method's own class does not check.
-    except (AttributeError, TypeError, KeyError, IndexError) as error:
+    except (AttributeError, TypeError, KeyError, IndexError, NotImplementedError) as error:
         raise OptionError(
             f"PEFT refuses the {config.peft_type.value} config: {type(error).__name__}: {one_line(error)}"
         ) from error

@@ -276,7 +276,9 @@ class AdapterState:
             )
             raise MismatchError(f"{self.where}: tensor {key!r} {lacking}")
         numbers, entry = self.tensors[key].whole(), None if self.plan is None else self.plan.by_name.get(name)
-        width = info.numel // self.tensors[other].shape[1 if rows else 0]
+        width = info.numel // max(
+            1, self.tensors[other].shape[1 if rows else 0]
+        )  # one of no rows fits no numbers below
         right = numbers.dtype == torch.int64 and numbers.dim() == 1 and bool(((0 <= numbers) & (numbers < width)).all())
         planned = None if entry is None else getattr(entry, what)
         if not right or (planned is not None and numbers.tolist() != list(planned)):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..errors import CheckpointError, InstallError
 
@@ -139,9 +140,10 @@ def rows_of_4bit_are_exact() -> bool:
     """Whether bitsandbytes' kernel for CPUs reads rows that its blocks of 64 do not divide."""
     import bitsandbytes.functional as bnb
 
-    values = torch.arange(1.0, 5 * 96 + 1).reshape(5, 96)
-    packed, state = bnb.quantize_4bit(values, blocksize=64, quant_type="nf4")
-    return torch.equal(bnb.dequantize_4bit(packed, state), values_of_4bit(packed, state))
+    with unset_fake_temporarily():  # a dry run asks, too
+        values = torch.arange(1.0, 5 * 96 + 1).reshape(5, 96)
+        packed, state = bnb.quantize_4bit(values, blocksize=64, quant_type="nf4")
+        return torch.equal(bnb.dequantize_4bit(packed, state), values_of_4bit(packed, state))
 
 
 def undivided_rows(model: nn.Module) -> list[str]:

@@ -121,8 +121,14 @@ def read_raw_header(path: Path) -> tuple[dict[str, Any], bytes]:
     """A safetensors file's header as it stands: (parsed, in the file's order; the bytes before the data).
 
     The file is one that `weights.read_header` has checked.
+
+    Raises:
+        CheckpointError: it was changed since.
     """
     with path.open("rb") as file:
         raw = file.read(8)
         raw += file.read(int.from_bytes(raw, "little"))
-    return json.loads(raw[8:]), raw
+    try:
+        return json.loads(raw[8:]), raw
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: was changed while it was read; its header is no JSON any more.") from error
