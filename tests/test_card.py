@@ -9,12 +9,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
 from spectrum_peft.card import CARD, PICTURE, card_of, write_card
 from spectrum_peft.cli.main import main
+from spectrum_peft.errors import CheckpointError
 from spectrum_peft.records import PLAN_FILE, Plan
 
 FLAGS = "--max-steps 2 --per-device-train-batch-size 2 --logging-steps 1 --dtype float32"
@@ -64,6 +66,16 @@ def test_figures_of_a_4_bit_base_are_called_so(tmp_path: Path) -> None:
     assert "before it was merged, its base held in nf4" in card_of(
         tmp_path, results, None, name="m", merged_from="small"
     )
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("steps", "x"), ("input_tokens", [1]), ("total_parameters", {}), ("peak_memory_bytes", "x"), ("after", [1]), ("before", "x"),
+    ("mode", "a\n# b"),
+])  # fmt: skip
+def test_results_that_were_changed_by_hand_are_named(tmp_path: Path, field: str, value: Any) -> None:
+    (tmp_path / "train_results.json").write_text(json.dumps({field: value}))
+    with pytest.raises(CheckpointError, match=rf"train_results\.json: {field}"):
+        write_card(tmp_path)
 
 
 @pytest.mark.slow

@@ -56,9 +56,6 @@ def add_tokenizer(writer: Any, folder: Path, rows: int) -> None:
     writer.add_tokenizer_pre(name)
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
-    for beside in ("tokenizer_config.json", "config.json", "generation_config.json"):
-        if is_file(folder / beside):
-            read_mapping(folder / beside)
     try:
         gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows).add_to_gguf(writer, quiet=True)
     except Exception as error:  # gguf reads the same files once more and expects what tokenizers writes

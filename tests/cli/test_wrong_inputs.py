@@ -22,6 +22,7 @@ def refused(
     monkeypatch.chdir(tmp_path)
     Path("tiny").symlink_to(tiny_llama_folder)
     Path("rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    Path("nowhere.yaml").symlink_to("gone")
     Path("broken.jsonl").write_text('{"text": "one"}\n{"text": "two"\n')
     Path("keys.yaml").write_text("modle: tiny\noutput_dir: out\n")
     llama_report(4).save("report.json")  # type: ignore[attr-defined]
@@ -66,6 +67,14 @@ _TRAIN = "train --model tiny --dataset rows.jsonl --mode lora --output-dir out"
             "train --config keys.yaml --dataset rows.jsonl",
             "--model is missing. keys.yaml: unknown key 'modle'. Did you mean 'mode', 'model'",
         ),
+        (f"{_TRAIN} --overwrite-output-dir --output-dir tiny", "tiny: config.json there belongs to tiny, which this run reads"),
+        (
+            f"{_TRAIN} --overwrite-output-dir --output-dir gone/../tiny",
+            "gone/../tiny: config.json there belongs to tiny, which this run reads; name another --output-dir.",
+        ),
+        ("plan nowhere.yaml", "nowhere.yaml: no such file."),
+        ("memory tiny --mode lora --max-length 99999999999999999999", "batch_size * max_length is 99,999,999,999,999,999,999,"),
+        ("tune --model tiny --dataset rows.jsonl -o out --run-name [x --metric los", "command line: metric is 'los'. Did"),
         (f"{_TRAIN} --r eight", "--r is 'eight', wanted a whole number."),
         (f"{_TRAIN} --r 0", "--r is 0, wanted a whole number of at least 1."),
         (f"{_TRAIN} --optim adam", "--optim is 'adam'. Did you mean"),

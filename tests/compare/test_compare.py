@@ -686,6 +686,9 @@ def test_a_model_that_is_gone_and_wanted_is_trained_again(
     assert compare(config | {"keep_models": True})[0] == 0
     assert launched[3:] == ["lora-seed0"] and (finished.parent / "model" / "adapter_model.safetensors").is_file()
     assert compare(config | {"keep_models": True})[0] == 0 and launched[4:] == []
+    finished.write_text(json.dumps({**json.loads(finished.read_text()), "loss_curve": [1.0]}))  # whole, and wrong
+    assert compare(config | {"keep_models": True})[0] == 0 and launched[4:] == ["lora-seed0"]
+    assert json.loads(finished.read_text())["loss_curve"][0][0] == 1
 
 
 def test_a_file_that_a_contestant_names_is_part_of_its_cell(tmp_path: Path) -> None:

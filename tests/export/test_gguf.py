@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +204,43 @@ def _rope(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(fields))
 
 
+def _field(file: str, *path: str, value: Any) -> Callable[[Path], None]:
+    """Puts a value where the file has another one."""
+
+    def damage(folder: Path) -> None:
+        fields = json.loads((folder / file).read_text())
+        inner = fields
+        for step in path[:-1]:
+            inner = inner[step]
+        inner[path[-1]] = value
+        (folder / file).write_text(json.dumps(fields))
+
+    return damage
+
+
+_TOKENS = "tokenizer.json"
+
+
 @pytest.mark.parametrize(
     ("damage", "options", "says"),
     [
+        (_field(_TOKENS, "added_tokens", value=[{"content": "a"}]), {}, "added_tokens.*field 'id' is missing"),
+        (_field(_TOKENS, "added_tokens", value=[{"content": "a", "id": -1}]), {}, r"added_tokens\[0\].id is -1"),
+        (_field(_TOKENS, "model", "vocab", "a", value=-1), {}, r"tokenizer.json: model.vocab"),
+        (_field(_TOKENS, "model", "vocab", value=[["a", 1]]), {}, r"tokenizer.json: model.vocab is a list"),
+        (_field(_TOKENS, "model", "merges", value=5), {}, r"tokenizer.json: model.merges is 5"),
+        (_field(_TOKENS, "pre_tokenizer", value=[1]), {}, r"tokenizer.json: pre_tokenizer"),
+        (_field(_TOKENS, "post_processor", value=[1]), {}, "its tokenizer files hold what gguf cannot read"),
+        (
+            _field("tokenizer_config.json", "chat_template", value=[1]),
+            {},
+            "its tokenizer files hold what gguf cannot read",
+        ),
+        (
+            lambda folder: (folder / "tokenizer_config.json").write_text("{"),
+            {},
+            "its tokenizer files hold what gguf cannot read .JSONDecodeError",
+        ),
         (_spm, {}, "splits text by a rule for which no name of llama.cpp is known"),
         (_family, {}, "model_type is 'gpt2'; known here are llama, mistral, qwen2, qwen3"),
         (_rope, {}, "rope_type is 'yarn'"),

@@ -224,6 +224,16 @@ def test_the_verb_pushes_folders_reports_and_plans(
         assert said in capsys.readouterr().err
 
 
+def test_a_link_out_of_the_folder_is_not_sent(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("mine")
+    (adapter / "merges.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(
+        CheckpointError, match=r"merges\.txt: is a link out of its folder, to .*secret, which is not copied"
+    ):
+        push_folder(adapter, TO)
+    shutil.rmtree(adapter)
+
+
 def test_what_is_no_result_is_refused(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no safetensors file"):

@@ -18,7 +18,7 @@ from transformers import TrainerState
 
 from spectrum_peft.errors import CheckpointError, OptionError
 from spectrum_peft.records.whole import _node
-from spectrum_peft.train.checkpoints import checkpoint_to_resume, problem_of, refuse_other_sharing, saving
+from spectrum_peft.train.checkpoints import checkpoint_to_resume, problem_of, refuse_other_sharing, resuming, saving
 from spectrum_peft.train.output import clear_killed
 
 
@@ -121,6 +121,25 @@ def test_what_a_killed_run_was_writing_goes_from_the_folder_and_its_checkpoints(
         path.write_text("half")
     clear_killed(run_folder)
     assert [path.exists() for path in (*left, others)] == [False, False, True]
+
+
+def test_states_of_other_types_are_the_checkpoints_fault_and_a_fresh_runs_are_its_own() -> None:
+    """What the scheduler takes as it is and computes with at its first step."""
+
+    def step() -> None:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+        schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        schedule.base_lrs = [{}]
+        optimizer.step()
+        schedule.step()
+
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-2: cannot be resumed \(TypeError: .*Resume from one before it"
+    ):
+        with resuming("checkpoint-2"):
+            step()
+    with pytest.raises(TypeError), resuming(None):
+        step()
 
 
 def test_a_full_disk_is_an_error_of_one_line_and_other_faults_are_not_hidden() -> None:

@@ -19,6 +19,7 @@ import torch
 from peft import get_peft_model
 from running import LIBRARIES, logits
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from spectrum_peft import SpectrumConfig
@@ -284,3 +285,10 @@ def test_8_bit_products_that_saturate_are_refused(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
+
+
+def test_the_kernels_are_asked_with_real_values_within_a_dry_run() -> None:
+    found = quantized.rows_of_4bit_are_exact()
+    quantized.rows_of_4bit_are_exact.cache_clear()
+    with FakeTensorMode():
+        assert quantized.rows_of_4bit_are_exact() == found

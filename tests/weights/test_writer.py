@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from spectrum_peft.errors import CheckpointError
 from spectrum_peft.weights.files import read_bytes
-from spectrum_peft.weights.writer import SafetensorsWriter, header_bytes
+from spectrum_peft.weights.writer import SafetensorsWriter, header_bytes, read_raw_header
 
 TENSORS = {f"t{i}": torch.arange(1000 * (i + 1), dtype=torch.float32).reshape(-1, 10) for i in range(4)}
 LAYOUT = {name: (t.dtype, tuple(t.shape)) for name, t in TENSORS.items()}
@@ -93,3 +93,10 @@ def test_an_error_that_is_none_of_the_ways_is_raised(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         with SafetensorsWriter(tmp_path / "to", header_bytes({}, None, {}), 100) as file:
             file.copy(tmp_path / "from", 0, 100, 0)
+
+
+def test_a_header_that_was_changed_since_it_was_checked_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((4).to_bytes(8, "little") + b"{...")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: was changed while it was read"):
+        read_raw_header(path)
