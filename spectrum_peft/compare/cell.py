@@ -21,7 +21,7 @@ from typing import Any
 from ..arguments import Rest
 from ..errors import CheckpointError
 from ..machine import OtherLoad
-from ..records import PLAN_FILE, RESULTS_FILE, checked, read_mapping, write_text
+from ..records import PLAN_FILE, RESULTS_FILE, checked, is_stream, read_mapping, write_text
 from ..records.schema import Count, Finite, Name, NotNegative
 
 RESULTS = "cell_results.json"
@@ -124,9 +124,12 @@ def read_cell(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(cell.json, train.yaml) of a cell's folder, as `runs.prepare` writes them.
 
     Raises:
-        CheckpointError: one of them is missing or damaged; train.yaml has the model written elsewhere than in the cell's folder,
-            from where it would be deleted.
+        CheckpointError: one of them is missing, damaged or no file; train.yaml has the model written elsewhere than in the
+            cell's folder, from where it would be deleted.
     """
+    for file in (folder / "cell.json", folder / "train.yaml"):
+        if is_stream(file):
+            raise CheckpointError(f"{file}: is a device or a pipe, wanted a file.")
     cell, settings = read_mapping(folder / "cell.json"), read_mapping(folder / "train.yaml")
     checked(cell, CellFile, folder / "cell.json")
     output = checked(settings, TrainFile, folder / "train.yaml").output_dir

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import torch
 
 from ..errors import CheckpointError, OptionError, near_matches, one_line
-from ..records import SnrReport
+from ..records import SnrReport, is_stream
 from ..weights import WeightSource
 from .criteria import Criterion, MatrixScore
 from .only import Only
@@ -167,6 +167,8 @@ class PartialResults:
     def __enter__(self) -> PartialResults:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if is_stream(self.path):
+                raise OSError("it is a device or a pipe")
             if self.path.is_file():
                 for line in self.path.read_text(encoding="utf-8").splitlines():
                     self._take(line)

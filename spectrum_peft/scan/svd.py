@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..devices import exact
-from ..records import whole_file
+from ..records import is_stream, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,8 @@ def cached_svd(matrix: Tensor, k: int, folder: Path) -> SingularTriplets:
     result = truncated_svd(matrix, k)
     tensors = {"left": result.left.cpu(), "values": result.values.cpu(), "right": result.right.cpu()}
     try:
+        if is_stream(path):
+            raise OSError("a device or a pipe is there")
         with whole_file(path) as temporary:
             save_file(tensors, temporary)
     except (OSError, SafetensorError) as error:

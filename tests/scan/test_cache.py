@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from spectrum_peft.errors import OptionError
-from spectrum_peft.scan import cache_sizes, clear_cache
+from spectrum_peft.scan import cache_sizes, clear_cache, scan_weights
+from spectrum_peft.scan.cache import PartialResults
+from spectrum_peft.scan.svd import cached_svd
 
 
 @pytest.fixture
@@ -36,3 +41,26 @@ def test_what_a_link_leads_to_is_not_removed(cache: Path, tmp_path: Path) -> Non
     with pytest.raises(OptionError, match=r"models: is a link, to .*other; remove what is kept there yourself"):
         clear_cache()
     assert (tmp_path / "other").is_dir()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_in_the_place_of_a_file_is_gone_around(
+    cache: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To open one is to wait for whoever opens its other end."""
+    matrix = torch.randn(6, 4)
+    wanted = cached_svd(matrix, 2, cache / "svd")
+    [file] = (cache / "svd").glob("*.safetensors")
+    file.unlink()
+    os.mkfifo(file)
+    assert torch.equal(cached_svd(matrix, 2, cache / "svd").values, wanted.values)
+    report = scan_weights(str(tiny_llama_folder), cache=False)
+    monkeypatch.setattr("spectrum_peft.scan.scan.PartialResults", _in_a_pipe)
+    assert scan_weights(str(tiny_llama_folder), cache=False) == report
+    assert caplog.text.count("a device or a pipe") == 2
+
+
+def _in_a_pipe(path: Path, shapes: Any) -> PartialResults:
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    return PartialResults(path, shapes)
