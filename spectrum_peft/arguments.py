@@ -150,7 +150,10 @@ def checked_value(action: argparse.Action, key: str, value: Any, source: str) ->
     if value is None:
         return None
     where = f"{source}: {key}"
-    many = action.nargs in ("+", "*") or isinstance(action.nargs, int)
+    again = isinstance(action, argparse._AppendAction)  # a flag that may be given several times; one value is one time
+    if again and not isinstance(value, list | dict):
+        value = [value]
+    many = again or action.nargs in ("+", "*") or isinstance(action.nargs, int)
     if many != isinstance(value, list) or isinstance(value, dict):
         raise OptionError(f"{where} is {quoted(value)}, wanted {'a list' if many else 'a single value'}.")
     items = [] if many and not value and action.nargs == "*" else listed(value, where)

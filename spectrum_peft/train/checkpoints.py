@@ -16,7 +16,7 @@ from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, OptionError, SpectrumError, one_line
-from ..records import checked, read_mapping
+from ..records import checked, is_stream, read_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,8 @@ def _newest_whole(folders: list[Path]) -> Path | None:
 
 def problem_of(folder: Path) -> str | None:
     """Why a checkpoint cannot be resumed, None if it can. The trainer would start its optimizer anew without a word."""
+    if stream := next((path for path in sorted(folder.glob("*")) if is_stream(path)), None):
+        return f"{stream.name} is a device or a pipe"
     try:
         step = checked(read_mapping(folder / _STATE), _State, folder / _STATE).global_step
     except CheckpointError as error:

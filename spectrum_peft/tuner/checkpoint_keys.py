@@ -50,7 +50,11 @@ def with_keys(loader: Any, name: str, **kwargs: Any) -> tuple[Any, Mapping[str, 
         raise
     finally:
         _THEIRS.removeFilter(held)
-    return found if isinstance(found, tuple) else (found, {})
+    model, keys = found if isinstance(found, tuple) else (found, {})
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "return_dict", True) is not True:
+            module.config.return_dict = True  # transformers' own causal models read what their bodies return by name
+    return model, keys
 
 
 def say_keys(keys: Mapping[str, Any], model: Any, name: str, adapter: Path | None = None) -> None:

@@ -147,6 +147,8 @@ def check_lora_fields(config: Any) -> None:
                 f"{field.name}={_short(value)} narrows nothing: mode {config.mode!r} trains every parameter. Leave it out, or "
                 "use mode='spectrum' with spectrum_ratio=1.0, which trains all of the matrices that are named."
             )
+    if config.bias not in ("none", "all", "lora_only"):
+        raise OptionError(f"bias is {_short(config.bias)}, wanted 'none', 'all' or 'lora_only'.")
     _check_init(config, action)
     if config.eva_config is not None and config.init_lora_weights != "eva":
         raise OptionError("eva_config is given, and init_lora_weights is not 'eva'; set it, or leave eva_config out.")

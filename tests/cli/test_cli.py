@@ -31,7 +31,7 @@ from spectrum_peft import (
     make_plan,
     memory,
 )
-from spectrum_peft.arguments import keys_of
+from spectrum_peft.arguments import keys_of, set_defaults_from
 from spectrum_peft.cli.main import VERBS, main
 from spectrum_peft.errors import OptionError
 from spectrum_peft.plan import OPTIONS
@@ -628,6 +628,14 @@ def test_a_config_file_that_cannot_be_used_is_named(
 ) -> None:
     Path("c.yaml").write_text(text)
     assert says in refused(f"plan {tiny_report} --config c.yaml -o plan.yaml")
+
+
+def test_a_flag_that_may_be_given_several_times_is_a_list_in_a_file(tmp_path: Path) -> None:
+    parser = VERBS["generate"].parser()
+    assert set_defaults_from(parser, "c.yaml", {"prompt": "one"}) == {}
+    assert parser.parse_args([]).prompt == ["one"] and parser.parse_args(["--prompt", "two"]).prompt == ["one", "two"]
+    set_defaults_from(parser, "c.yaml", {"prompt": ["a", "b"]})
+    assert parser.parse_args([]).prompt == ["a", "b"]
 
 
 @pytest.mark.parametrize(

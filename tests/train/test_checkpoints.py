@@ -123,6 +123,16 @@ def test_what_a_killed_run_was_writing_goes_from_the_folder_and_its_checkpoints(
     assert [path.exists() for path in (*left, others)] == [False, False, True]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt"])
+def test_a_checkpoint_with_a_pipe_in_it_is_passed_over(run_folder: Path, name: str) -> None:
+    """To open one is to wait for whoever opens its other end."""
+    (run_folder / "checkpoint-10" / name).unlink()
+    os.mkfifo(run_folder / "checkpoint-10" / name)
+    assert problem_of(run_folder / "checkpoint-10") == f"{name} is a device or a pipe"
+    assert checkpoint_to_resume("true", str(run_folder)) == str(run_folder / "checkpoint-4")
+
+
 def test_states_of_other_types_are_the_checkpoints_fault_and_a_fresh_runs_are_its_own() -> None:
     """What the scheduler takes as it is and computes with at its first step."""
 

@@ -140,6 +140,11 @@ def test_what_fixes_a_rank_does_not_go_with_ranks_that_move(options: dict[str, A
         SpectrumConfig(mode="alors", rescore_every=5, **options)
 
 
+def test_bias_is_one_of_pefts_words() -> None:
+    with pytest.raises(OptionError, match="bias is 'mps', wanted 'none', 'all' or 'lora_only'"):
+        SpectrumConfig(mode="lora", bias="mps")
+
+
 def test_a_field_of_a_newer_peft_is_refused_where_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_fields, "FIELDS", {n: row for n, row in FIELDS.items() if n != "use_dora"})
     SpectrumConfig(mode="lora")
